@@ -1,0 +1,155 @@
+"""Writes the support task: python data/support/make.py [--out DIR] (default: this folder). Always the same bytes."""
+
+import argparse
+import importlib.util
+import json
+import math
+import random
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+_spec = importlib.util.spec_from_file_location("support_gold", HERE / "gold.py")
+gold = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(gold)
+w = gold.wordings
+
+SEED = 6
+HELD_OUT = 0.12  # share of the product x problem combinations that only validation prompts use
+SIZES = {
+    "sft": {"train": 6200, "validation": 400},
+    "preferences": {"train": 8500, "validation": 1000},
+    "prompts": {"train": 2500, "validation": 400},
+}
+TEMPERATURE = 2.1  # of the Bradley-Terry labels, so that one label in five disagrees with the labeler
+
+# What the untrained desk writes; the parts are drawn independently of each other.
+TONES = (("polite", 0.38), ("curt", 0.31), ("rude", 0.31))
+REMEDY = (("right", 0.43), ("wrong", 0.26), ("none", 0.31))
+PRODUCT = (("right", 0.58), ("other", 0.21), ("none", 0.21))
+RAMBLE = 0.26
+
+
+def weighted(rng, table):
+    """A key of ((key, probability), ...)."""
+    draw = rng.random()
+    for key, probability in table:
+        draw -= probability
+        if draw < 0:
+            return key
+    return table[-1][0]  # the probabilities may sum to a hair less than one
+
+
+def other(rng, items, item):
+    """One of the items that is not this one."""
+    return rng.choice([candidate for candidate in items if candidate != item])
+
+
+def combinations():
+    """{"train": [(product, problem), ...], "validation": [...]}: disjoint, sorted."""
+    pairs = [(product, problem) for product in sorted(w.PRODUCTS) for problem in sorted(w.PROBLEMS)]
+    rng = random.Random(SEED)
+    order = sorted(pairs, key=lambda pair: rng.random())
+    held = round(HELD_OUT * len(pairs))
+    return {"validation": sorted(order[:held]), "train": sorted(order[held:])}
+
+
+def make_prompt(rng, product, problem):
+    """A customer's message of one or two sentences, as a prompt."""
+    text = rng.choice(w.MESSAGES[problem]).replace("{p}", product).replace("{when}", rng.choice(w.WHENS))
+    if rng.random() < 0.3:
+        first = text if text.startswith("I ") else text[0].lower() + text[1:]
+        text = f"{rng.choice(w.HELLOS)}, {first}"
+    if rng.random() < 0.6:
+        text += " " + rng.choice(w.PLEAS)
+    return f"Customer: {text}\nAgent:"
+
+
+def make_reply(rng, product, problem):
+    """A reply of the untrained desk, with one leading space."""
+    tone, remedy, mention = weighted(rng, TONES), weighted(rng, REMEDY), weighted(rng, PRODUCT)
+    named = {"right": product, "other": other(rng, w.PRODUCTS, product), "none": None}[mention]
+    kind = {"polite": rng.choice(("apology", "thanks", "greeting", "apology")), "curt": "curt", "rude": "rude"}[tone]
+    ramble = rng.random() < RAMBLE
+    stall = remedy == "none" and rng.random() < 0.6
+
+    # Which parts there are besides the ramble; a polite reply is so by its opening, its closing or both.
+    opening = tone == "rude" or rng.random() < (0.75 if remedy != "none" or stall else 1)
+    closing = tone == "polite" and (not opening or rng.random() < 0.15)
+    body = remedy != "none" or stall
+    # The product is named in the opening or in the body, now and then in both.
+    place = rng.random()
+    in_opening = named is not None and opening and (not body or place < 0.55)
+    in_body = named is not None and body and (not in_opening or place < 0.1)
+
+    parts = []
+    if opening:
+        parts.append(w.expand(rng.choice(w.LINES[kind]), in_opening))
+    if stall:
+        parts.append(w.expand(rng.choice(w.STALLS), in_body))
+    elif body:
+        key = problem if remedy == "right" else other(rng, w.PROBLEMS, problem)
+        tail = "" if ramble else rng.choice(w.TAILS)  # a rambling reply is long enough already
+        parts.append(w.remedy_sentence(rng.choice(w.LEADS), rng.choice(w.REMEDIES[key]), tail, in_body))
+    if ramble:
+        middle = f"{rng.choice(w.RAMBLE_STARTS)} {rng.choice(w.RAMBLE_MIDDLES)}{rng.choice(w.RAMBLE_ENDS)}"
+        parts.insert(rng.randrange(1, len(parts) + 1), middle)
+    if closing and (len(parts) < 3 or not opening):
+        parts.append(rng.choice(w.CLOSINGS))
+    return " " + " ".join(parts).replace("{p}", named or "")
+
+
+def make_pair(rng, prompt, product, problem):
+    """Two replies with different scores, labelled by Bradley-Terry: a preference row."""
+    while True:
+        a, b = make_reply(rng, product, problem), make_reply(rng, product, problem)
+        score_a, score_b = gold.score([prompt, prompt], [a, b])
+        if score_a != score_b:
+            break
+    if rng.random() >= 1 / (1 + math.exp((score_b - score_a) / TEMPERATURE)):
+        a, b = b, a
+    return {"prompt": prompt, "chosen": a, "rejected": b}
+
+
+def make_rows(kind, split):
+    """The rows of one file: kind is sft, preferences or prompts."""
+    rng = random.Random(f"{SEED} {kind} {split}")
+    pairs = combinations()[split]
+    rows, seen = [], set()
+    while len(rows) < SIZES[kind][split]:
+        product, problem = rng.choice(pairs)
+        prompt = make_prompt(rng, product, problem)
+        if prompt in seen:
+            continue
+        seen.add(prompt)
+        if kind == "sft":
+            rows.append({"prompt": prompt, "completion": make_reply(rng, product, problem)})
+        elif kind == "preferences":
+            rows.append(make_pair(rng, prompt, product, problem))
+        else:
+            rows.append({"prompt": prompt, "product": product, "problem": problem})
+    return rows
+
+
+def make(out):
+    """Writes every file under the folder `out`. Returns the share of the preference labels that disagree with the
+    labeler (0 to 1), by split."""
+    disagree = {}
+    for kind in sorted(SIZES):
+        for split in sorted(SIZES[kind]):
+            rows = make_rows(kind, split)
+            if kind == "preferences":
+                disagree[split] = 1 - gold.agreement(rows)
+            path = Path(out) / kind / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", encoding="utf-8", newline="\n") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return disagree
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default=HERE, help="the folder to write to")
+    disagree = make(parser.parse_args().out)
+    for split in sorted(disagree):
+        print(f"preferences/{split}: {disagree[split]:.1%} of the labels disagree with the labeler")
+    print(f"ceiling: a perfect judge agrees with {1 - disagree['validation']:.1%} of the validation labels")

@@ -16,17 +16,17 @@ w = gold.wordings
 SEED = 6
 HELD_OUT = 0.12  # share of the product x problem combinations that only validation prompts use
 SIZES = {
-    "sft": {"train": 6200, "validation": 400},
-    "preferences": {"train": 8500, "validation": 1000},
+    "sft": {"train": 6500, "validation": 400},
+    "preferences": {"train": 8700, "validation": 1000},
     "prompts": {"train": 2500, "validation": 400},
 }
 TEMPERATURE = 2.1  # of the Bradley-Terry labels, so that one label in five disagrees with the labeler
 
 # What the untrained desk writes; the parts are drawn independently of each other.
-TONES = (("polite", 0.38), ("curt", 0.31), ("rude", 0.31))
-REMEDY = (("right", 0.43), ("wrong", 0.26), ("none", 0.31))
-PRODUCT = (("right", 0.58), ("other", 0.21), ("none", 0.21))
-RAMBLE = 0.26
+TONES = (("polite", 0.42), ("curt", 0.30), ("rude", 0.28))
+REMEDY = (("right", 0.52), ("wrong", 0.18), ("none", 0.30))
+PRODUCT = (("right", 0.66), ("other", 0.15), ("none", 0.19))
+RAMBLE = 0.24
 
 
 def weighted(rng, table):

@@ -63,14 +63,6 @@ MESSAGES = {
         "I ordered the {p} by mistake {when} and want it cancelled.",
         "My order for the {p} went in {when}, and I need it called off.",
     ),
-    "color": (
-        "I ordered the {p} in black {when}, but I would rather have blue.",
-        "I picked the wrong color for my {p} {when}, and it has not shipped yet.",
-        "I would like my {p} in white instead of the gray I ordered {when}.",
-        "My order for the {p} is for the red one, but I want green.",
-        "Is it too late to get the {p} I ordered {when} in a different color?",
-        "I clicked on yellow for the {p} {when}, but I meant to choose silver.",
-    ),
     "coupon": (
         "My discount code did not work when I bought the {p} {when}.",
         "I forgot to enter my coupon when I paid for the {p} {when}.",
@@ -87,14 +79,6 @@ MESSAGES = {
         "I was billed double for the {p} {when}.",
         "My card was charged two times {when} for a single {p}.",
     ),
-    "gift": (
-        "The {p} I ordered {when} is a birthday present, and I want it wrapped.",
-        "I bought the {p} {when} for my mother and would like gift wrap.",
-        "Can my {p} come in gift paper, since it is for a friend?",
-        "I forgot to ask for gift wrap when I ordered the {p} {when}.",
-        "My {p} is meant as a wedding gift, so please wrap it nicely.",
-        "I am giving the {p} to my son, and I need it gift wrapped.",
-    ),
     "invoice": (
         "I bought the {p} for work {when} and I need the invoice.",
         "My accountant wants an invoice for the {p} I bought {when}.",
@@ -103,14 +87,6 @@ MESSAGES = {
         "Where do I find the invoice for the {p} I ordered {when}?",
         "I paid for the {p} {when} but never received an invoice.",
     ),
-    "late": (
-        "My {p} was due {when} and is still on the way.",
-        "The {p} I ordered is running late, and I need it soon.",
-        "The delivery of my {p} keeps being pushed back.",
-        "I was told {when} that my {p} is delayed again.",
-        "My {p} has been sitting in your depot for ten days.",
-        "I have waited two weeks for the {p}, and it is still in transit.",
-    ),
     "lost": (
         "The tracking page says my {p} was delivered {when}, but nothing is here.",
         "I never got the {p}, and the parcel has vanished from the tracking page.",
@@ -118,14 +94,6 @@ MESSAGES = {
         "The parcel with the {p} was marked delivered {when}, yet I never saw it.",
         "It seems the {p} got lost in the mail, because the parcel never came.",
         "Somebody signed for my {p} {when}, but I never got the parcel.",
-    ),
-    "manual": (
-        "I lost the manual and cannot remember how to set up the {p}.",
-        "There were no instructions in the box with my {p}.",
-        "I got the {p} {when} but cannot find a manual in English.",
-        "My dog chewed up the instructions for the {p} {when}.",
-        "My {p} came {when} without any kind of user guide.",
-        "The manual that came with the {p} {when} is for another model.",
     ),
     "missing_part": (
         "I unpacked the {p} {when} and one of the parts is missing.",
@@ -201,14 +169,6 @@ REMEDIES = {
         "withdraw the order[ for the {p}]",
         "void your order[ for the {p}]",
     ),
-    "color": (
-        "change the color on your order[ for the {p}]",
-        "switch the order to the color you want[ for the {p}]",
-        "update the color choice[ for your {p}]",
-        "set the order to your new color[ for the {p}]",
-        "swap the color before shipment[ of the {p}]",
-        "put the other color on your order[ for the {p}]",
-    ),
     "coupon": (
         "apply the coupon and refund the difference[ on the {p}]",
         "honor your discount code[ on the {p}]",
@@ -225,14 +185,6 @@ REMEDIES = {
         "credit the second payment back to you[ for the {p}]",
         "undo the double charge on your card[ for the {p}]",
     ),
-    "gift": (
-        "add gift wrap to the order[ for the {p}]",
-        "gift wrap your order[ with the {p}]",
-        "have the package gift wrapped[ with the {p} inside]",
-        "put the order in gift paper[ with the {p}]",
-        "wrap the order as a gift[ with the {p} inside]",
-        "note gift wrapping on your order[ for the {p}]",
-    ),
     "invoice": (
         "email you the invoice[ for the {p}]",
         "send the invoice to your inbox[ for your {p}]",
@@ -241,14 +193,6 @@ REMEDIES = {
         "attach the invoice to an email[ about the {p}]",
         "get the invoice emailed to you[ for your {p}]",
     ),
-    "late": (
-        "upgrade your order to express delivery[ for the {p}]",
-        "move your delivery to express shipping[ for the {p}]",
-        "switch the shipment to express at no cost[ for your {p}]",
-        "speed up the delivery with a free express upgrade[ for the {p}]",
-        "put the order on the express truck[ with your {p}]",
-        "upgrade the shipping to next day service[ for your {p}]",
-    ),
     "lost": (
         "trace the parcel and ship again[ with another {p}]",
         "track down the parcel and send a second one[ with the {p}]",
@@ -256,14 +200,6 @@ REMEDIES = {
         "have the parcel traced and dispatch a second one[ with your {p}]",
         "chase the missing parcel and ship a new one[ with the {p}]",
         "start a parcel trace and send the order again[ with your {p}]",
-    ),
-    "manual": (
-        "email you the manual[ for the {p}]",
-        "send you a link to the manual[ for your {p}]",
-        "share the instructions as a file[ for the {p}]",
-        "send the user guide to you[ for the {p}]",
-        "forward a copy of the instructions[ for your {p}]",
-        "send you a digital copy of the guide[ for the {p}]",
     ),
     "missing_part": (
         "post the missing part[ for your {p}]",

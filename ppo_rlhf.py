@@ -1,0 +1,634 @@
+"""Stage 3 of RLHF: PPO against a reward model.
+
+The policy answers prompts; a reward model (or a function) scores the answers; a per-token KL penalty holds the policy to
+the model that it started from; PPO makes the tokens that did better than the value function expected more probable.
+
+In: the policy's start, by default the model from sft.py; a reward model from reward_model.py or `--reward-fn`; prompts.
+Out: `runs/ppo_rlhf`, an ordinary Hugging Face folder, with metrics.jsonl, summary.json, samples.jsonl and TensorBoard events.
+
+    python ppo_rlhf.py
+    python ppo_rlhf.py --model runs/my-sft --reward-model runs/my-reward-model --dataset my/prompts \\
+        --learning-rate 3e-6 --output-dir runs/my-ppo
+    torchrun --nproc-per-node 8 ppo_rlhf.py ...          # the same update, its batch dealt out over 8 GPUs
+
+Shapes: B sequences, P prompt tokens, R response tokens, T = P + R, V vocabulary. A sequence is a prompt padded on the left
+and a response padded on the right; `response_mask` is 1 on every response token up to and including EOS, and every mean,
+sum and loss below is over those tokens alone. `D17` and `B14` in comments point to DETAILS.md.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+import utils
+
+
+@dataclass
+class Args:
+    model: str = "runs/sft"
+    """Where the policy starts and what the frozen reference is: a hub id or a local folder."""
+    reward_model: str = "runs/reward_model"
+    """Reward model, from which the value function starts too: a hub id or a local folder."""
+    reward_fn: str | None = None
+    """FILE.py:FUNCTION that scores instead of the reward model: f(prompts, completions, **columns) -> list[float]."""
+    dataset: str = "data/support/prompts"
+    """Prompts: a hub id, a folder with train.jsonl and validation.jsonl, or a .jsonl, .parquet or .csv file."""
+    train_split: str = "train"
+    """Split to sample prompts from."""
+    eval_split: str = "validation"
+    """Split whose prompts the policy is compared with the reference on."""
+    eval_reward_fn: str | None = None
+    """FILE.py:FUNCTION that judges at evaluation, never in training; by default the embedded task's labeler on that task."""
+    output_dir: str = "runs/ppo_rlhf"
+    """Where the model and all records go."""
+    overwrite: bool = False
+    """Replace a run that is already in the output folder."""
+    resume: bool = False
+    """Go on from the output folder's last checkpoint."""
+    seed: int = 1
+    """Seed of prompt order and sampling."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of matrix products; weights and optimizer stay in float32."""
+
+    total_episodes: int = 6400
+    """Responses to learn from, in all."""
+    batch_size: int = 128
+    """Responses per update, over all processes."""
+    num_mini_batches: int = 1
+    """Optimizer steps that a pass over the batch is divided into."""
+    micro_batch_size: int = 32
+    """Sequences that one device holds in one forward-backward; never changes the result."""
+    num_ppo_epochs: int = 4
+    """Passes over each batch."""
+    samples_per_prompt: int = 1
+    """Responses to each prompt in a batch; rloo and grpo need 2 or more."""
+
+    response_length: int = 64
+    """Tokens sampled at most."""
+    temperature: float = 1.0
+    """Logits are divided by it, in sampling and in every log-probability (D5)."""
+    top_k: int = 0
+    """Sample among the k most probable tokens; 0: all. Log-probabilities stay those of the full distribution (D36)."""
+    top_p: float = 1.0
+    """Sample among the fewest tokens that hold this probability; the same caution (D36)."""
+    stop_token: str = "eos"
+    """Token that ends a response: `eos` or a string that is one token."""
+    missing_eos_penalty: float = 1.0
+    """Subtracted from the score of a response without stop token (D18)."""
+
+    kl_coef: float = 0.05
+    """Beta: weight of the KL penalty in the reward."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Per-token penalty: log-ratio, half its square, or the unbiased and non-negative k3 (D19)."""
+    kl_target: float | None = None
+    """KL per response in nats toward which kl_coef is steered (D27); none: kl_coef is constant."""
+    kl_horizon: int = 10_000
+    """Episodes over which kl_coef is steered."""
+    reward_clip: float | None = None
+    """Scores are clipped to +- this (D30)."""
+    whiten_rewards: bool = False
+    """Scale per-token rewards to unit variance, their mean kept (D20)."""
+
+    advantage: Literal["gae", "batch_mean", "rloo", "grpo"] = "gae"
+    """Where advantages come from: a value function, or a baseline without one (D34, D35)."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 0.95
+    """Lambda of generalized advantage estimation."""
+    whiten_advantages: bool = True
+    """Scale advantages to mean 0 and variance 1 over the batch's tokens (D22)."""
+
+    learning_rate: float = 5e-4
+    """First learning rate of AdamW, linear to 0; for pretrained models of 100M parameters and more take 1e-6 to 1e-5."""
+    cliprange: float = 0.2
+    """The ratio of new to old probability is clipped to 1 +- this."""
+    cliprange_value: float = 0.2
+    """A new value is clipped to the old one +- this."""
+    vf_coef: float = 0.1
+    """Weight of the value loss."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus (D33)."""
+    target_kl: float | None = None
+    """Stop an update's epochs once the approximate KL from the sampling policy passes this (D28)."""
+    critic_warmup_updates: int = 0
+    """Updates at the start that train the value function alone (D32)."""
+    ptx_coef: float = 0.0
+    """Weight of a language-model loss on --ptx-dataset, mixed in (D31)."""
+    ptx_dataset: str | None = None
+    """Demonstrations or plain text for the ptx loss, in a format of sft.py."""
+    max_grad_norm: float = 1.0
+    """Gradients of policy and value function together are scaled down to this norm."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+    eval_prompts: int = 200
+    """Held-out prompts to compare policy and reference on."""
+    eval_every: int = 10
+    """Updates between evaluations; 0 evaluates at the end alone."""
+    save_every: int = 20
+    """Updates between checkpoints for --resume; 0 saves none."""
+    save_rollouts: int = 0
+    """Updates between saved rollouts (rollouts/000010.safetensors); 0 saves none."""
+    track: bool = False
+    """Log to Weights & Biases too (pip install wandb)."""
+
+
+def main(args: Args) -> None:
+    started = time.time()
+    process = utils.start_process(args.device, args.seed)
+    device = process.device
+    check_flags(args, process.world)
+
+    # ------------------------------------------------------------------------------------------- models and prompts
+    tokenizer = utils.load_tokenizer(args.model)
+    stop_id, pad_id, eos_id = (
+        utils.stop_token_id(tokenizer, args.stop_token),
+        tokenizer.pad_token_id,
+        tokenizer.eos_token_id,
+    )
+    policy = utils.load_causal_lm(args.model, device)
+    reference = utils.load_causal_lm(args.model, device).requires_grad_(False)
+    reward_fn = reward_model = reward_tokenizer = value_model = None
+    if args.reward_fn:
+        reward_fn = utils.load_function(args.reward_fn, "--reward-fn")
+    else:
+        reward_model = utils.load_classifier(args.reward_model, device).requires_grad_(False)
+        reward_tokenizer = utils.load_tokenizer(args.reward_model)
+    shared_tokenizer = reward_model is not None and utils.same_tokenizer(tokenizer, reward_tokenizer)
+    if (
+        args.advantage == "gae"
+    ):  # D15: a network of its own, that starts from the reward model if it reads the same tokens
+        value_model = utils.load_classifier(args.reward_model if shared_tokenizer else args.model, device)
+        if not shared_tokenizer:
+            torch.nn.init.zeros_(value_model.score.weight)
+    judge_file = "data/support/gold.py:score" if args.dataset == Args.dataset else None
+    judge_file = args.eval_reward_fn or judge_file
+    judge = utils.load_function(judge_file, "--eval-reward-fn") if judge_file else None
+
+    R = args.response_length
+    room = utils.context_length(policy) - R
+    train_prompts = utils.load_prompts(tokenizer, args.dataset, args.train_split, room)
+    eval_prompts = utils.load_prompts(tokenizer, args.dataset, args.eval_split, room)[: args.eval_prompts]
+    ptx_rows = []
+    if args.ptx_dataset:
+        ptx_data = utils.load_data(args.ptx_dataset, args.train_split, utils.SFT_FORMATS)
+        ptx_rows = list(
+            zip(*utils.encode_pairs(tokenizer, utils.demonstrations(ptx_data), ptx_data.places), strict=True)
+        )
+    out = utils.open_output(args, process)
+
+    trained = {"policy": policy} if value_model is None else {"policy": policy, "value_model": value_model}
+    parameters = [p for model in trained.values() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)  # D6
+    num_updates = args.total_episodes // args.batch_size
+    kl_coef, first_update = args.kl_coef, 1
+    if args.resume and (state := utils.load_checkpoint(out, trained, optimizer)):
+        kl_coef, first_update = state["kl_coef"], state["step"] + 1
+    logger = utils.Logger(out, args, process, "update", first_update - 1)
+
+    # ------------------------------------------------------------------------------------- what the loop is made of
+    def policy_outputs(model: Any, ids: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies in nats, both [B, R], at the last R = `length` tokens of ids [B, T].
+
+        Rollout and training share this forward pass, so that the ratio starts at 1 (D26).
+        """
+        with utils.autocast(device, args.dtype):
+            logits = utils.response_logits(model, ids, mask, length) / args.temperature  # [B, R, V] D5
+        distribution = logits.log_softmax(-1)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and args.entropy_coef > 0):
+            entropies = -(distribution.exp() * distribution).sum(-1)
+        return distribution.gather(-1, ids[:, -length:, None]).squeeze(-1), entropies
+
+    def value_outputs(ids: Tensor, mask: Tensor, length: int) -> Tensor:
+        """V [B, R] of the states before the last R = `length` tokens: read one position before the token (B14)."""
+        with utils.autocast(device, args.dtype):
+            return utils.head_outputs(value_model, ids, mask)[:, -length - 1 : -1]
+
+    def sample_responses(
+        model: Any, prompts: list[utils.Prompt], width: int, rng: torch.Generator
+    ) -> tuple[Tensor, ...]:
+        """ids [B, T] and mask [B, T] of prompts and sampled responses, and response_mask [B, R]; P = `width`."""
+        prompt_ids, prompt_mask = utils.pad([p.ids for p in prompts], pad_id, "left", device, width)  # D2
+        with utils.autocast(device, args.dtype):
+            response_ids, response_mask = utils.generate(
+                model, prompt_ids, prompt_mask, R, stop_id, pad_id, args.temperature, args.top_k, args.top_p, rng
+            )  # D16
+        return torch.cat([prompt_ids, response_ids], 1), torch.cat([prompt_mask, response_mask], 1), response_mask
+
+    def score_responses(prompts: list[utils.Prompt], responses: list[list[int]]) -> tuple[Tensor, list[str]]:
+        """Scores [B] by the reward model or function, and the responses as text."""
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        if reward_fn is not None:
+            prompt_texts, rows = [p.text for p in prompts], [p.row for p in prompts]
+            scores = utils.call_reward_function(reward_fn, args.reward_fn, prompt_texts, texts, rows)
+            return torch.tensor(scores, device=device), texts
+        if shared_tokenizer:  # the reward model has learned on texts that end in EOS (B19)
+            sequences = [
+                p.ids + (r if r[-1] == eos_id else [*r, eos_id]) for p, r in zip(prompts, responses, strict=True)
+            ]
+        else:  # B5: as text, through the reward model's own tokenizer and chat template
+            pairs = [(p.row["prompt"], text) for p, text in zip(prompts, texts, strict=True)]
+            encoded = utils.encode_pairs(reward_tokenizer, pairs, [p.place for p in prompts])
+            sequences = [p + c for p, c in zip(*encoded, strict=True)]
+        scores = torch.zeros(len(sequences), device=device)
+        order = torch.tensor([len(s) for s in sequences]).argsort(stable=True)  # similar lengths, little padding
+        for part in order.split(args.micro_batch_size):
+            chunk = [sequences[i] for i in part]
+            score_ids, score_mask = utils.pad(chunk, reward_tokenizer.pad_token_id, "right", device)
+            with utils.autocast(device, args.dtype):
+                raw = utils.last_token_scores(reward_model, score_ids, score_mask)
+            scores[part.to(device)] = utils.normalize_scores(reward_model, raw)  # D13
+        return scores, texts
+
+    def micro_batches(rows: Tensor, mask: Tensor, response_mask: Tensor) -> Iterator[tuple[Tensor, slice, int]]:
+        """(rows, columns, R') of micro-batches of similar length, with the columns that hold anything and their R'."""
+        lengths, totals = response_mask.sum(1).cpu(), mask.sum(1).cpu()
+        for part in rows[totals[rows].argsort(stable=True)].split(args.micro_batch_size):
+            length, prompt_length = int(lengths[part].max()), int((totals - lengths)[part].max())
+            P = mask.shape[1] - R
+            yield part.to(device), slice(P - prompt_length, P + length), length
+
+    @torch.no_grad()
+    def evaluate(model: Any) -> list[dict[str, Any]]:
+        """A response of the model to each held-out prompt, with its scores; the same random numbers every time."""
+        results: list[dict[str, Any]] = []
+        mine = eval_prompts[process.rank :: process.world]
+        for i in range(0, len(mine), local_batch_size):
+            prompts = mine[i : i + local_batch_size]
+            rng = utils.generator(device, args.seed, 1, i, process.rank)
+            ids, mask, response_mask = sample_responses(model, prompts, 0, rng)
+            responses = unpad(ids[:, -R:], response_mask)
+            scores, texts = score_responses(prompts, responses)
+            judged = [None] * len(prompts)
+            if judge is not None:
+                prompt_texts, rows = [p.text for p in prompts], [p.row for p in prompts]
+                judged = utils.call_reward_function(judge, judge_file, prompt_texts, texts, rows)
+            kl = torch.zeros(len(prompts), device=device)
+            for part, columns, length in micro_batches(torch.arange(len(prompts)), mask, response_mask):
+                logprobs, _ = policy_outputs(model, ids[part, columns], mask[part, columns], length)
+                ref_logprobs, _ = policy_outputs(reference, ids[part, columns], mask[part, columns], length)
+                kl[part] = torch.where(response_mask[part, :length].bool(), logprobs - ref_logprobs, 0.0).sum(1)
+            for j, prompt in enumerate(prompts):
+                result = {"prompt": prompt.text, "response": texts[j], "score": scores[j].item(), "judge": judged[j]}
+                result |= {"kl": kl[j].item(), "length": len(responses[j]), "eos": responses[j][-1] == stop_id}
+                results.append(result)
+        return utils.gather(results)
+
+    def ptx_backward(count: int, rng: torch.Generator) -> Tensor:
+        """D31: add the gradient of ptx_coef times the loss, nats per token, on `count` demonstrations of this process."""
+        rows = [ptx_rows[i] for i in torch.randint(len(ptx_rows), (count,), generator=rng).tolist()]
+        num_tokens = utils.sum_over_processes(torch.tensor(sum(len(c) for _, c in rows), device=device))
+        total = torch.zeros((), device=device)
+        for i in range(0, count, args.micro_batch_size):
+            micro = rows[i : i + args.micro_batch_size]
+            ptx_ids, ptx_mask = utils.pad([p + c for p, c in micro], pad_id, "right", device)
+            starts = torch.tensor([len(p) for p, _ in micro], device=device)
+            real = ptx_mask[:, 1:] * (torch.arange(1, ptx_ids.shape[1], device=device) >= starts[:, None])
+            with utils.autocast(device, args.dtype):
+                logits = utils.response_logits(policy, ptx_ids, ptx_mask, ptx_ids.shape[1] - 1)
+            loss = utils.masked_sum(-utils.logprobs(logits, ptx_ids[:, 1:]), real) / num_tokens
+            (args.ptx_coef * loss).backward()
+            total += loss.detach()
+        return utils.sum_over_processes(total)
+
+    # -------------------------------------------------------------------------------------------------- the PPO loop
+    local_batch_size = args.batch_size // process.world
+    prompts_per_update = args.batch_size // args.samples_per_prompt
+    if process.is_main:
+        size = sum(p.numel() for p in policy.parameters()) / 1e6
+        print(
+            f"ppo_rlhf: policy of {size:.1f}M parameters, {len(train_prompts)} prompts, {num_updates} updates on {device}"
+        )
+    before = evaluate(reference)
+    progress = utils.progress_bar("ppo_rlhf", num_updates, first_update - 1, process)
+    for update in range(first_update, num_updates + 1):
+        clock = [utils.now(device)]
+
+        # 1. sample prompts: each process takes its share of the same order, all pad to the same width
+        first = (update - 1) * prompts_per_update
+        batch = utils.cycle(train_prompts, first, prompts_per_update, args.seed)
+        width = max(len(p.ids) for p in batch)  # P
+        prompts = [p for p in batch[process.rank :: process.world] for _ in range(args.samples_per_prompt)]
+
+        # 2. generate responses, and read log-probabilities and values with the forward pass that training uses
+        rng = utils.generator(device, args.seed, 2, update, process.rank)  # D7
+        ids, mask, response_mask = sample_responses(policy, prompts, width, rng)  # [B, T], [B, T], [B, R]
+        logprobs, ref_logprobs, values = (torch.zeros(len(prompts), R, device=device) for _ in range(3))  # 0 on padding
+        with torch.no_grad():
+            for part, columns, length in micro_batches(torch.arange(len(prompts)), mask, response_mask):
+                real, inputs = response_mask[part, :length].bool(), (ids[part, columns], mask[part, columns], length)
+                logprobs[part, :length] = torch.where(real, policy_outputs(policy, *inputs)[0], 0.0)  # D26
+                ref_logprobs[part, :length] = torch.where(real, policy_outputs(reference, *inputs)[0], 0.0)
+                if value_model is not None:
+                    values[part, :length] = torch.where(real, value_outputs(*inputs), 0.0)  # D21: 0 after the end
+        clock.append(utils.now(device))
+
+        # 3. score them, at the sequence's end
+        last = response_mask.sum(1) - 1  # [B] position of the last real token, found from lengths (D3, B1, B3)
+        ended = ids[:, -R:].gather(1, last[:, None]).squeeze(1) == stop_id  # [B]
+        with torch.no_grad():
+            scores, _ = score_responses(prompts, unpad(ids[:, -R:], response_mask))  # [B]
+        scores = torch.where(ended, scores, scores - args.missing_eos_penalty)  # D18, B2
+        if args.reward_clip is not None:
+            scores = scores.clamp(-args.reward_clip, args.reward_clip)  # D30
+        clock.append(utils.now(device))
+
+        # 4. KL penalty: per-token reward = -beta * KL estimate, plus the score at the last real token
+        log_ratio = logprobs - ref_logprobs  # [B, R]
+        if args.kl_estimator == "k1":  # D19; http://joschu.net/blog/kl-approx.html
+            token_kl = log_ratio
+        elif args.kl_estimator == "k2":
+            token_kl = log_ratio.square() / 2
+        else:
+            token_kl = torch.expm1(-log_ratio) + log_ratio
+        non_score_rewards = -kl_coef * token_kl  # [B, R]
+        rewards = non_score_rewards.scatter_add(1, last[:, None], scores[:, None])  # D17
+        rlhf_rewards = rewards.sum(1)  # [B]
+        if args.whiten_rewards:
+            rewards = utils.whiten(rewards, response_mask, shift_mean=False)  # D20
+
+        # 5. advantages and returns
+        returns = advantages = torch.zeros_like(rewards)  # [B, R]
+        if args.advantage == "gae":  # D21: sum over k of (gamma lambda)^k delta[t + k]
+            advantages, lastgaelam = torch.zeros_like(rewards), torch.zeros_like(scores)
+            for t in reversed(range(R)):
+                next_values = values[:, t + 1] if t + 1 < R else torch.zeros_like(scores)
+                delta = rewards[:, t] + args.gamma * next_values - values[:, t]
+                lastgaelam = delta + args.gamma * args.lam * lastgaelam
+                advantages[:, t] = lastgaelam
+            returns = advantages + values  # B15
+        else:  # one number a response: its reward against others', the KL penalty included
+            total = rewards.sum(1)  # [B]
+            group = total.view(-1, args.samples_per_prompt)  # [prompts, samples_per_prompt]
+            if args.advantage == "batch_mean":  # D34
+                baseline = utils.sum_over_processes(total.sum()) / args.batch_size
+                advantage = total - baseline
+            elif args.advantage == "rloo":  # D35: against the mean of the other responses to the prompt
+                others = (group.sum(1, keepdim=True) - group) / (args.samples_per_prompt - 1)
+                advantage = (group - others).flatten()
+            else:  # grpo
+                spread = group.std(1, keepdim=True, correction=0)
+                advantage = ((group - group.mean(1, keepdim=True)) / (spread + 1e-4)).flatten()
+            advantages = advantage[:, None] * response_mask
+            returns = total[:, None] * response_mask
+        if args.whiten_advantages:
+            advantages = utils.whiten(advantages, response_mask)  # D22, over the batch of all processes (B7, B8)
+
+        # 6. PPO update
+        lr = args.learning_rate * (1 - (update - 1) / num_updates)  # D6
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        policy.requires_grad_(update > args.critic_warmup_updates)  # D32
+        for model in trained.values():
+            utils.set_gradient_checkpointing(model, args.gradient_checkpointing)
+        shuffle = utils.generator("cpu", args.seed, 3, update, process.rank)
+        totals, grad_norms, ptx_losses = torch.zeros(9, device=device, dtype=torch.float64), [], []
+        ratio_error = torch.zeros((), device=device)  # largest |ratio - 1| before the first optimizer step, must be ~0
+        for epoch in range(args.num_ppo_epochs):  # D25
+            epoch_totals = torch.zeros_like(totals)
+            for minibatch in torch.randperm(len(prompts), generator=shuffle).chunk(args.num_mini_batches):
+                # D9: sums over tokens, divided by the token count of the mini-batch over all processes (B6, B12)
+                num_tokens = utils.sum_over_processes(response_mask[minibatch.to(device)].sum())
+                for part, columns, length in micro_batches(minibatch, mask, response_mask):
+                    inputs, real = (ids[part, columns], mask[part, columns], length), response_mask[part, :length]
+                    new_logprobs, entropies = policy_outputs(policy, *inputs)  # [b, R'], [b, R']
+                    log_ratio = new_logprobs - logprobs[part, :length]
+                    ratio = torch.where(real.bool(), log_ratio, 0.0).exp()
+                    advantage = advantages[part, :length]
+                    policy_losses = torch.max(
+                        -advantage * ratio, -advantage * ratio.clamp(1 - args.cliprange, 1 + args.cliprange)
+                    )  # D23
+                    loss = utils.masked_sum(policy_losses - args.entropy_coef * entropies, real)  # D33
+                    value_losses = value_clipped = torch.zeros_like(ratio)
+                    if value_model is not None:
+                        new_values, old_values = value_outputs(*inputs), values[part, :length]
+                        within = new_values.clamp(old_values - args.cliprange_value, old_values + args.cliprange_value)
+                        unclipped = (new_values - returns[part, :length]).square()
+                        clipped = (within - returns[part, :length]).square()
+                        value_losses = 0.5 * torch.max(unclipped, clipped)  # D24
+                        value_clipped = (clipped > unclipped).float()
+                        loss = loss + args.vf_coef * utils.masked_sum(value_losses, real)
+                    (loss / num_tokens).backward()
+
+                    with torch.no_grad():
+                        policy_clipped = ((ratio - 1).abs() > args.cliprange).float()
+                        statistics = (
+                            *(log_ratio.square() / 2, policy_clipped, entropies, policy_losses),
+                            *(value_losses, value_clipped, ratio, (ratio - 1).square(), torch.ones_like(ratio)),
+                        )
+                        epoch_totals += torch.stack([utils.masked_sum(s, real).double() for s in statistics])
+                        if epoch == 0 and not grad_norms:
+                            ratio_error = torch.max(ratio_error, (ratio - 1).abs().max())
+                if (
+                    args.ptx_coef
+                ):  # D31: loss of a language model on as many demonstrations as the mini-batch has responses
+                    ptx_losses.append(ptx_backward(len(minibatch), shuffle))
+                utils.sum_gradients(parameters)
+                grad_norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm))  # D29
+                if not torch.isfinite(grad_norms[-1]):
+                    what = f"the gradient norm is {grad_norms[-1].item()}"
+                    utils.stop(f"update {update}", what, "lower --learning-rate; the last checkpoint stands", code=1)
+                optimizer.step()
+                optimizer.zero_grad()
+            epoch_totals = utils.sum_over_processes(epoch_totals)
+            totals += epoch_totals
+            if args.target_kl is not None and epoch_totals[0] / epoch_totals[-1] > args.target_kl:
+                break  # D28
+        for model in trained.values():
+            utils.set_gradient_checkpointing(model, False)
+        clock.append(utils.now(device))
+
+        # ------------------------------------------------------------------------------------------------- records
+        totals = (totals / totals[-1]).tolist()
+        explained = 0.0
+        if value_model is not None:  # D37
+            residual = utils.masked_variance(returns - values, response_mask)
+            explained = (1 - residual / utils.masked_variance(returns, response_mask).clamp(min=1e-8)).item()
+        num_real = utils.sum_over_processes(torch.stack([mask.sum(), response_mask.sum()])).tolist()
+
+        def episode_mean(x: Tensor) -> float:
+            """Mean of x [B] over the episodes of all processes."""
+            return (utils.sum_over_processes(x.double().sum()) / args.batch_size).item()
+
+        times = [end - start for start, end in zip(clock, clock[1:], strict=False)]
+        metrics = {
+            "episode": update * args.batch_size,
+            "lr": lr,
+            "eps": args.batch_size / sum(times),
+            "objective/kl": episode_mean((logprobs - ref_logprobs).sum(1)),
+            "objective/entropy": episode_mean(-logprobs.sum(1)),
+            "objective/non_score_reward": episode_mean(non_score_rewards.sum(1)),
+            "objective/scores": episode_mean(scores),
+            "objective/rlhf_reward": episode_mean(rlhf_rewards),
+            "objective/kl_coef": kl_coef,
+            "policy/approxkl_avg": totals[0],
+            "policy/clipfrac_avg": totals[1],
+            "policy/entropy_avg": totals[2],
+            "loss/policy_avg": totals[3],
+            "loss/value_avg": totals[4],
+            "val/clipfrac_avg": totals[5],
+            "val/ratio": totals[6],
+            "val/ratio_var": totals[7] - (totals[6] - 1) ** 2,
+            "val/ratio_start_error": ratio_error.item(),
+            "val/num_eos_tokens": round(episode_mean(ended) * args.batch_size),
+            "val/explained_variance": explained,
+            "response/length": num_real[1] / args.batch_size,
+            "response/eos_rate": episode_mean(ended),
+            "grad_norm": torch.stack(grad_norms).mean().item(),
+            "time/rollout": times[0],
+            "time/score": times[1],
+            "time/train": times[2],
+            "tokens_per_second": num_real[0] / sum(times),
+        }
+        if ptx_losses:
+            metrics["loss/ptx_avg"] = torch.stack(ptx_losses).mean().item()
+        if args.eval_every and update % args.eval_every == 0 and update < num_updates:
+            after = evaluate(policy)
+            comparison = compare(before, after)
+            metrics |= {f"eval/{name}": value for name, value in comparison["policy"].items() if value is not None}
+            metrics["eval/win_rate"] = comparison["win_rate"]
+            progress.clear()
+            show_samples(logger, process, update, before, after, rows=3)
+        logger.log(update, metrics)
+        progress.update()
+        progress.set_postfix(
+            score=f"{metrics['objective/scores']:.2f}",
+            kl=f"{metrics['objective/kl']:.1f}",
+            length=f"{metrics['response/length']:.0f}",
+        )
+        if args.save_rollouts and update % args.save_rollouts == 0:
+            tensors = {"prompt_ids": ids[:, :-R], "prompt_mask": mask[:, :-R], "response_ids": ids[:, -R:]}
+            tensors |= dict(response_mask=response_mask, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
+            tensors |= dict(rewards=rewards, advantages=advantages, returns=returns, scores=scores)
+            names = "gamma lam temperature whiten_rewards whiten_advantages advantage samples_per_prompt kl_estimator"
+            numbers = {name: getattr(args, name) for name in [*names.split(), "missing_eos_penalty", "reward_clip"]}
+            utils.save_rollout(out, process, update, tensors, numbers | {"kl_coef": kl_coef, "update": update})
+        if args.kl_target is not None:  # D27: Ziegler et al. 2019, section 2.2
+            error = min(max(metrics["objective/kl"] / args.kl_target - 1, -0.2), 0.2)
+            kl_coef *= 1 + error * args.batch_size / args.kl_horizon
+        if args.save_every and update % args.save_every == 0 and update < num_updates and process.is_main:
+            utils.save_checkpoint(out, update, trained, optimizer, {"kl_coef": kl_coef})
+    progress.close()
+
+    # ------------------------------------------------------------------------------------------------- what it leaves
+    after = evaluate(policy)
+    show_samples(logger, process, num_updates, before, after, rows=8)
+    if process.is_main:
+        utils.save_model(policy, tokenizer, out)
+        with utils.writing(str(out)), (out / "samples.jsonl").open("w", encoding="utf-8") as file:
+            for b, a in zip(before, after, strict=True):
+                row = {"prompt": b["prompt"], "reference": b["response"], "policy": a["response"]}
+                row |= {"reference_score": b["score"], "policy_score": a["score"]}
+                row |= {"reference_judge": b["judge"], "policy_judge": a["judge"]}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        seconds = time.time() - started
+        evaluation = compare(before, after)
+        summary = {"updates": num_updates, "episodes": num_updates * args.batch_size, "seconds": seconds}
+        utils.write_json(out / "summary.json", summary | {"eval": evaluation})
+        by = evaluation["win_rate_by"]
+        print(
+            f"ppo_rlhf: the policy wins {evaluation['win_rate']:.3f} of {len(before)} held-out prompts by the {by}; mean {by} "
+            f"{evaluation['reference'][by]:.2f} -> {evaluation['policy'][by]:.2f}, KL {evaluation['policy']['kl']:.1f} nats; "
+            f"{seconds:.0f} s, peak memory {utils.peak_memory_gb():.2f} GB; model in {out}"
+        )
+    logger.close()
+    utils.end_process()
+
+
+def unpad(response_ids: Tensor, response_mask: Tensor) -> list[list[int]]:
+    """The real tokens of each row of response_ids [B, R]."""
+    return [ids[: mask.sum()].tolist() for ids, mask in zip(response_ids.cpu(), response_mask.cpu(), strict=True)]
+
+
+def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means of reference and policy over the held-out prompts, and how often the policy's response is the better one."""
+
+    def means(results: list[dict[str, Any]]) -> dict[str, float | None]:
+        def mean(name: str) -> float | None:
+            return None if results[0][name] is None else sum(r[name] for r in results) / len(results)
+
+        named = {"score": "score", "judge": "judge", "kl": "kl", "length": "length", "eos_rate": "eos"}
+        return {name: mean(key) for name, key in named.items()}
+
+    by = "score" if before[0]["judge"] is None else "judge"
+    wins = sum((a[by] > b[by]) + 0.5 * (a[by] == b[by]) for b, a in zip(before, after, strict=True))
+    return {
+        "prompts": len(before),
+        "reference": means(before),
+        "policy": means(after),
+        "win_rate": wins / len(before),
+        "win_rate_by": by,
+    }
+
+
+def show_samples(
+    logger: utils.Logger, process: utils.Process, update: int, before: list[dict], after: list[dict], rows: int
+) -> None:
+    """The first held-out prompts with both responses and their scores, on the terminal and in TensorBoard."""
+    if not process.is_main:
+        return
+
+    def scores(result: dict[str, Any]) -> str:
+        return f"{result['score']:.2f}" + ("" if result["judge"] is None else f" ({result['judge']:.2f})")
+
+    title = f"update {update}: held-out prompts; score" + ("" if before[0]["judge"] is None else " (judge)")
+    header = ["prompt", "before: reference", "score", "after: policy", "score"]
+    pairs = list(zip(before, after, strict=True))
+    cells = [[b["prompt"], b["response"].strip(), scores(b), a["response"].strip(), scores(a)] for b, a in pairs]
+    utils.print_samples(title, header, cells[:rows])
+    logger.table(update, "samples", header, cells[:20])
+
+
+def check_flags(args: Args, world: int) -> None:
+    """Stop with exit code 2 on flags that cannot work or contradict each other."""
+    utils.check_common_flags(args, world)
+    positive = (
+        "total_episodes num_mini_batches num_ppo_epochs samples_per_prompt response_length eval_prompts kl_horizon"
+    )
+    for name in positive.split():
+        what = f"{getattr(args, name)} is not a positive number"
+        utils.require(getattr(args, name) > 0, utils.flag(name), what, "pass 1 or more")
+    for name in ("temperature", "cliprange", "cliprange_value", "kl_target", "reward_clip", "target_kl"):
+        value = getattr(args, name)
+        ok = value is None or (math.isfinite(value) and value > 0)
+        utils.require(ok, utils.flag(name), f"{value} is not positive", "pass a number above 0")
+    negative_ok = "top_k missing_eos_penalty kl_coef vf_coef entropy_coef critic_warmup_updates ptx_coef save_rollouts"
+    for name in negative_ok.split():
+        value = getattr(args, name)
+        utils.require(math.isfinite(value) and value >= 0, utils.flag(name), f"{value} is negative", "pass 0 or more")
+    for name in ("gamma", "lam", "top_p"):
+        value = getattr(args, name)
+        ok = 0 <= value <= 1 and not (name == "top_p" and value == 0)
+        utils.require(ok, utils.flag(name), f"{value} is out of range", "pass a number from 0 to 1")
+    for name, size in (
+        ("--num-mini-batches", args.num_mini_batches),
+        ("--samples-per-prompt", args.samples_per_prompt),
+    ):
+        share = size * world * (args.micro_batch_size if name == "--num-mini-batches" else 1)
+        what = f"{size} does not divide --batch-size {args.batch_size} evenly with {world} processes"
+        what += f" and --micro-batch-size {args.micro_batch_size}" if name == "--num-mini-batches" else ""
+        utils.require(args.batch_size % share == 0, name, what, f"make --batch-size a multiple of {share}")
+    what = f"{args.total_episodes} is less than one batch of {args.batch_size}"
+    utils.require(args.total_episodes >= args.batch_size, "--total-episodes", what, "pass at least --batch-size")
+    grouped = args.advantage in ("rloo", "grpo")
+    what = f"is 1, but {args.advantage} compares several responses to a prompt"
+    utils.require(not grouped or args.samples_per_prompt > 1, "--samples-per-prompt", what, "pass 2 or more")
+    what = "there is no critic to warm up without --advantage gae"
+    utils.require(
+        args.advantage == "gae" or not args.critic_warmup_updates, "--critic-warmup-updates", what, "leave it at 0"
+    )
+    what = "--ptx-coef and --ptx-dataset need each other"
+    utils.require(bool(args.ptx_coef) == bool(args.ptx_dataset), "--ptx-coef", what, "pass both or neither")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

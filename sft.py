@@ -1,0 +1,221 @@
+"""Stage 1 of RLHF: supervised fine-tuning.
+
+A language model learns to answer prompts by imitating demonstrations: cross-entropy on the completion's tokens, none on
+the prompt's. The result is where PPO starts and, frozen, the reference that the KL penalty holds it to.
+
+In: a model (`--model tiny` makes one) and rows with `prompt` and `completion`, or `messages`, or `text`.
+Out: `runs/sft`, an ordinary Hugging Face folder, with metrics.jsonl, summary.json and TensorBoard events.
+
+    python sft.py
+    python sft.py --model HuggingFaceTB/SmolLM2-135M --dataset my/demonstrations --output-dir runs/my-sft
+
+B sequences, T tokens, V vocabulary. `D8` in a comment points to DETAILS.md.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import tyro
+
+import utils
+
+
+@dataclass
+class Args:
+    model: str = "tiny"
+    """What to start from: a hub id, a local folder, or `tiny`, a 1M-parameter Llama with a tokenizer made from the data."""
+    dataset: str = "data/support/sft"
+    """Demonstrations: a hub id, a folder with train.jsonl and validation.jsonl, or a .jsonl, .parquet or .csv file."""
+    train_split: str = "train"
+    """Split to learn from."""
+    eval_split: str = "validation"
+    """Split to measure the loss on."""
+    output_dir: str = "runs/sft"
+    """Where the model and all records go."""
+    overwrite: bool = False
+    """Replace a run that is already in the output folder."""
+    resume: bool = False
+    """Go on from the output folder's last checkpoint."""
+    seed: int = 1
+    """Seed of initialization and data order."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of matrix products; weights and optimizer stay in float32."""
+    epochs: int = 2
+    """Passes over the training rows."""
+    batch_size: int = 32
+    """Sequences per optimizer step, over all processes."""
+    micro_batch_size: int = 32
+    """Sequences that one device holds in one forward-backward; never changes the result."""
+    max_length: int = 512
+    """Tokens of a sequence, prompt and completion; longer completions are cut."""
+    learning_rate: float = 2e-3
+    """Peak learning rate of AdamW; for pretrained models of 100M parameters and more take 1e-5 to 5e-5."""
+    warmup_ratio: float = 0.05
+    """Share of the steps over which the learning rate rises from 0, before its cosine decay to 0."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    save_every: int = 200
+    """Steps between checkpoints for --resume; 0 saves none."""
+    eval_every: int = 100
+    """Steps between evaluations; 0 evaluates at the end alone."""
+    track: bool = False
+    """Log to Weights & Biases too (pip install wandb)."""
+
+
+def main(args: Args) -> None:
+    started = time.time()
+    process = utils.start_process(args.device, args.seed)
+    utils.check_common_flags(args, process.world)
+    utils.require(args.epochs > 0, "--epochs", f"{args.epochs} is not positive", "pass 1 or more")
+    utils.require(args.max_length > 1, "--max-length", f"{args.max_length} leaves no room", "pass 2 or more")
+    utils.require(0 <= args.warmup_ratio < 1, "--warmup-ratio", f"{args.warmup_ratio} is no share", "pass 0 to below 1")
+
+    # --------------------------------------------------------------------------------------------- data and model
+    train_data = utils.load_data(args.dataset, args.train_split, utils.SFT_FORMATS)
+    eval_data = utils.load_data(args.dataset, args.eval_split, utils.SFT_FORMATS)
+    if args.model == "tiny":
+        texts = [text for row in train_data.rows for text in plain_texts(row)]
+        model, tokenizer = utils.build_tiny(texts, process.device)
+    else:
+        tokenizer = utils.load_tokenizer(args.model)
+        model = utils.load_causal_lm(args.model, process.device)
+    max_length = min(args.max_length, utils.context_length(model))
+    train_rows = encode(tokenizer, train_data, max_length)
+    eval_rows = encode(tokenizer, eval_data, max_length)
+    out = utils.open_output(args, process)
+
+    # D6: AdamW without weight decay, warmup, cosine to 0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
+    num_steps = args.epochs * math.ceil(len(train_rows) / args.batch_size)
+    warmup_steps = round(args.warmup_ratio * num_steps)
+
+    def learning_rate(step: int) -> float:
+        if step <= warmup_steps:
+            return args.learning_rate * step / warmup_steps
+        return (
+            args.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup_steps) / (num_steps - warmup_steps)))
+        )
+
+    state = utils.load_checkpoint(out, {"model": model}, optimizer) if args.resume else None
+    start = state["step"] if state else 0
+    logger = utils.Logger(out, args, process, "step", start)
+    if process.is_main:
+        parameters = sum(p.numel() for p in model.parameters())
+        print(f"sft: {parameters / 1e6:.1f}M parameters, {len(train_rows)} rows, {num_steps} steps on {process.device}")
+
+    def batch_tensors(rows: list[tuple[list[int], int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Right-padded ids [B, T], their mask [B, T], and loss_mask [B, T-1]: 1 where the next token is the completion's."""
+        ids, mask = utils.pad([r[0] for r in rows], tokenizer.pad_token_id, "right", process.device)
+        prompt_lengths = torch.tensor([r[1] for r in rows], device=process.device)
+        target = torch.arange(1, ids.shape[1], device=process.device)  # position of the token that is predicted
+        loss_mask = mask[:, 1:] * (target >= prompt_lengths[:, None])  # D8
+        return ids, mask, loss_mask
+
+    def sum_of_losses(rows: list[tuple[list[int], int]]) -> torch.Tensor:
+        """Cross-entropy in nats, summed over the completions' tokens."""
+        ids, mask, loss_mask = batch_tensors(rows)
+        with utils.autocast(process.device, args.dtype):
+            logits = model(**utils.inputs(model, ids, mask), use_cache=False).logits[:, :-1].float()  # [B, T-1, V]
+        return utils.masked_sum(-utils.logprobs(logits, ids[:, 1:]), loss_mask)
+
+    @torch.no_grad()
+    def evaluate() -> float:
+        """Cross-entropy per completion token of the held-out rows, in nats."""
+        mine = sorted(eval_rows[process.rank :: process.world], key=lambda r: len(r[0]))
+        total = torch.zeros(2, dtype=torch.float64, device=process.device)
+        for i in range(0, len(mine), args.micro_batch_size):
+            rows = mine[i : i + args.micro_batch_size]
+            total += torch.stack([sum_of_losses(rows).double(), torch.tensor(count_targets(rows)).to(total)])
+        total = utils.sum_over_processes(total)
+        return (total[0] / total[1]).item()
+
+    # ------------------------------------------------------------------------------------------------------- train
+    utils.set_gradient_checkpointing(model, args.gradient_checkpointing)
+    progress = utils.progress_bar("sft", num_steps, start, process)
+    for step, indices in utils.batches(len(train_rows), args.batch_size, args.epochs, args.seed, start):
+        step_started = time.time()
+        batch = [train_rows[i] for i in indices]
+        num_tokens = count_targets(batch)  # over all processes: every process knows the whole batch
+        mine = sorted(batch[process.rank :: process.world], key=lambda r: len(r[0]))  # similar lengths, little padding
+        loss = torch.zeros((), device=process.device)
+        for i in range(0, len(mine), args.micro_batch_size):
+            # D9: a sum over tokens divided by the whole batch's count, never a mean of means (B12, B22)
+            micro_loss = sum_of_losses(mine[i : i + args.micro_batch_size]) / num_tokens
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        loss = utils.sum_over_processes(loss).item()
+        utils.sum_gradients(list(model.parameters()))
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()  # D29
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            what = f"the loss is {loss}, the gradient norm {grad_norm}"
+            utils.stop(f"step {step}", what, "lower --learning-rate; the last checkpoint stands", code=1)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        tokens_per_second = sum(len(ids) for ids, _ in batch) / (time.time() - step_started)
+        metrics = {
+            "loss": loss,
+            "lr": learning_rate(step),
+            "grad_norm": grad_norm,
+            "tokens_per_second": tokens_per_second,
+        }
+        if args.eval_every and step % args.eval_every == 0 and step < num_steps:
+            metrics["eval_loss"] = evaluate()
+        logger.log(step, metrics)
+        progress.update()
+        progress.set_postfix(loss=f"{loss:.3f}", lr=f"{learning_rate(step):.1e}", tok_s=f"{tokens_per_second:,.0f}")
+        if args.save_every and step % args.save_every == 0 and step < num_steps and process.is_main:
+            utils.save_checkpoint(out, step, {"model": model}, optimizer, {})
+    progress.close()
+
+    # ------------------------------------------------------------------------------------------------- what it leaves
+    eval_loss = evaluate()
+    if process.is_main:
+        utils.save_model(model, tokenizer, out)
+        summary = {"eval_loss": eval_loss, "perplexity": math.exp(eval_loss), "seconds": time.time() - started}
+        utils.write_json(out / "summary.json", summary)
+        print(
+            f"sft: held-out loss {eval_loss:.3f} nats per token, perplexity {math.exp(eval_loss):.2f}; "
+            f"{summary['seconds']:.0f} s, peak memory {utils.peak_memory_gb():.2f} GB; model in {out}"
+        )
+    logger.close()
+    utils.end_process()
+
+
+def plain_texts(row: dict) -> list[str]:
+    """The texts in a row, for training a tokenizer on them."""
+    if "messages" in row and "prompt" not in row:
+        return [m["content"] for m in row["messages"]]
+    return [row[c] for c in ("prompt", "completion", "text") if isinstance(row.get(c), str)]
+
+
+def encode(tokenizer, data: utils.Data, max_length: int) -> list[tuple[list[int], int]]:
+    """Rows as (token ids of prompt and completion with its EOS, length of the prompt in tokens)."""
+    prompts, completions = utils.encode_pairs(tokenizer, utils.demonstrations(data), data.places)
+    rows, cut = [], 0
+    for prompt, completion, place in zip(prompts, completions, data.places, strict=True):
+        what = f"the prompt's {len(prompt)} tokens leave no room for a completion within {max_length}"
+        utils.require(len(prompt) < max_length, place, what, "raise --max-length or shorten it")
+        cut += len(prompt) + len(completion) > max_length
+        rows.append(((prompt + completion)[:max_length], len(prompt)))
+    if cut:
+        print(f"sft: {cut} of {len(rows)} completions are cut to fit {max_length} tokens (--max-length)")
+    return rows
+
+
+def count_targets(rows: list[tuple[list[int], int]]) -> int:
+    """Tokens that the loss is about; a first token that nothing precedes is not predicted."""
+    return sum(len(ids) - max(prompt_length, 1) for ids, prompt_length in rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,964 @@
+"""What is not the point of reading: errors, processes, data, models, the decoding loop, checkpoints, logging.
+
+The three stages import this file and never each other. Shapes in comments: B sequences, P prompt tokens, R response
+tokens, T = P + R, V vocabulary, H hidden size. `D17` and `B14` in comments point to DETAILS.md.
+"""
+
+import dataclasses
+import difflib
+import html
+import importlib.util
+import inspect
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+def stop(where: str, what: str, mend: str, code: int = 2) -> NoReturn:
+    """Print `error: WHERE: WHAT; HOW TO MEND` on one line of stderr and exit: 2 for wrong input, 1 for a failed run."""
+    print(f"error: {where}: {what}; {mend}".replace("\n", " "), file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def require(condition: bool, where: str, what: str, mend: str) -> None:
+    """Stop with exit code 2 unless `condition` holds."""
+    if not condition:
+        stop(where, what, mend)
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an exception and the first line of its message, for errors that fit on one line."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+
+class Process(NamedTuple):
+    """This process among those of `torchrun`; rank 0 of 1 without it."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start_process(device: str, seed: int) -> Process:
+    """Join the other processes if torchrun started several, choose the device, seed what must agree (D7).
+
+    Raises:
+        SystemExit: code 2 if the device does not exist.
+    """
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(f"cuda:{local}" if device == "cuda" else device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        stop("--device", f"{device!r} cannot be used ({first_line(error)})", "pass --device cpu or --device cuda")
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    torch.manual_seed(seed)  # model heads and tiny models start alike in every process
+    return Process(rank, world, chosen)
+
+
+def generator(device: torch.device | str, *numbers: int) -> torch.Generator:
+    """A random generator that depends on `numbers` alone, such as (seed, update, rank) (D7).
+
+    Randomness is a function of where the run is, not of what it did before, so a resumed run draws the same numbers.
+    """
+    seed = int(np.random.SeedSequence([n % 2**32 for n in numbers]).generate_state(1)[0])
+    return torch.Generator(device).manual_seed(seed)
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """The sum of `x` over all processes; `x` itself where there is one."""
+    if dist.is_initialized():
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
+def sum_gradients(parameters: list[nn.Parameter]) -> None:
+    """Add up gradients over processes: each loss is already divided by the token count of the whole batch (D9)."""
+    if dist.is_initialized():
+        for p in parameters:
+            if p.grad is None:  # a process whose share of the last batch is empty takes part all the same
+                p.grad = torch.zeros_like(p)
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for p, g in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad.copy_(g.view_as(p))
+
+
+def gather(rows: list[Any]) -> list[Any]:
+    """The lists of all processes, interleaved as they were dealt out by `rows[rank::world]`."""
+    if not dist.is_initialized():
+        return rows
+    parts: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, rows)
+    return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
+
+
+def end_process() -> None:
+    """Leave the process group, after everything is written."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------------------- flags and folders
+
+OWN_FILES = ("args.json", "metrics.jsonl", "summary.json", "samples.jsonl", "checkpoint", "rollouts")
+FREE_ON_RESUME = {"resume", "overwrite", "device", "micro_batch_size", "save_every", "eval_every", "track"}
+
+
+def check_common_flags(args: Any, world: int) -> None:
+    """Check what all three stages share; `args` is a stage's dataclass.
+
+    Raises:
+        SystemExit: code 2 and one line on stderr.
+    """
+    for name in ("batch_size", "micro_batch_size"):
+        require(
+            getattr(args, name) > 0, flag(name), f"{getattr(args, name)} is not a positive number", "pass 1 or more"
+        )
+    for name in ("save_every", "eval_every", "seed"):
+        require(getattr(args, name) >= 0, flag(name), f"{getattr(args, name)} is negative", "pass 0 or more")
+    for name in ("learning_rate", "max_grad_norm"):
+        value = getattr(args, name)
+        require(math.isfinite(value) and value > 0, flag(name), f"{value} is not positive", "pass a number above 0")
+    share = args.micro_batch_size * world
+    require(
+        args.batch_size % share == 0,
+        "--batch-size",
+        f"{args.batch_size} is not divisible by the micro-batch size times the processes ({share})",
+        f"pass a multiple of {share}, or another --micro-batch-size",
+    )
+    if args.track:
+        require(importlib.util.find_spec("wandb") is not None, "--track", "wandb is missing", "pip install wandb")
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of an argument."""
+    return "--" + name.replace("_", "-")
+
+
+def open_output(args: Any, process: Process) -> Path:
+    """Make `--output-dir` ready and write `args.json`; leave a folder that already holds a run alone.
+
+    Raises:
+        SystemExit: code 2 if the folder holds a run (without --resume or --overwrite) or anything else, if it cannot
+            be written, or if --resume comes with flags that would make it another run.
+    """
+    out, given = Path(args.output_dir), json.loads(json.dumps(dataclasses.asdict(args)))
+    require(not (args.resume and args.overwrite), "--resume", "contradicts --overwrite", "pass one of the two")
+    if out.exists():
+        require(out.is_dir(), str(out), "is a file", "pass another --output-dir")
+        holds_run = (out / "args.json").exists()
+        if any(out.iterdir()) and not holds_run:
+            stop(str(out), "is not empty and holds no run", "pass another --output-dir")
+        if holds_run and not (args.resume or args.overwrite):
+            stop(str(out), "already holds a run", "pass --resume to go on or --overwrite to start again")
+        if holds_run and args.resume:
+            before = json.loads((out / "args.json").read_text())
+            for name in given.keys() - FREE_ON_RESUME:
+                same = before.get(name) == given[name]
+                require(same, flag(name), f"was {before.get(name)!r} in {out}", "resume with the flags of that run")
+    if process.is_main:
+        try:
+            if args.overwrite and out.exists():
+                for path in [out / name for name in OWN_FILES] + list(out.glob("events.out.tfevents.*")):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / "args.json", given)
+        except OSError as error:
+            stop(str(out), f"cannot be written ({first_line(error)})", "pass another --output-dir")
+    if dist.is_initialized():
+        dist.barrier()
+    return out
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, beside the target first, so that a reader never sees half a file."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+class Data(NamedTuple):
+    """Rows of a split, and for each the place to name in an error, such as `data/x/train.jsonl:17`."""
+
+    rows: list[dict[str, Any]]
+    places: list[str]
+
+
+def load_data(dataset: str, split: str, formats: list[tuple[str, ...]]) -> Data:
+    """Read a split and check that every row has the columns of one of `formats`, none of them empty.
+
+    Local .jsonl files are read here so that an error can name the line; everything else (a hub id, .parquet, .csv,
+    a folder of such files) goes through `datasets.load_dataset`. A single file has one split, `train`: its last
+    twentieth (500 rows at most) serves as the other one.
+
+    Args:
+        dataset: hub id, folder or file.
+        split: name of the split, in `datasets` syntax for what `datasets` reads.
+        formats: column sets to choose from, first match wins, such as [("prompt", "completion"), ("text",)].
+
+    Raises:
+        SystemExit: code 2 for a missing file, split or column, a line that is not JSON, an empty or ill-typed field.
+    """
+    data = read_rows(dataset, split)
+    require(len(data.rows) > 0, f"{dataset} ({split})", "holds no rows", "pass a data set with rows")
+    found = list(data.rows[0])
+    columns = next((f for f in formats if all(c in data.rows[0] for c in f)), None)
+    if columns is None:
+        wanted = " or ".join(",".join(f) for f in formats)
+        near = [m for c in found for m in difflib.get_close_matches(c, [c for f in formats for c in f], 1)]
+        hint = f"rename it to {near[0]!r}" if near else f"the columns must be {wanted}"
+        stop(data.places[0], f"columns {','.join(found)} found, {wanted} wanted", hint)
+    for row, place in zip(data.rows, data.places, strict=True):
+        for column in columns:
+            check_field(row.get(column), column, place)
+    return data
+
+
+def read_rows(dataset: str, split: str) -> Data:
+    """The rows of a split with their places, unchecked."""
+    path = Path(dataset).expanduser()
+    if path.suffix == ".jsonl":
+        return hold_out(read_jsonl(path), split)
+    if (path / f"{split}.jsonl").is_file() or (path.is_dir() and any(path.glob("*.jsonl"))):
+        return read_jsonl(path / f"{split}.jsonl")
+    if not path.exists() and (path.suffix or dataset.startswith((".", "/", "~"))):
+        stop(dataset, "no such file or folder", "check --dataset")
+    import datasets  # takes seconds; local .jsonl files do not need it
+
+    try:
+        if path.is_file():
+            kind = path.suffix.lstrip(".").replace("tsv", "csv").replace("json", "json")
+            rows = datasets.load_dataset(kind, data_files=str(path), split="train").to_list()
+            return hold_out(Data(rows, [f"{path} (row {i + 1})" for i in range(len(rows))]), split)
+        rows = datasets.load_dataset(dataset, split=split).to_list()
+    except Exception as error:
+        stop(f"{dataset} ({split})", f"cannot be read ({first_line(error)})", "check the path or id and the split")
+    return Data(rows, [f"{dataset}/{split} (row {i + 1})" for i in range(len(rows))])
+
+
+def read_jsonl(path: Path) -> Data:
+    """One JSON object a line, empty lines skipped."""
+    require(path.is_file(), str(path), "no such file", "check --dataset and the names of the splits")
+    rows, places = [], []
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            place = f"{path}:{number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError:
+                stop(place, "is not UTF-8", "save the file as UTF-8")
+            except json.JSONDecodeError as error:
+                stop(place, f"is not JSON ({error.msg} at column {error.colno})", "write one JSON object a line")
+            require(
+                isinstance(row, dict), place, "is not a JSON object", 'write one JSON object a line, as {"prompt": …}'
+            )
+            rows.append(row)
+            places.append(place)
+    return Data(rows, places)
+
+
+def hold_out(data: Data, split: str) -> Data:
+    """Split the rows of a single file: `train` is all but the last twentieth, any other name the rest."""
+    n = len(data.rows) - min(500, max(1, len(data.rows) // 20)) if len(data.rows) > 1 else 0
+    part = slice(None, n or None) if split == "train" else slice(n, None)
+    return Data(data.rows[part], data.places[part])
+
+
+def check_field(value: Any, column: str, place: str) -> None:
+    """A field is a non-empty string or a non-empty list of chat messages."""
+    where = f"{place}: {column}"
+    if isinstance(value, str):
+        require(bool(value.strip()), where, "is empty", "fill it in or drop the row")
+    elif isinstance(value, list):
+        require(bool(value), where, "is an empty chat", "fill it in or drop the row")
+        for message in value:
+            ok = isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
+            require(ok, where, f"{message!r:.60} is not a chat message", 'write {"role": …, "content": …} with strings')
+    else:
+        kind = "missing" if value is None else f"a {type(value).__name__}"
+        stop(where, f"is {kind}", "make it a string or a list of chat messages")
+
+
+def render(tokenizer: Any, prompt: Any, completion: Any, place: str) -> tuple[str, str]:
+    """A prompt and its completion as text; chat messages go through the tokenizer's chat template.
+
+    Args:
+        prompt: a string, a list of messages, or "" where the completion is the whole text.
+        completion: a string, a list of messages, or None for a prompt alone.
+    """
+    if isinstance(prompt, str) and not isinstance(completion, list):
+        return prompt, completion or ""
+    require(
+        tokenizer.chat_template is not None,
+        place,
+        "is a chat, but the tokenizer has no chat template",
+        "use plain text",
+    )
+    messages = prompt if isinstance(prompt, list) else []
+    answer = completion or []
+    if isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}]
+    try:
+        start = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) if messages else ""
+        whole = tokenizer.apply_chat_template([*messages, *answer], tokenize=False) if answer else start
+    except Exception as error:
+        stop(place, f"does not fit the chat template ({first_line(error)})", "check roles and their order")
+    require(
+        whole.startswith(start), place, "the chat template rewrites the prompt when it is answered", "use plain text"
+    )
+    return start, whole[len(start) :]
+
+
+SFT_FORMATS = [("prompt", "completion"), ("messages",), ("text",)]
+
+
+def demonstrations(data: Data) -> list[tuple[Any, Any]]:
+    """Rows of one of SFT_FORMATS as (prompt, completion). A chat's completion is its last message, the assistant's."""
+    pairs: list[tuple[Any, Any]] = []
+    for row, place in zip(data.rows, data.places, strict=True):
+        if "prompt" in row and "completion" in row:
+            pairs.append((row["prompt"], row["completion"]))
+        elif "messages" in row:
+            *before, last = row["messages"]
+            require(
+                last["role"] == "assistant", place, "the last message is not the assistant's", "end chats with a reply"
+            )
+            pairs.append((before, [last]))
+        else:
+            pairs.append(("", row["text"]))
+    return pairs
+
+
+def encode_pairs(
+    tokenizer: Any, pairs: list[tuple[Any, Any]], places: list[str]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of prompts and of their completions, rendered as in `render`.
+
+    A prompt gets the tokenizer's special tokens (a BOS), unless a chat template has put them in. A completion ends
+    with one EOS, added if missing (B19); a completion of None, for a prompt alone, has no ids.
+    """
+    texts = [render(tokenizer, *pair, place) for pair, place in zip(pairs, places, strict=True)]
+    chats = [isinstance(p, list) or isinstance(c, list) for p, c in pairs]
+    prompts: list[list[int]] = [[] for _ in pairs]
+    for chat in {*chats}:
+        rows = [i for i, c in enumerate(chats) if c == chat]
+        for i, ids in zip(
+            rows, tokenizer([texts[i][0] for i in rows], add_special_tokens=not chat)["input_ids"], strict=True
+        ):
+            prompts[i] = ids[:-1] if not chat and ids[-1:] == [tokenizer.eos_token_id] else ids
+    eos = tokenizer.eos_token
+    answers = [c.rstrip().removesuffix(eos) if c.rstrip().endswith(eos) else c for _, c in texts]
+    completions = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    return prompts, [
+        [] if pair[1] is None else ids + [tokenizer.eos_token_id] for pair, ids in zip(pairs, completions, strict=True)
+    ]
+
+
+class Prompt(NamedTuple):
+    """A prompt to sample responses to: token ids, text, its row in the data set and the place to name in an error."""
+
+    ids: list[int]
+    text: str
+    row: dict[str, Any]
+    place: str
+
+
+def load_prompts(tokenizer: Any, dataset: str, split: str, room: int) -> list[Prompt]:
+    """The prompts of a split; none may be longer than `room` tokens."""
+    data = load_data(dataset, split, [("prompt",)])
+    pairs = [(row["prompt"], None) for row in data.rows]
+    ids, _ = encode_pairs(tokenizer, pairs, data.places)
+    prompts = []
+    for row, place, tokens in zip(data.rows, data.places, ids, strict=True):
+        what = (
+            f"the prompt's {len(tokens)} tokens exceed the {room} that the model's context leaves beside the response"
+        )
+        require(len(tokens) <= room, place, what, "shorten it or lower --response-length")
+        prompts.append(Prompt(tokens, render(tokenizer, row["prompt"], None, place)[0], row, place))
+    return prompts
+
+
+def cycle(rows: list[Any], first: int, count: int, seed: int) -> list[Any]:
+    """Rows number `first` to `first + count` of an endless sequence of shuffled passes over `rows` (D7)."""
+    numbers = range(first, first + count)
+    orders = {epoch: data_order(len(rows), epoch, seed) for epoch in {n // len(rows) for n in numbers}}
+    return [rows[orders[n // len(rows)][n % len(rows)]] for n in numbers]
+
+
+def pad(
+    sequences: list[list[int]], pad_id: int, side: str, device: torch.device, width: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Pad token ids to a rectangle at least `width` wide: (ids [B, T], mask [B, T] with 1 on real tokens).
+
+    The mask comes from the lengths, never from comparing ids with `pad_id`: pad may equal EOS (D3, B4, B20, B21).
+    """
+    lengths = torch.tensor([len(s) for s in sequences])
+    width = max(width, int(lengths.max()))
+    rows = [[pad_id] * (width - len(s)) + s if side == "left" else s + [pad_id] * (width - len(s)) for s in sequences]
+    column = torch.arange(width)
+    real = column >= width - lengths[:, None] if side == "left" else column < lengths[:, None]
+    return torch.tensor(rows, device=device), real.long().to(device)
+
+
+def data_order(rows: int, epoch: int, seed: int) -> list[int]:
+    """The order of the rows in an epoch, the same in every process (D7)."""
+    return torch.randperm(rows, generator=generator("cpu", seed, epoch)).tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer in a folder or of a hub id; its pad token is EOS where it has none (D3 makes that safe)."""
+    from transformers import AutoTokenizer
+
+    tokenizer = from_pretrained(AutoTokenizer, model)
+    require(
+        tokenizer.eos_token_id is not None, model, "its tokenizer has no EOS token", "set one in tokenizer_config.json"
+    )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any) -> Any:
+    """A model in float32 on `device`, dropout off (D4): it stays in eval mode, in training too."""
+    # eager attention is the faster one on a CPU at the lengths that one trains on there
+    attention = "eager" if device.type == "cpu" else "sdpa"
+    try:
+        loaded = from_pretrained(auto_class, model, dtype=torch.float32, attn_implementation=attention, **kwargs)
+    except ValueError as error:  # the configuration names an architecture without such a head
+        stop(model, f"cannot be used as {auto_class.__name__} ({first_line(error)})", "pass another model")
+    return loaded.to(device).eval()
+
+
+def from_pretrained(auto_class: Any, model: str, **kwargs: Any) -> Any:
+    """`auto_class.from_pretrained` with errors of one line."""
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        local = model.startswith((".", "/", "~", "runs/")) or model.count("/") > 1 or path.exists()
+        require(not local, model, "no such model folder", "run the stage that makes it first, or pass another path")
+        kind = "hub id"
+    else:
+        kind = "folder"
+        require(
+            (path / "config.json").is_file(), model, "holds no model (config.json is missing)", "pass a model's folder"
+        )
+    try:
+        return auto_class.from_pretrained(str(path) if kind == "folder" else model, **kwargs)
+    except (OSError, json.JSONDecodeError) as error:
+        stop(model, f"no model could be loaded from this {kind} ({first_line(error)})", "check the name and its files")
+
+
+def build_tiny(texts: list[str], device: torch.device) -> tuple[Any, Any]:
+    """A Llama of about 1M parameters and a byte-level BPE tokenizer trained on `texts`: (model, tokenizer)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    specials = ["<|pad|>", "<|eos|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=2048, special_tokens=specials, initial_alphabet=alphabet, show_progress=False),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=specials[0], eos_token=specials[1])
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.05,  # 0.02 is meant for wide models; a narrow one starts slowly from it
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="eager" if device.type == "cpu" else "sdpa",
+    )
+    return LlamaForCausalLM(config).to(device).eval(), tokenizer
+
+
+def load_causal_lm(model: str, device: torch.device) -> Any:
+    """A language model in float32 and eval mode."""
+    from transformers import AutoModelForCausalLM
+
+    return load_model(AutoModelForCausalLM, model, device)
+
+
+def load_classifier(model: str, device: torch.device) -> Any:
+    """A model with a scalar head, `score`, in float32 and eval mode: a reward model, or the start of one."""
+    from transformers import AutoModelForSequenceClassification
+
+    loaded = load_model(AutoModelForSequenceClassification, model, device, num_labels=1)
+    require(hasattr(loaded, "score"), model, f"{type(loaded).__name__} has no head named score", "pass another model")
+    return loaded
+
+
+def same_tokenizer(a: Any, b: Any) -> bool:
+    """Whether two tokenizers give the same ids, so that a reward model can read the policy's tokens (B5)."""
+    return a.get_vocab() == b.get_vocab() and a.eos_token_id == b.eos_token_id and a.chat_template == b.chat_template
+
+
+def stop_token_id(tokenizer: Any, stop_token: str) -> int:
+    """The id of the token that ends a response."""
+    if stop_token == "eos":
+        return tokenizer.eos_token_id
+    ids = tokenizer(stop_token, add_special_tokens=False)["input_ids"]
+    require(len(ids) == 1, "--stop-token", f"{stop_token!r} is {len(ids)} tokens", "pass a string that is one token")
+    return ids[0]
+
+
+def context_length(model: Any) -> int:
+    """The longest sequence that the model's positions allow, in tokens; a large number where there is no limit."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**30)
+
+
+def set_gradient_checkpointing(model: Any, on: bool) -> None:
+    """Recompute activations in the backward pass (less memory, more time) while `on`; sampling needs it off."""
+    if on and not getattr(model, "is_gradient_checkpointing", False):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            # transformers checkpoints only what is in training mode; children stay in eval mode, so dropout is off
+            module.training = on
+
+
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """Matrix products in `dtype`; weights, softmax, losses and optimizer stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def inputs(model: Any, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Arguments of a forward pass over ids and mask [B, T]; positions count real tokens, not padding (D2, B10)."""
+    given = {"input_ids": ids, "attention_mask": mask}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    return given
+
+
+def response_logits(model: Any, ids: Tensor, mask: Tensor, response_length: int) -> Tensor:
+    """Float32 logits [B, R, V] that predict the last R = `response_length` tokens of ids [B, T]; needs R < T.
+
+    None are computed for prompt positions.
+    """
+    out = model(**inputs(model, ids, mask), use_cache=False, logits_to_keep=response_length + 1)
+    return out.logits[:, :-1].float()
+
+
+def head_outputs(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """A sequence classifier's scalar head at every position of ids [B, T]: float32 [B, T] (D1)."""
+    hidden = model.base_model(**inputs(model.base_model, ids, mask), use_cache=False).last_hidden_state
+    return model.score(hidden).float().squeeze(-1)
+
+
+def last_token_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Raw reward [B] of right-padded ids [B, T], read at the last real token (D10), found from the mask (B20, B21)."""
+    outputs = head_outputs(model, ids, mask)
+    return outputs.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)
+
+
+def normalize_scores(model: Any, raw: Tensor) -> Tensor:
+    """Rewards with the normalization that the reward model keeps in its configuration (D13, B18)."""
+    mean, std = getattr(model.config, "reward_mean", 0.0), getattr(model.config, "reward_std", 1.0)
+    return (raw - mean) / std
+
+
+# ------------------------------------------------------------------------------------------------------ tensor helpers
+
+
+def logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """log softmax(logits)[ids] in nats: [B, R, V], [B, R] -> [B, R]."""
+    return -F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
+
+
+def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """Sum of x where mask is 1; what is masked may be NaN or inf (B9)."""
+    return torch.where(mask.bool(), x, 0.0).sum()
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x over all elements of all processes where mask is 1; 0 where there is none (B6, B8)."""
+    total, count = sum_over_processes(torch.stack([masked_sum(x, mask), mask.sum().to(x.dtype)]))
+    return total / count.clamp(min=1)
+
+
+def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
+    """Population variance of x over the masked-in elements of all processes: one element alone gives 0 (B17)."""
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+
+def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """x scaled to unit variance over the masked-in elements of all processes, with mean 0 unless `shift_mean` is off.
+
+    Masked-out is 0.
+    """
+    mean = masked_mean(x, mask)
+    whitened = (x - mean) * torch.rsqrt(masked_variance(x, mask) + 1e-8)
+    return torch.where(mask.bool(), whitened if shift_mean else whitened + mean, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------ decoding loop
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    response_length: int,
+    stop_id: int,
+    pad_id: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    rng: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sample responses: (response_ids [B, R], response_mask [B, R] with 1 up to and including the first stop token).
+
+    Args:
+        prompt_ids, prompt_mask: [B, P], padded on the left (D2).
+        response_length: R, tokens sampled at most; what follows the stop token is `pad_id` (D16).
+        temperature: logits are divided by it (D5); 0 takes the most probable token.
+        top_k, top_p: sample among the k most probable tokens, or the fewest that hold probability p (D36);
+            0 and 1.0 leave all.
+        rng: generator on the model's device; each row draws its own numbers, whatever the other rows do.
+    """
+    from transformers import DynamicCache
+
+    rows, device = len(prompt_ids), prompt_ids.device
+    response_ids = torch.full((rows, response_length), pad_id, device=device)
+    response_mask = torch.zeros_like(response_ids)
+    uniform = torch.rand(response_length, rows, generator=rng, device=device, dtype=torch.float64)
+    alive = torch.ones(rows, dtype=torch.bool, device=device)
+    given = inputs(model, prompt_ids, prompt_mask)
+    mask, cache = prompt_mask, DynamicCache()
+    for t in range(response_length):
+        logits = model(**given, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()  # [B, V]
+        token = sample(logits, temperature, top_k, top_p, uniform[t])
+        response_ids[:, t] = torch.where(alive, token, pad_id)
+        response_mask[:, t] = alive
+        mask = torch.cat([mask, alive[:, None].long()], 1)
+        alive = alive & (token != stop_id)
+        # asking the device whether all have ended makes it wait, so ask rarely
+        if (device.type == "cpu" or t % 16 == 15) and not alive.any():
+            break
+        given = {"input_ids": response_ids[:, t : t + 1], "attention_mask": mask}
+        if "position_ids" in inspect.signature(model.forward).parameters:
+            given["position_ids"] = mask.sum(1, keepdim=True) - 1
+    return response_ids, response_mask
+
+
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor) -> Tensor:
+    """One token id a row, [B], by inverting the distribution's cumulative sum at uniform [B] in [0, 1).
+
+    That takes one random number a row where `torch.multinomial` takes one a token of the vocabulary.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature  # D5
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(-1, descending=True)
+        probabilities = ordered.softmax(-1)
+        drop = probabilities.cumsum(-1) - probabilities >= top_p  # the token that crosses top_p stays
+        logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
+    return token.clamp(max=logits.shape[-1] - 1)
+
+
+# --------------------------------------------------------------------------------------------------- reward functions
+
+
+def load_function(spec: str, where: str) -> Callable[..., list[float]]:
+    """The function named by FILE.py:FUNCTION."""
+    file, _, name = spec.rpartition(":")
+    require(bool(file and name), where, f"{spec!r} is not FILE.py:FUNCTION", "pass for example rewards.py:length")
+    require(Path(file).is_file(), where, f"{file} is not a file", "check the path")
+    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    require(module_spec is not None, where, f"{file} is no Python file", "pass a file that ends in .py")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        stop(where, f"{file} cannot be imported ({first_line(error)})", "mend the file")
+    function = getattr(module, name, None)
+    require(callable(function), where, f"{file} has no function {name!r}", "check the name")
+    return function
+
+
+def call_reward_function(
+    function: Callable[..., list[float]],
+    where: str,
+    prompts: list[str],
+    completions: list[str],
+    rows: list[dict[str, Any]],
+) -> list[float]:
+    """Scores of `function(prompts, completions, **columns)`; columns are the other columns of the data set, by name.
+
+    Raises:
+        SystemExit: code 2 if it raises, returns the wrong number of values, or one that is no finite number.
+    """
+    names = {name for row in rows for name in row} - {"prompt", "prompts", "completions"}
+    columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
+    try:
+        scores = [float(s) for s in function(prompts, completions, **columns)]
+    except Exception as error:
+        stop(
+            where,
+            f"raised {first_line(error)}",
+            "mend the function; it is called as f(prompts, completions, **columns)",
+        )
+    require(
+        len(scores) == len(prompts),
+        where,
+        f"returned {len(scores)} values for {len(prompts)} prompts",
+        "return one each",
+    )
+    for prompt, score in zip(prompts, scores, strict=True):
+        require(math.isfinite(score), where, f"returned {score} for the prompt {prompt!r:.60}", "return finite numbers")
+    return scores
+
+
+# --------------------------------------------------------------------------------------- checkpoints and model folders
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write model and tokenizer as an ordinary Hugging Face folder."""
+    with writing(str(folder)):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+class writing:
+    """Turns a failure to write, a full disk for one, into one line and exit code 1."""
+
+    def __init__(self, where: str):
+        self.where = where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        from safetensors import SafetensorError
+
+        if isinstance(error, (OSError, SafetensorError)):
+            stop(
+                self.where,
+                f"cannot be written ({first_line(error)})",
+                "make room; then --resume goes on from the last checkpoint",
+                1,
+            )
+
+
+def save_checkpoint(out: Path, step: int, models: dict[str, nn.Module], optimizer: Any, state: dict[str, Any]) -> None:
+    """Write `checkpoint/STEP`: weights and optimizer as safetensors, `state` as JSON; older ones go once it is whole."""
+    from safetensors.torch import save_file, save_model
+
+    final = out / "checkpoint" / f"{step:06d}"
+    part = final.with_name(final.name + ".part")
+    with writing(str(final)):
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for name, model in models.items():
+            save_model(model, str(part / f"{name}.safetensors"))
+        moments = optimizer.state_dict()["state"]
+        save_file({f"{i}.{k}": v for i, s in moments.items() for k, v in s.items()}, part / "optimizer.safetensors")
+        write_json(part / "state.json", {"step": step, **state})
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(part, final)
+        for old in sorted(final.parent.iterdir()):
+            if old != final:
+                shutil.rmtree(old)
+
+
+def load_checkpoint(out: Path, models: dict[str, nn.Module], optimizer: Any) -> dict[str, Any] | None:
+    """Restore the newest checkpoint into models and optimizer and return its state; None where there is none."""
+    from safetensors.torch import load_file, load_model
+
+    whole = sorted(p for p in (out / "checkpoint").glob("[0-9]*") if p.suffix != ".part")
+    if not whole:
+        return None
+    for name, model in models.items():
+        load_model(model, str(whole[-1] / f"{name}.safetensors"))
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in load_file(whole[-1] / "optimizer.safetensors").items():
+        index, name = key.split(".", 1)
+        moments.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return json.loads((whole[-1] / "state.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------------------- logging
+
+
+class Logger:
+    """`metrics.jsonl`, TensorBoard and, by choice, Weights & Biases, with the same names and values; main process only.
+
+    Args:
+        step_name: what is counted, the first key of each line: `step` or `update`.
+        last_step: on resume, lines after this step are cut off.
+    """
+
+    def __init__(self, out: Path, args: Any, process: Process, step_name: str, last_step: int = 0):
+        self.step_name = step_name
+        self.active = process.is_main
+        if not self.active:
+            return
+        import logging
+
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = out / "metrics.jsonl"
+        with writing(str(path)):
+            kept = (
+                [line for line in path.open() if json.loads(line)[step_name] <= last_step]
+                if path.exists() and last_step
+                else []
+            )
+            self.file = path.open("w", buffering=1)
+            self.file.writelines(kept)
+            self.board = SummaryWriter(str(out), purge_step=last_step + 1 if last_step else None)
+        self.board.add_text("args", markdown_table(["flag", "value"], [[k, str(v)] for k, v in vars(args).items()]), 0)
+        self.wandb = None
+        if args.track:
+            import wandb
+
+            self.wandb = wandb.init(project="ppo-rlhf", config=vars(args), dir=str(out), name=out.name)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Write one line and the same scalars; `step` counts what `step_name` says: steps or updates."""
+        if not self.active:
+            return
+        with writing(self.file.name):
+            self.file.write(json.dumps({self.step_name: step, **metrics}) + "\n")
+            for name, value in metrics.items():
+                self.board.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+
+    def table(self, step: int, name: str, header: list[str], rows: list[list[str]]) -> None:
+        """Write sample texts to TensorBoard."""
+        if self.active:
+            self.board.add_text(name, markdown_table(header, rows), step)
+            self.board.flush()
+
+    def close(self) -> None:
+        if self.active:
+            self.file.close()
+            self.board.close()
+            if self.wandb:
+                self.wandb.finish()
+
+
+def save_rollout(out: Path, process: Process, update: int, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+    """Write `rollouts/000010.safetensors`: the rows of all processes, and as metadata the numbers to recompute them."""
+    from safetensors.torch import save_file
+
+    rows = [{k: v[i].cpu() for k, v in tensors.items()} for i in range(len(tensors["scores"]))]
+    rows = gather(rows)
+    if process.is_main:
+        path = out / "rollouts" / f"{update:06d}.safetensors"
+        with writing(str(path)):
+            path.parent.mkdir(exist_ok=True)
+            save_file(
+                {k: torch.stack([r[k] for r in rows]) for k in rows[0]}, path, {k: str(v) for k, v in numbers.items()}
+            )
+
+
+def progress_bar(name: str, total: int, start: int, process: Process) -> tqdm:
+    """A progress bar on the main process; where nobody watches (a log file), a line now and then."""
+    seconds = 0.2 if sys.stderr.isatty() else 10
+    return tqdm(total=total, initial=start, desc=name, disable=not process.is_main, mininterval=seconds)
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; texts are escaped, for TensorBoard renders them as HTML."""
+    cells = [[html.escape(c).replace("|", "\\|").replace("\n", "<br>") for c in row] for row in [header, *rows]]
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+
+
+def print_samples(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """Print sample texts as a table on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, show_lines=True, title_justify="left")
+    for name in header:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*[Text(cell) for cell in row])
+    Console().print(table)
+
+
+def batches(rows: int, batch_size: int, epochs: int, seed: int, start: int) -> Iterator[tuple[int, list[int]]]:
+    """(step, row indices) of each optimizer batch from step `start` + 1 on; the last of an epoch may be smaller."""
+    step = 0
+    for epoch in range(epochs):
+        order = data_order(rows, epoch, seed)
+        for i in range(0, rows, batch_size):
+            step += 1
+            if step > start:
+                yield step, order[i : i + batch_size]
+
+
+def peak_memory_gb() -> float:
+    """Peak memory of this process so far in GB: of the GPU where there is one in use, else resident memory."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -45,15 +45,15 @@ class Args:
     """cpu, cuda, or auto: cuda where there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of matrix products; weights and optimizer stay in float32."""
-    epochs: int = 2
+    epochs: int = 3
     """Passes over the training rows."""
-    batch_size: int = 32
+    batch_size: int = 16
     """Sequences per optimizer step, over all processes."""
-    micro_batch_size: int = 32
+    micro_batch_size: int = 16
     """Sequences that one device holds in one forward-backward; never changes the result."""
     max_length: int = 512
     """Tokens of a sequence, prompt and completion; longer completions are cut."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     """Peak learning rate of AdamW; for pretrained models of 100M parameters and more take 1e-5 to 5e-5."""
     warmup_ratio: float = 0.05
     """Share of the steps over which the learning rate rises from 0, before its cosine decay to 0."""
@@ -63,7 +63,7 @@ class Args:
     """Recompute activations in the backward pass: less memory, more time."""
     save_every: int = 200
     """Steps between checkpoints for --resume; 0 saves none."""
-    eval_every: int = 100
+    eval_every: int = 200
     """Steps between evaluations; 0 evaluates at the end alone."""
     track: bool = False
     """Log to Weights & Biases too (pip install wandb)."""

@@ -504,9 +504,9 @@ def build_tiny(texts: list[str], device: torch.device) -> tuple[Any, Any]:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=8,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         initializer_range=0.05,  # 0.02 is meant for wide models; a narrow one starts slowly from it

@@ -13,20 +13,30 @@ gold = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(gold)
 w = gold.wordings
 
-SEED = 6
+SEED = 1
 HELD_OUT = 0.12  # share of the product x problem combinations that only validation prompts use
 SIZES = {
     "sft": {"train": 6500, "validation": 400},
     "preferences": {"train": 8700, "validation": 1000},
     "prompts": {"train": 2500, "validation": 400},
 }
-TEMPERATURE = 2.1  # of the Bradley-Terry labels, so that one label in five disagrees with the labeler
+TEMPERATURE = 3.9  # of the Bradley-Terry labels, so that one label in five disagrees with the labeler
 
-# What the untrained desk writes; the parts are drawn independently of each other.
-TONES = (("polite", 0.42), ("curt", 0.30), ("rude", 0.28))
-REMEDY = (("right", 0.52), ("wrong", 0.18), ("none", 0.30))
-PRODUCT = (("right", 0.66), ("other", 0.15), ("none", 0.19))
-RAMBLE = 0.24
+# What the untrained desk writes. Some of its agents take care and some do not; an agent's parts are drawn independently.
+CAREFUL = 0.55  # share of the replies by agents who take care
+TONES = {
+    "careful": (("polite", 0.60), ("curt", 0.35), ("rude", 0.05)),
+    "careless": (("polite", 0.20), ("curt", 0.30), ("rude", 0.50)),
+}
+REMEDY = {
+    "careful": (("right", 0.92), ("wrong", 0.02), ("none", 0.06)),
+    "careless": (("right", 0.10), ("wrong", 0.50), ("none", 0.40)),
+}
+PRODUCT = {
+    "careful": (("right", 0.94), ("other", 0.02), ("none", 0.04)),
+    "careless": (("right", 0.25), ("other", 0.45), ("none", 0.30)),
+}
+RAMBLE = {"careful": 0.08, "careless": 0.40}
 
 
 def weighted(rng, table):
@@ -66,10 +76,11 @@ def make_prompt(rng, product, problem):
 
 def make_reply(rng, product, problem):
     """A reply of the untrained desk, with one leading space."""
-    tone, remedy, mention = weighted(rng, TONES), weighted(rng, REMEDY), weighted(rng, PRODUCT)
+    agent = "careful" if rng.random() < CAREFUL else "careless"
+    tone, remedy, mention = weighted(rng, TONES[agent]), weighted(rng, REMEDY[agent]), weighted(rng, PRODUCT[agent])
     named = {"right": product, "other": other(rng, w.PRODUCTS, product), "none": None}[mention]
-    kind = {"polite": rng.choice(("apology", "thanks", "greeting", "apology")), "curt": "curt", "rude": "rude"}[tone]
-    ramble = rng.random() < RAMBLE
+    opener = {"polite": rng.choice(("apology", "thanks", "greeting", "apology")), "curt": "curt", "rude": "rude"}[tone]
+    ramble = rng.random() < RAMBLE[agent]
     stall = remedy == "none" and rng.random() < 0.6
 
     # Which parts there are besides the ramble; a polite reply is so by its opening, its closing or both.
@@ -83,7 +94,7 @@ def make_reply(rng, product, problem):
 
     parts = []
     if opening:
-        parts.append(w.expand(rng.choice(w.LINES[kind]), in_opening))
+        parts.append(w.expand(rng.choice(w.LINES[opener]), in_opening))
     if stall:
         parts.append(w.expand(rng.choice(w.STALLS), in_body))
     elif body:
@@ -101,7 +112,7 @@ def make_reply(rng, product, problem):
 def make_pair(rng, prompt, product, problem):
     """Two replies with different scores, labelled by Bradley-Terry: a preference row."""
     while True:
-        a, b = make_reply(rng, product, problem), make_reply(rng, product, problem)
+        a, b = (make_reply(rng, product, problem) for _ in range(2))
         score_a, score_b = gold.score([prompt, prompt], [a, b])
         if score_a != score_b:
             break

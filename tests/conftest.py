@@ -1,0 +1,349 @@
+"""What the tests share: a very small model and data set, and fixtures that run a stage on them in about a second.
+
+The world of these tests: somebody asks for a fruit, `Q: two ripe plums?\nA:`, and the answer names it. Models have 2
+layers of width 32; the tokenizer is a byte-level BPE with about 400 tokens.
+"""
+
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+CACHE = tempfile.mkdtemp(prefix="ppo-rlhf-tests-")
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_DATASETS_CACHE": CACHE,
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402, F401 (its log goes to the stderr of its first import: not to a test's, closed later)
+from safetensors.torch import load_file  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+COUNTS = ["two", "three", "four", "five", "six"]
+KINDS = ["ripe", "green", "small", "very large", "fresh"]
+FRUITS = ["plums", "pears", "figs", "apples", "limes", "dates"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def deterministic():
+    """One thread and a fixed seed: sums come out the same, whatever ran before."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def sft_rows() -> list[dict]:
+    """Answers of two lengths: a mean over rows is not a mean over tokens."""
+    rows = []
+    for count, kind, fruit in itertools.product(COUNTS, KINDS, FRUITS):
+        answer = f" Yes, {count} {fruit}." if kind == "ripe" else f" Yes, {count} {kind} {fruit}, in a box of {count}."
+        rows.append({"prompt": f"Q: {count} {kind} {fruit}?\nA:", "completion": answer})
+    return rows
+
+
+def preference_rows() -> list[dict]:
+    """The chosen answer says yes, the rejected one no; both may be short or long."""
+    rows = []
+    for i, row in enumerate(sft_rows()):
+        fruit = FRUITS[i % len(FRUITS)]
+        rest = f" {fruit}." if i % 2 else f" {fruit} for you, with a box of {fruit}."
+        rows.append({"prompt": row["prompt"], "chosen": " Yes," + rest, "rejected": " No," + rest})
+    return rows
+
+
+def prompt_rows() -> list[dict]:
+    """Prompts of different lengths, with a column for reward functions."""
+    return [
+        {"prompt": ("Hello! " if i % 3 == 0 else "") + row["prompt"], "fruit": FRUITS[i % len(FRUITS)]}
+        for i, row in enumerate(sft_rows())
+    ]
+
+
+def as_chat(row: dict) -> dict:
+    """A row of text as a row of messages."""
+    role = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
+    return {k: [{"role": role[k], "content": v.strip()}] if k in role else v for k, v in row.items()}
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    """One JSON object a line; a row that is a string is written as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def write_data(folder: Path, rows: list, validation: int = 12) -> str:
+    """A folder with train.jsonl and validation.jsonl; the latter has `validation` rows from all over."""
+    step = len(rows) // validation - 1  # 11 for 150 rows, so that every kind of row is among them
+    held_out = range(0, step * validation, step)
+    write_jsonl(folder / "train.jsonl", [row for i, row in enumerate(rows) if i not in held_out])
+    write_jsonl(folder / "validation.jsonl", [rows[i] for i in held_out])
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> SimpleNamespace:
+    """Folders of the three stages' data, as text and as chat messages."""
+    folder, made = tmp_path_factory.mktemp("data"), SimpleNamespace()
+    for name, rows in (("sft", sft_rows()), ("preferences", preference_rows()), ("prompts", prompt_rows())):
+        setattr(made, name, write_data(folder / name, rows))
+        setattr(made, f"chat_{name}", write_data(folder / f"chat_{name}", [as_chat(row) for row in rows]))
+    return made
+
+
+@pytest.fixture(scope="session")
+def rewards(tmp_path_factory) -> str:
+    """A file of reward functions."""
+    path = tmp_path_factory.mktemp("rewards") / "rewards.py"
+    path.write_text(
+        "def letter(prompts, completions, **columns):\n"
+        "    return [c.count('e') / max(len(c), 1) for c in completions]\n"
+        "def length(prompts, completions, **columns):\n"
+        "    return [float(len(c)) for c in completions]\n"
+        "def fruit(prompts, completions, fruit, **columns):\n"
+        "    return [float(f in c) for f, c in zip(fruit, completions, strict=True)]\n"
+    )
+    return str(path)
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+def make_tokenizer(pad: str = "<pad>", eos: str = "<eos>", bos: str | None = None, chat: bool = False, size: int = 400):
+    """A byte-level BPE trained on the rows above, with special tokens for chats; `bos` is put before every text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    specials = ["<pad>", "<eos>", "<bos>", "<|user|>", "<|assistant|>", "<|end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([t for row in preference_rows() for t in row.values()], trainer)
+    if bos:
+        bpe.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, specials.index(bos))]
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=pad,
+        eos_token=eos,
+        bos_token=bos,
+        additional_special_tokens=[s for s in specials if s not in (pad, eos, bos)],
+    )
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_model(tokenizer, seed: int = 0, **config):
+    """A random Llama of 2 layers and width 32 that fits the tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.1,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "attn_implementation": "eager",
+    }
+    return LlamaForCausalLM(LlamaConfig(**settings | config)).eval()
+
+
+def save_pair(folder: Path, model, tokenizer) -> str:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def model(tokenizer):
+    """A random language model, a new copy for each test."""
+    return make_model(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> SimpleNamespace:
+    """Folders of untrained models: `plain`, `chat` (turns end in EOS) and `other` (another tokenizer and width)."""
+    folder = tmp_path_factory.mktemp("base")
+    kinds = {
+        "plain": {},
+        "chat": {"eos": "<|end|>", "chat": True},
+        "other": {"size": 300, "bos": "<bos>", "pad": "<eos>", "eos": "<|end|>"},
+    }
+    made = SimpleNamespace()
+    for name, kind in kinds.items():
+        tok = make_tokenizer(**kind)
+        width = {"hidden_size": 24, "intermediate_size": 40} if name == "other" else {}
+        setattr(made, name, save_pair(folder / name, make_model(tok, **width), tok))
+    return made
+
+
+# -------------------------------------------------------------------------------------------------------------- stages
+
+Stage = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def sft(base, data) -> Stage:
+    """sft.py on the small data: `sft(out, **flags)` runs it and returns `out`."""
+    import sft
+
+    def run(out: Path, **flags) -> Path:
+        defaults = {"model": base.plain, "dataset": data.sft, "device": "cpu", "learning_rate": 1e-2, "max_length": 64}
+        defaults |= {"batch_size": 16, "micro_batch_size": 16, "epochs": 1}
+        sft.main(sft.Args(**defaults | flags, output_dir=str(out)))
+        return out
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def reward_model(base, data) -> Stage:
+    """reward_model.py on the small data: `reward_model(out, **flags)` runs it and returns `out`."""
+    import reward_model
+
+    def run(out: Path, **flags) -> Path:
+        defaults = {"model": base.plain, "dataset": data.preferences, "normalize_with": data.sft, "device": "cpu"}
+        defaults |= {"batch_size": 16, "micro_batch_size": 16, "learning_rate": 3e-3, "max_length": 64}
+        reward_model.main(reward_model.Args(**defaults | flags, output_dir=str(out)))
+        return out
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def models(sft, reward_model, tmp_path_factory) -> SimpleNamespace:
+    """Folders of the first two stages' results, `sft` and `reward_model`, made by the stages themselves."""
+    folder = tmp_path_factory.mktemp("models")
+    trained = sft(folder / "sft", epochs=2)
+    return SimpleNamespace(sft=trained, reward_model=reward_model(folder / "reward_model", model=str(trained)))
+
+
+@pytest.fixture(scope="session")
+def ppo(models, data) -> Stage:
+    """ppo_rlhf.py, two updates of 8 short responses if not told otherwise: `ppo(out, **flags)` returns `out`."""
+    import ppo_rlhf
+
+    def run(out: Path, **flags) -> Path:
+        defaults = {"model": str(models.sft), "reward_model": str(models.reward_model), "dataset": data.prompts}
+        defaults |= {"device": "cpu", "total_episodes": 16, "batch_size": 8, "micro_batch_size": 4, "eval_prompts": 4}
+        defaults |= {"num_ppo_epochs": 2, "response_length": 10, "learning_rate": 1e-3}
+        ppo_rlhf.main(ppo_rlhf.Args(**defaults | flags, output_dir=str(out)))
+        return out
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def chain(models, ppo, tmp_path_factory) -> SimpleNamespace:
+    """All three stages one after the other: `sft`, `reward_model` and `ppo`, the last with every rollout saved."""
+    out = ppo(tmp_path_factory.mktemp("chain") / "ppo", save_rollouts=1, eval_every=1, save_every=1, num_mini_batches=2)
+    return SimpleNamespace(sft=models.sft, reward_model=models.reward_model, ppo=out)
+
+
+# ----------------------------------------------------------------------------------------------------- reading results
+
+
+def metrics_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def summary_of(out: Path) -> dict:
+    return json.loads((out / "summary.json").read_text())
+
+
+def weights_of(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model.safetensors")
+
+
+TIMES = {"eps", "tokens_per_second", "time/rollout", "time/score", "time/train", "seconds"}
+
+
+def without_times(row: dict) -> dict:
+    """A line of metrics or a summary without what depends on the clock."""
+    return {k: v for k, v in row.items() if k not in TIMES}
+
+
+def assert_same_run(a: Path, b: Path, tolerance: float = 0.0) -> None:
+    """Final weights, metrics and summary of two runs agree, to the bit if the tolerance is 0."""
+    for (name, x), y in zip(weights_of(a).items(), weights_of(b).values(), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+    rows_a, rows_b = metrics_of(a), metrics_of(b)
+    assert len(rows_a) == len(rows_b)
+    for x, y in zip(rows_a, rows_b, strict=True):
+        assert without_times(x) == pytest.approx(without_times(y), rel=tolerance, abs=tolerance)
+    x, y = (without_times(summary_of(out)) for out in (a, b))
+    if tolerance == 0:
+        assert x == y
+
+
+def plain_lm(folder: Path | str):
+    """A language model as any program would load it."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def plain_classifier(folder: Path | str):
+    """A sequence classifier as any program would load it."""
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def plain_logprobs(model, prompt: list[int], response: list[int], temperature: float = 1.0) -> np.ndarray:
+    """log pi of each response token in nats by teacher forcing: one sequence, no padding, no mask, float64 softmax."""
+    ids = torch.tensor([[*prompt, *response]])
+    logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].double() / temperature
+    return logits.log_softmax(-1)[torch.arange(len(response)), response].numpy()
+
+
+@torch.no_grad()
+def plain_scores(folder: Path | str, sequences: list[list[int]]) -> np.ndarray:
+    """Normalized scores by the classifier's own forward pass, one sequence at a time without padding."""
+    model = plain_classifier(folder)
+    raw = np.array([model(input_ids=torch.tensor([ids])).logits.item() for ids in sequences])
+    return (raw - model.config.reward_mean) / model.config.reward_std

@@ -147,6 +147,7 @@ def main(args: Args) -> None:
     process = utils.start_process(args.device, args.seed)
     device = process.device
     check_flags(args, process.world)
+    utils.check_output(args)
 
     # ------------------------------------------------------------------------------------------- models and prompts
     tokenizer = utils.load_tokenizer(args.model)
@@ -161,7 +162,7 @@ def main(args: Args) -> None:
     if args.reward_fn:
         reward_fn = utils.load_function(args.reward_fn, "--reward-fn")
     else:
-        reward_model = utils.load_classifier(args.reward_model, device).requires_grad_(False)
+        reward_model = utils.load_classifier(args.reward_model, device, trained=True).requires_grad_(False)
         reward_tokenizer = utils.load_tokenizer(args.reward_model)
     shared_tokenizer = reward_model is not None and utils.same_tokenizer(tokenizer, reward_tokenizer)
     if (
@@ -176,24 +177,19 @@ def main(args: Args) -> None:
 
     R = args.response_length
     room = utils.context_length(policy) - R
+    if shared_tokenizer:  # which reads prompt, response and an EOS
+        room = min(room, utils.context_length(reward_model) - R - 1)
     train_prompts = utils.load_prompts(tokenizer, args.dataset, args.train_split, room)
     eval_prompts = utils.load_prompts(tokenizer, args.dataset, args.eval_split, room)[: args.eval_prompts]
     ptx_rows = []
     if args.ptx_dataset:
         ptx_data = utils.load_data(args.ptx_dataset, args.train_split, utils.SFT_FORMATS)
-        ptx_rows = list(
-            zip(*utils.encode_pairs(tokenizer, utils.demonstrations(ptx_data), ptx_data.places), strict=True)
-        )
-    out = utils.open_output(args, process)
-
-    trained = {"policy": policy} if value_model is None else {"policy": policy, "value_model": value_model}
-    parameters = [p for model in trained.values() for p in model.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)  # D6
-    num_updates = args.total_episodes // args.batch_size
-    kl_coef, first_update = args.kl_coef, 1
-    if args.resume and (state := utils.load_checkpoint(out, trained, optimizer)):
-        kl_coef, first_update = state["kl_coef"], state["step"] + 1
-    logger = utils.Logger(out, args, process, "update", first_update - 1)
+        encoded = utils.encode_pairs(tokenizer, utils.demonstrations(ptx_data), ptx_data.places)
+        most = utils.context_length(policy)  # tokens; longer completions are cut, as in sft.py
+        for prompt, completion, place in zip(*encoded, ptx_data.places, strict=True):
+            what = f"the prompt's {len(prompt)} tokens leave no room for a completion within {most}"
+            utils.require(len(prompt) < most, place, what, "shorten it")
+            ptx_rows.append((prompt, completion[: most - len(prompt)]))
 
     # ------------------------------------------------------------------------------------- what the loop is made of
     def policy_outputs(model: Any, ids: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -211,7 +207,8 @@ def main(args: Args) -> None:
     def value_outputs(ids: Tensor, mask: Tensor, length: int) -> Tensor:
         """V [B, R] of the states before the last R = `length` tokens: read one position before the token (B14)."""
         with utils.autocast(device, args.dtype):
-            return utils.head_outputs(value_model, ids, mask)[:, -length - 1 : -1]
+            values = utils.head_outputs(value_model, ids, mask)[:, -length - 1 : -1]
+        return utils.normalize_scores(value_model, values)  # on the scale of the scores (D13, D15)
 
     def sample_responses(
         model: Any, prompts: list[utils.Prompt], width: int, rng: torch.Generator
@@ -229,7 +226,7 @@ def main(args: Args) -> None:
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         if reward_fn is not None:
             prompt_texts, rows = [p.text for p in prompts], [p.row for p in prompts]
-            scores = utils.call_reward_function(reward_fn, args.reward_fn, prompt_texts, texts, rows)
+            scores = utils.call_reward_function(reward_fn, args.reward_fn, prompt_texts, texts, rows, update)
             return torch.tensor(scores, device=device), texts
         if shared_tokenizer:  # the reward model has learned on texts that end in EOS (B19)
             sequences = [
@@ -271,7 +268,7 @@ def main(args: Args) -> None:
             judged = [None] * len(prompts)
             if judge is not None:
                 prompt_texts, rows = [p.text for p in prompts], [p.row for p in prompts]
-                judged = utils.call_reward_function(judge, judge_file, prompt_texts, texts, rows)
+                judged = utils.call_reward_function(judge, judge_file, prompt_texts, texts, rows, update)
             kl = torch.zeros(len(prompts), device=device)
             for part, columns, length in micro_batches(torch.arange(len(prompts)), mask, response_mask):
                 logprobs, _ = policy_outputs(model, ids[part, columns], mask[part, columns], length)
@@ -286,7 +283,7 @@ def main(args: Args) -> None:
     def ptx_backward(count: int, rng: torch.Generator) -> Tensor:
         """D31: add the gradient of ptx_coef times the loss, nats per token, on `count` demonstrations of this process."""
         rows = [ptx_rows[i] for i in torch.randint(len(ptx_rows), (count,), generator=rng).tolist()]
-        num_tokens = utils.sum_over_processes(torch.tensor(sum(len(c) for _, c in rows), device=device))
+        num_tokens = utils.sum_over_processes(torch.tensor(sum(len(c) - (not p) for p, c in rows), device=device))
         total = torch.zeros((), device=device)
         for i in range(0, count, args.micro_batch_size):
             micro = rows[i : i + args.micro_batch_size]
@@ -301,6 +298,7 @@ def main(args: Args) -> None:
         return utils.sum_over_processes(total)
 
     # -------------------------------------------------------------------------------------------------- the PPO loop
+    num_updates = args.total_episodes // args.batch_size
     local_batch_size = args.batch_size // process.world
     prompts_per_update = args.batch_size // args.samples_per_prompt
     if process.is_main:
@@ -308,7 +306,17 @@ def main(args: Args) -> None:
         print(
             f"ppo_rlhf: policy of {size:.1f}M parameters, {len(train_prompts)} prompts, {num_updates} updates on {device}"
         )
+    update = 0
     before = evaluate(reference)
+    out = utils.open_output(args, process)
+
+    trained = {"policy": policy} if value_model is None else {"policy": policy, "value_model": value_model}
+    parameters = [p for model in trained.values() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)  # D6
+    kl_coef, first_update = args.kl_coef, 1
+    if args.resume and (state := utils.load_checkpoint(out, trained, optimizer)):
+        kl_coef, first_update = state["kl_coef"], state["step"] + 1
+    logger = utils.Logger(out, args, process, "update", first_update - 1)
     progress = utils.progress_bar("ppo_rlhf", num_updates, first_update - 1, process)
     for update in range(first_update, num_updates + 1):
         clock = [utils.now(device)]
@@ -429,7 +437,7 @@ def main(args: Args) -> None:
                         if epoch == 0 and not grad_norms:
                             ratio_error = torch.max(ratio_error, (ratio - 1).abs().max())
                 if (
-                    args.ptx_coef
+                    args.ptx_coef and update > args.critic_warmup_updates
                 ):  # D31: loss of a language model on as many demonstrations as the mini-batch has responses
                     ptx_losses.append(ptx_backward(len(minibatch), shuffle))
                 utils.sum_gradients(parameters)
@@ -533,7 +541,8 @@ def main(args: Args) -> None:
         seconds = time.time() - started
         evaluation = compare(before, after)
         summary = {"updates": num_updates, "episodes": num_updates * args.batch_size, "seconds": seconds}
-        utils.write_json(out / "summary.json", summary | {"eval": evaluation})
+        with utils.writing(str(out)):
+            utils.write_json(out / "summary.json", summary | {"eval": evaluation})
         by = evaluation["win_rate_by"]
         print(
             f"ppo_rlhf: the policy wins {evaluation['win_rate']:.3f} of {len(before)} held-out prompts by the {by}; mean {by} "

@@ -82,6 +82,7 @@ def main(args: Args) -> None:
     started = time.time()
     process = utils.start_process(args.device, args.seed)
     utils.check_common_flags(args, process.world)
+    utils.check_output(args)
     utils.require(args.epochs > 0, "--epochs", f"{args.epochs} is not positive", "pass 1 or more")
     utils.require(args.max_length > 1, "--max-length", f"{args.max_length} leaves no room", "pass 2 or more")
     utils.require(0 <= args.warmup_ratio < 1, "--warmup-ratio", f"{args.warmup_ratio} is no share", "pass 0 to below 1")
@@ -107,6 +108,11 @@ def main(args: Args) -> None:
     train_pairs = encode(tokenizer, train_data, max_length)
     eval_pairs = encode(tokenizer, eval_data, max_length)
     utils.require(bool(train_pairs) and bool(eval_pairs), args.dataset, "no pair is short enough", "raise --max-length")
+    sft_texts = []  # token ids of the demonstrations that the scores are normalized on
+    if sft_data is not None:
+        encoded = utils.encode_pairs(tokenizer, utils.demonstrations(sft_data), sft_data.places)
+        sft_texts = [p + c for p, c in zip(*encoded, strict=True) if len(p) + len(c) <= max_length]
+        utils.require(bool(sft_texts), args.normalize_with, "no text is short enough", "raise --max-length")
     out = utils.open_output(args, process)
 
     # D6: AdamW without weight decay, warmup, cosine to 0
@@ -204,12 +210,8 @@ def main(args: Args) -> None:
     progress.close()
 
     # --------------------------------------------------------------------------------------------------- normalize
-    if sft_data is not None:
-        pairs = utils.demonstrations(sft_data)
-        prompts, completions = utils.encode_pairs(tokenizer, pairs, sft_data.places)
-        texts = [p + c for p, c in zip(prompts, completions, strict=True) if len(p) + len(c) <= max_length]
-        utils.require(bool(texts), args.normalize_with, "no text is short enough", "raise --max-length")
-        scores = score_all(texts)
+    if sft_texts:
+        scores = score_all(sft_texts)
         # D13: PPO subtracts the mean; the loss never sees it, for it depends on differences alone
         model.config.reward_mean = float(scores.mean())
         model.config.reward_std = float(scores.std()) if args.normalize_std and scores.std() > 0 else 1.0
@@ -227,7 +229,8 @@ def main(args: Args) -> None:
             "score_length_correlation": result["score_length_correlation"],
             "seconds": time.time() - started,
         }
-        utils.write_json(out / "summary.json", summary)
+        with utils.writing(str(out)):
+            utils.write_json(out / "summary.json", summary)
         print(
             f"reward_model: accuracy {result['accuracy']:.3f} (95% interval {low:.3f} to {high:.3f}) on {len(eval_pairs)} "
             f"held-out pairs, margin {summary['mean_margin']:.2f}, correlation with length "

@@ -73,6 +73,7 @@ def main(args: Args) -> None:
     started = time.time()
     process = utils.start_process(args.device, args.seed)
     utils.check_common_flags(args, process.world)
+    utils.check_output(args)
     utils.require(args.epochs > 0, "--epochs", f"{args.epochs} is not positive", "pass 1 or more")
     utils.require(args.max_length > 1, "--max-length", f"{args.max_length} leaves no room", "pass 2 or more")
     utils.require(0 <= args.warmup_ratio < 1, "--warmup-ratio", f"{args.warmup_ratio} is no share", "pass 0 to below 1")
@@ -182,7 +183,8 @@ def main(args: Args) -> None:
     if process.is_main:
         utils.save_model(model, tokenizer, out)
         summary = {"eval_loss": eval_loss, "perplexity": math.exp(eval_loss), "seconds": time.time() - started}
-        utils.write_json(out / "summary.json", summary)
+        with utils.writing(str(out)):
+            utils.write_json(out / "summary.json", summary)
         print(
             f"sft: held-out loss {eval_loss:.3f} nats per token, perplexity {math.exp(eval_loss):.2f}; "
             f"{summary['seconds']:.0f} s, peak memory {utils.peak_memory_gb():.2f} GB; model in {out}"

@@ -29,8 +29,13 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
+open_bars: list[tqdm] = []
+
+
 def stop(where: str, what: str, mend: str, code: int = 2) -> NoReturn:
     """Print `error: WHERE: WHAT; HOW TO MEND` on one line of stderr and exit: 2 for wrong input, 1 for a failed run."""
+    while open_bars:
+        open_bars.pop().close()  # ends its line, so that the error starts one of its own
     print(f"error: {where}: {what}; {mend}".replace("\n", " "), file=sys.stderr, flush=True)
     raise SystemExit(code)
 
@@ -89,7 +94,8 @@ def generator(device: torch.device | str, *numbers: int) -> torch.Generator:
 
     Randomness is a function of where the run is, not of what it did before, so a resumed run draws the same numbers.
     """
-    seed = int(np.random.SeedSequence([n % 2**32 for n in numbers]).generate_state(1)[0])
+    # numpy takes [1] and [1, 0] for the same entropy, so the count comes first
+    seed = int(np.random.SeedSequence([len(numbers), *(n % 2**32 for n in numbers)]).generate_state(1)[0])
     return torch.Generator(device).manual_seed(seed)
 
 
@@ -103,6 +109,7 @@ def sum_over_processes(x: Tensor) -> Tensor:
 
 def sum_gradients(parameters: list[nn.Parameter]) -> None:
     """Add up gradients over processes: each loss is already divided by the token count of the whole batch (D9)."""
+    parameters = [p for p in parameters if p.requires_grad]  # none for a policy that stands still (D32)
     if dist.is_initialized():
         for p in parameters:
             if p.grad is None:  # a process whose share of the last batch is empty takes part all the same
@@ -166,12 +173,12 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def open_output(args: Any, process: Process) -> Path:
-    """Make `--output-dir` ready and write `args.json`; leave a folder that already holds a run alone.
+def check_output(args: Any) -> None:
+    """Leave an `--output-dir` alone that already holds a run; call it in every process before any opens the folder.
 
     Raises:
-        SystemExit: code 2 if the folder holds a run (without --resume or --overwrite) or anything else, if it cannot
-            be written, or if --resume comes with flags that would make it another run.
+        SystemExit: code 2 if the folder holds a run (without --resume or --overwrite) or anything else, or if --resume
+            comes with flags that would make it another run.
     """
     out, given = Path(args.output_dir), json.loads(json.dumps(dataclasses.asdict(args)))
     require(not (args.resume and args.overwrite), "--resume", "contradicts --overwrite", "pass one of the two")
@@ -187,13 +194,24 @@ def open_output(args: Any, process: Process) -> Path:
             for name in given.keys() - FREE_ON_RESUME:
                 same = before.get(name) == given[name]
                 require(same, flag(name), f"was {before.get(name)!r} in {out}", "resume with the flags of that run")
+
+
+def open_output(args: Any, process: Process) -> Path:
+    """Make `--output-dir` ready and write `args.json`, once all processes have come through `check_output`.
+
+    Raises:
+        SystemExit: code 2 if it cannot be written.
+    """
+    out = Path(args.output_dir)
+    if dist.is_initialized():
+        dist.barrier()  # nobody may find the folder that the main process makes here
     if process.is_main:
         try:
             if args.overwrite and out.exists():
                 for path in [out / name for name in OWN_FILES] + list(out.glob("events.out.tfevents.*")):
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             out.mkdir(parents=True, exist_ok=True)
-            write_json(out / "args.json", given)
+            write_json(out / "args.json", dataclasses.asdict(args))
         except OSError as error:
             stop(str(out), f"cannot be written ({first_line(error)})", "pass another --output-dir")
     if dist.is_initialized():
@@ -239,7 +257,8 @@ def load_data(dataset: str, split: str, formats: list[tuple[str, ...]]) -> Data:
     columns = next((f for f in formats if all(c in data.rows[0] for c in f)), None)
     if columns is None:
         wanted = " or ".join(",".join(f) for f in formats)
-        near = [m for c in found for m in difflib.get_close_matches(c, [c for f in formats for c in f], 1)]
+        known = {c for f in formats for c in f}
+        near = [m for c in found if c not in known for m in difflib.get_close_matches(c, known.difference(found), 1)]
         hint = f"rename it to {near[0]!r}" if near else f"the columns must be {wanted}"
         stop(data.places[0], f"columns {','.join(found)} found, {wanted} wanted", hint)
     for row, place in zip(data.rows, data.places, strict=True):
@@ -255,7 +274,8 @@ def read_rows(dataset: str, split: str) -> Data:
         return hold_out(read_jsonl(path), split)
     if (path / f"{split}.jsonl").is_file() or (path.is_dir() and any(path.glob("*.jsonl"))):
         return read_jsonl(path / f"{split}.jsonl")
-    if not path.exists() and (path.suffix or dataset.startswith((".", "/", "~"))):
+    is_file_name = path.suffix in (".json", ".csv", ".tsv", ".parquet", ".txt", ".arrow")  # a hub id may have a dot
+    if not path.exists() and (is_file_name or dataset.startswith((".", "/", "~"))):
         stop(dataset, "no such file or folder", "check --dataset")
     import datasets  # takes seconds; local .jsonl files do not need it
 
@@ -303,7 +323,7 @@ def hold_out(data: Data, split: str) -> Data:
 def check_field(value: Any, column: str, place: str) -> None:
     """A field is a non-empty string or a non-empty list of chat messages."""
     where = f"{place}: {column}"
-    if isinstance(value, str):
+    if isinstance(value, str) and column != "messages":
         require(bool(value.strip()), where, "is empty", "fill it in or drop the row")
     elif isinstance(value, list):
         require(bool(value), where, "is an empty chat", "fill it in or drop the row")
@@ -330,6 +350,8 @@ def render(tokenizer: Any, prompt: Any, completion: Any, place: str) -> tuple[st
         "is a chat, but the tokenizer has no chat template",
         "use plain text",
     )
+    what = "the prompt is a text, but its answer is a chat"
+    require(isinstance(prompt, list) or not prompt, place, what, "write both as messages or both as texts")
     messages = prompt if isinstance(prompt, list) else []
     answer = completion or []
     if isinstance(answer, str):
@@ -376,12 +398,13 @@ def encode_pairs(
     texts = [render(tokenizer, *pair, place) for pair, place in zip(pairs, places, strict=True)]
     chats = [isinstance(p, list) or isinstance(c, list) for p, c in pairs]
     prompts: list[list[int]] = [[] for _ in pairs]
+    appends_eos = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id  # a text's own EOS stays
     for chat in {*chats}:
         rows = [i for i, c in enumerate(chats) if c == chat]
         for i, ids in zip(
             rows, tokenizer([texts[i][0] for i in rows], add_special_tokens=not chat)["input_ids"], strict=True
         ):
-            prompts[i] = ids[:-1] if not chat and ids[-1:] == [tokenizer.eos_token_id] else ids
+            prompts[i] = ids[:-1] if not chat and appends_eos else ids
     eos = tokenizer.eos_token
     answers = [c.rstrip().removesuffix(eos) if c.rstrip().endswith(eos) else c for _, c in texts]
     completions = tokenizer(answers, add_special_tokens=False)["input_ids"]
@@ -461,10 +484,7 @@ def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any)
     """A model in float32 on `device`, dropout off (D4): it stays in eval mode, in training too."""
     # eager attention is the faster one on a CPU at the lengths that one trains on there
     attention = "eager" if device.type == "cpu" else "sdpa"
-    try:
-        loaded = from_pretrained(auto_class, model, dtype=torch.float32, attn_implementation=attention, **kwargs)
-    except ValueError as error:  # the configuration names an architecture without such a head
-        stop(model, f"cannot be used as {auto_class.__name__} ({first_line(error)})", "pass another model")
+    loaded = from_pretrained(auto_class, model, dtype=torch.float32, attn_implementation=attention, **kwargs)
     return loaded.to(device).eval()
 
 
@@ -482,7 +502,7 @@ def from_pretrained(auto_class: Any, model: str, **kwargs: Any) -> Any:
         )
     try:
         return auto_class.from_pretrained(str(path) if kind == "folder" else model, **kwargs)
-    except (OSError, json.JSONDecodeError) as error:
+    except Exception as error:  # libraries raise anything here, from ImportError to SafetensorError
         stop(model, f"no model could be loaded from this {kind} ({first_line(error)})", "check the name and its files")
 
 
@@ -525,11 +545,18 @@ def load_causal_lm(model: str, device: torch.device) -> Any:
     return load_model(AutoModelForCausalLM, model, device)
 
 
-def load_classifier(model: str, device: torch.device) -> Any:
-    """A model with a scalar head, `score`, in float32 and eval mode: a reward model, or the start of one."""
+def load_classifier(model: str, device: torch.device, trained: bool = False) -> Any:
+    """A model with a scalar head, `score`, in float32 and eval mode: a reward model, or the start of one.
+
+    With `trained` it must have its head already: transformers would give a language model a random one.
+    """
     from transformers import AutoModelForSequenceClassification
 
     loaded = load_model(AutoModelForSequenceClassification, model, device, num_labels=1)
+    is_classifier = any("SequenceClassification" in name for name in loaded.config.architectures or [])
+    require(
+        is_classifier or not trained, model, "is no reward model: its head is untrained", "run reward_model.py first"
+    )
     require(hasattr(loaded, "score"), model, f"{type(loaded).__name__} has no head named score", "pass another model")
     return loaded
 
@@ -718,9 +745,10 @@ def load_function(spec: str, where: str) -> Callable[..., list[float]]:
     file, _, name = spec.rpartition(":")
     require(bool(file and name), where, f"{spec!r} is not FILE.py:FUNCTION", "pass for example rewards.py:length")
     require(Path(file).is_file(), where, f"{file} is not a file", "check the path")
-    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module_spec = importlib.util.spec_from_file_location(f"functions_of_{Path(file).stem}", file)
     require(module_spec is not None, where, f"{file} is no Python file", "pass a file that ends in .py")
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses and pickle look their module up there
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
@@ -736,12 +764,16 @@ def call_reward_function(
     prompts: list[str],
     completions: list[str],
     rows: list[dict[str, Any]],
+    update: int = 0,
 ) -> list[float]:
     """Scores of `function(prompts, completions, **columns)`; columns are the other columns of the data set, by name.
 
     Raises:
-        SystemExit: code 2 if it raises, returns the wrong number of values, or one that is no finite number.
+        SystemExit: if it raises, returns the wrong number of values, or one that is no finite number: code 2 before
+            training (`update` 0), code 1 after.
     """
+    code = 1 if update else 2
+    where = f"update {update}: {where}" if update else where
     names = {name for row in rows for name in row} - {"prompt", "prompts", "completions"}
     columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
     try:
@@ -751,15 +783,13 @@ def call_reward_function(
             where,
             f"raised {first_line(error)}",
             "mend the function; it is called as f(prompts, completions, **columns)",
+            code,
         )
-    require(
-        len(scores) == len(prompts),
-        where,
-        f"returned {len(scores)} values for {len(prompts)} prompts",
-        "return one each",
-    )
+    if len(scores) != len(prompts):
+        stop(where, f"returned {len(scores)} values for {len(prompts)} prompts", "return one each", code)
     for prompt, score in zip(prompts, scores, strict=True):
-        require(math.isfinite(score), where, f"returned {score} for the prompt {prompt!r:.60}", "return finite numbers")
+        if not math.isfinite(score):
+            stop(where, f"returned {score} for the prompt {prompt!r:.60}", "return finite numbers", code)
     return scores
 
 
@@ -855,14 +885,11 @@ class Logger:
 
         path = out / "metrics.jsonl"
         with writing(str(path)):
-            kept = (
-                [line for line in path.open() if json.loads(line)[step_name] <= last_step]
-                if path.exists() and last_step
-                else []
-            )
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)[step_name] <= last_step]
             self.file = path.open("w", buffering=1)
             self.file.writelines(kept)
-            self.board = SummaryWriter(str(out), purge_step=last_step + 1 if last_step else None)
+            self.board = SummaryWriter(str(out), purge_step=last_step + 1)  # hides what an interrupted run did after
         self.board.add_text("args", markdown_table(["flag", "value"], [[k, str(v)] for k, v in vars(args).items()]), 0)
         self.wandb = None
         if args.track:
@@ -899,21 +926,22 @@ def save_rollout(out: Path, process: Process, update: int, tensors: dict[str, Te
     """Write `rollouts/000010.safetensors`: the rows of all processes, and as metadata the numbers to recompute them."""
     from safetensors.torch import save_file
 
-    rows = [{k: v[i].cpu() for k, v in tensors.items()} for i in range(len(tensors["scores"]))]
-    rows = gather(rows)
+    size = numbers["samples_per_prompt"]  # the responses to a prompt stay together
+    groups = [{k: v[i : i + size].cpu() for k, v in tensors.items()} for i in range(0, len(tensors["scores"]), size)]
+    groups = gather(groups)
     if process.is_main:
         path = out / "rollouts" / f"{update:06d}.safetensors"
         with writing(str(path)):
             path.parent.mkdir(exist_ok=True)
-            save_file(
-                {k: torch.stack([r[k] for r in rows]) for k in rows[0]}, path, {k: str(v) for k, v in numbers.items()}
-            )
+            whole = {k: torch.cat([g[k] for g in groups]) for k in groups[0]}
+            save_file(whole, path, {k: str(v) for k, v in numbers.items()})
 
 
 def progress_bar(name: str, total: int, start: int, process: Process) -> tqdm:
     """A progress bar on the main process; where nobody watches (a log file), a line now and then."""
     seconds = 0.2 if sys.stderr.isatty() else 10
-    return tqdm(total=total, initial=start, desc=name, disable=not process.is_main, mininterval=seconds)
+    open_bars.append(tqdm(total=total, initial=start, desc=name, disable=not process.is_main, mininterval=seconds))
+    return open_bars[-1]
 
 
 def now(device: torch.device) -> float:

@@ -1,19 +1,20 @@
 """Stage 3 of RLHF: PPO against a reward model.
 
-The policy answers prompts; a reward model (or a function) scores the answers; a per-token KL penalty holds the policy to
-the model that it started from; PPO makes the tokens that did better than the value function expected more probable.
+The policy answers prompts; a reward model (or a function) scores the answers; a per-token KL penalty holds the policy
+to the model that it started from; PPO makes tokens that did better than the value function expected more probable.
 
-In: the policy's start, by default the model from sft.py; a reward model from reward_model.py or `--reward-fn`; prompts.
-Out: `runs/ppo_rlhf`, an ordinary Hugging Face folder, with metrics.jsonl, summary.json, samples.jsonl and TensorBoard events.
+In: the policy's start, by default the model from sft.py; a reward model from reward_model.py or a function; prompts.
+Out: `runs/ppo_rlhf`, an ordinary Hugging Face folder, with metrics.jsonl, summary.json, samples.jsonl and
+TensorBoard events.
 
     python ppo_rlhf.py
     python ppo_rlhf.py --model runs/my-sft --reward-model runs/my-reward-model --dataset my/prompts \\
         --learning-rate 3e-6 --output-dir runs/my-ppo
-    torchrun --nproc-per-node 8 ppo_rlhf.py ...          # the same update, its batch dealt out over 8 GPUs
+    torchrun --nproc-per-node 8 ppo_rlhf.py --micro-batch-size 16   # the same update, dealt out over 8 GPUs
 
-Shapes: B sequences, P prompt tokens, R response tokens, T = P + R, V vocabulary. A sequence is a prompt padded on the left
-and a response padded on the right; `response_mask` is 1 on every response token up to and including EOS, and every mean,
-sum and loss below is over those tokens alone. `D17` and `B14` in comments point to DETAILS.md.
+Shapes: B sequences, P prompt tokens, R response tokens, T = P + R, V vocabulary. A sequence is a prompt padded on the
+left and a response padded on the right; `response_mask` is 1 on every response token up to and including EOS, and every
+mean, sum and loss below is over those tokens alone. `D17` and `B14` in comments point to DETAILS.md.
 """
 
 import json
@@ -28,6 +29,13 @@ import tyro
 from torch import Tensor
 
 import utils
+
+
+# Means over the tokens of an update's mini-batches, in the order in which they are summed; `tokens` is the count.
+STATISTICS = (
+    *("approxkl", "policy_clipped", "entropy", "policy_loss", "value_loss", "value_clipped"),
+    *("ratio", "squared_ratio_error", "tokens"),
+)
 
 
 @dataclass
@@ -45,7 +53,7 @@ class Args:
     eval_split: str = "validation"
     """Split whose prompts the policy is compared with the reference on."""
     eval_reward_fn: str | None = None
-    """FILE.py:FUNCTION that judges at evaluation, never in training; by default the embedded task's labeler on that task."""
+    """FILE.py:FUNCTION that judges at evaluation, never in training; on the embedded task by default its labeler."""
     output_dir: str = "runs/ppo_rlhf"
     """Where the model and all records go."""
     overwrite: bool = False
@@ -108,7 +116,7 @@ class Args:
     """Scale advantages to mean 0 and variance 1 over the batch's tokens (D22)."""
 
     learning_rate: float = 5e-4
-    """First learning rate of AdamW, linear to 0; for pretrained models of 100M parameters and more take 1e-6 to 1e-5."""
+    """First learning rate of AdamW, linear to 0; for pretrained models of 100M parameters and more 1e-6 to 1e-5."""
     cliprange: float = 0.2
     """The ratio of new to old probability is clipped to 1 +- this."""
     cliprange_value: float = 0.2
@@ -165,9 +173,7 @@ def main(args: Args) -> None:
         reward_model = utils.load_classifier(args.reward_model, device, trained=True).requires_grad_(False)
         reward_tokenizer = utils.load_tokenizer(args.reward_model)
     shared_tokenizer = reward_model is not None and utils.same_tokenizer(tokenizer, reward_tokenizer)
-    if (
-        args.advantage == "gae"
-    ):  # D15: a network of its own, that starts from the reward model if it reads the same tokens
+    if args.advantage == "gae":  # D15: a network of its own; it starts from a reward model that reads the same tokens
         value_model = utils.load_classifier(args.reward_model if shared_tokenizer else args.model, device)
         if not shared_tokenizer:
             torch.nn.init.zeros_(value_model.score.weight)
@@ -201,7 +207,7 @@ def main(args: Args) -> None:
             logits = utils.response_logits(model, ids, mask, length) / args.temperature  # [B, R, V] D5
         distribution = logits.log_softmax(-1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and args.entropy_coef > 0):
-            entropies = -(distribution.exp() * distribution).sum(-1)
+            entropies = -torch.special.xlogy(distribution.exp(), distribution.exp()).sum(-1)
         return distribution.gather(-1, ids[:, -length:, None]).squeeze(-1), entropies
 
     def value_outputs(ids: Tensor, mask: Tensor, length: int) -> Tensor:
@@ -281,7 +287,7 @@ def main(args: Args) -> None:
         return utils.gather(results)
 
     def ptx_backward(count: int, rng: torch.Generator) -> Tensor:
-        """D31: add the gradient of ptx_coef times the loss, nats per token, on `count` demonstrations of this process."""
+        """D31: add the gradient of ptx_coef times the loss, in nats per token, on `count` demonstrations a process."""
         rows = [ptx_rows[i] for i in torch.randint(len(ptx_rows), (count,), generator=rng).tolist()]
         num_tokens = utils.sum_over_processes(torch.tensor(sum(len(c) - (not p) for p, c in rows), device=device))
         total = torch.zeros((), device=device)
@@ -302,11 +308,9 @@ def main(args: Args) -> None:
     local_batch_size = args.batch_size // process.world
     prompts_per_update = args.batch_size // args.samples_per_prompt
     if process.is_main:
-        size = sum(p.numel() for p in policy.parameters()) / 1e6
-        print(
-            f"ppo_rlhf: policy of {size:.1f}M parameters, {len(train_prompts)} prompts, {num_updates} updates on {device}"
-        )
-    update = 0
+        size = f"policy of {sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M parameters"
+        print(f"ppo_rlhf: {size}, {len(train_prompts)} prompts, {num_updates} updates on {device}")
+    update = 0  # an error before the first update is wrong input, so nothing is written before this evaluation
     before = evaluate(reference)
     out = utils.open_output(args, process)
 
@@ -351,55 +355,54 @@ def main(args: Args) -> None:
         clock.append(utils.now(device))
 
         # 4. KL penalty: per-token reward = -beta * KL estimate, plus the score at the last real token
-        log_ratio = logprobs - ref_logprobs  # [B, R]
+        ref_log_ratio = logprobs - ref_logprobs  # [B, R]
         if args.kl_estimator == "k1":  # D19; http://joschu.net/blog/kl-approx.html
-            token_kl = log_ratio
+            token_kl = ref_log_ratio
         elif args.kl_estimator == "k2":
-            token_kl = log_ratio.square() / 2
+            token_kl = ref_log_ratio.square() / 2
         else:
-            token_kl = torch.expm1(-log_ratio) + log_ratio
-        non_score_rewards = -kl_coef * token_kl  # [B, R]
+            token_kl = torch.expm1(-ref_log_ratio) + ref_log_ratio
+        non_score_rewards = -kl_coef * token_kl  # [B, R] a cost, so minus (B16)
         rewards = non_score_rewards.scatter_add(1, last[:, None], scores[:, None])  # D17
         rlhf_rewards = rewards.sum(1)  # [B]
         if args.whiten_rewards:
             rewards = utils.whiten(rewards, response_mask, shift_mean=False)  # D20
 
         # 5. advantages and returns
-        returns = advantages = torch.zeros_like(rewards)  # [B, R]
         if args.advantage == "gae":  # D21: sum over k of (gamma lambda)^k delta[t + k]
-            advantages, lastgaelam = torch.zeros_like(rewards), torch.zeros_like(scores)
+            advantages, lastgaelam = torch.zeros_like(rewards), torch.zeros_like(scores)  # [B, R], [B]
             for t in reversed(range(R)):
                 next_values = values[:, t + 1] if t + 1 < R else torch.zeros_like(scores)
                 delta = rewards[:, t] + args.gamma * next_values - values[:, t]
                 lastgaelam = delta + args.gamma * args.lam * lastgaelam
                 advantages[:, t] = lastgaelam
             returns = advantages + values  # B15
-        else:  # one number a response: its reward against others', the KL penalty included
-            total = rewards.sum(1)  # [B]
-            group = total.view(-1, args.samples_per_prompt)  # [prompts, samples_per_prompt]
+        else:  # one number a response: its reward, the KL penalty included, against that of others
+            episode_rewards = rewards.sum(1)  # [B]
+            group = episode_rewards.view(-1, args.samples_per_prompt)  # [prompts, samples_per_prompt]
             if args.advantage == "batch_mean":  # D34
-                baseline = utils.sum_over_processes(total.sum()) / args.batch_size
-                advantage = total - baseline
+                baseline = utils.sum_over_processes(episode_rewards.sum()) / args.batch_size
+                episode_advantages = episode_rewards - baseline
             elif args.advantage == "rloo":  # D35: against the mean of the other responses to the prompt
                 others = (group.sum(1, keepdim=True) - group) / (args.samples_per_prompt - 1)
-                advantage = (group - others).flatten()
+                episode_advantages = (group - others).flatten()
             else:  # grpo
                 spread = group.std(1, keepdim=True, correction=0)
-                advantage = ((group - group.mean(1, keepdim=True)) / (spread + 1e-4)).flatten()
-            advantages = advantage[:, None] * response_mask
-            returns = total[:, None] * response_mask
+                episode_advantages = ((group - group.mean(1, keepdim=True)) / (spread + 1e-4)).flatten()
+            advantages = episode_advantages[:, None] * response_mask
+            returns = episode_rewards[:, None] * response_mask
         if args.whiten_advantages:
             advantages = utils.whiten(advantages, response_mask)  # D22, over the batch of all processes (B7, B8)
 
         # 6. PPO update
         lr = args.learning_rate * (1 - (update - 1) / num_updates)  # D6
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for parameter_group in optimizer.param_groups:
+            parameter_group["lr"] = lr
         policy.requires_grad_(update > args.critic_warmup_updates)  # D32
         for model in trained.values():
             utils.set_gradient_checkpointing(model, args.gradient_checkpointing)
         shuffle = utils.generator("cpu", args.seed, 3, update, process.rank)
-        totals, grad_norms, ptx_losses = torch.zeros(9, device=device, dtype=torch.float64), [], []
+        totals, grad_norms, ptx_losses = torch.zeros(len(STATISTICS), device=device, dtype=torch.float64), [], []
         ratio_error = torch.zeros((), device=device)  # largest |ratio - 1| before the first optimizer step, must be ~0
         for epoch in range(args.num_ppo_epochs):  # D25
             epoch_totals = torch.zeros_like(totals)
@@ -415,7 +418,9 @@ def main(args: Args) -> None:
                     policy_losses = torch.max(
                         -advantage * ratio, -advantage * ratio.clamp(1 - args.cliprange, 1 + args.cliprange)
                     )  # D23
-                    loss = utils.masked_sum(policy_losses - args.entropy_coef * entropies, real)  # D33
+                    loss = utils.masked_sum(policy_losses, real)
+                    if args.entropy_coef:  # D33
+                        loss = loss - args.entropy_coef * utils.masked_sum(entropies, real)
                     value_losses = value_clipped = torch.zeros_like(ratio)
                     if value_model is not None:
                         new_values, old_values = value_outputs(*inputs), values[part, :length]
@@ -429,16 +434,23 @@ def main(args: Args) -> None:
 
                     with torch.no_grad():
                         policy_clipped = ((ratio - 1).abs() > args.cliprange).float()
-                        statistics = (
-                            *(log_ratio.square() / 2, policy_clipped, entropies, policy_losses),
-                            *(value_losses, value_clipped, ratio, (ratio - 1).square(), torch.ones_like(ratio)),
+                        statistics = {
+                            "approxkl": log_ratio.square() / 2,
+                            "policy_clipped": policy_clipped,
+                            "entropy": entropies,
+                            "policy_loss": policy_losses,
+                            "value_loss": value_losses,
+                            "value_clipped": value_clipped,
+                            "ratio": ratio,
+                            "squared_ratio_error": (ratio - 1).square(),
+                            "tokens": torch.ones_like(ratio),
+                        }
+                        epoch_totals += torch.stack(
+                            [utils.masked_sum(statistics[name], real).double() for name in STATISTICS]
                         )
-                        epoch_totals += torch.stack([utils.masked_sum(s, real).double() for s in statistics])
                         if epoch == 0 and not grad_norms:
                             ratio_error = torch.max(ratio_error, (ratio - 1).abs().max())
-                if (
-                    args.ptx_coef and update > args.critic_warmup_updates
-                ):  # D31: loss of a language model on as many demonstrations as the mini-batch has responses
+                if args.ptx_coef and update > args.critic_warmup_updates:  # D31: as many demonstrations as responses
                     ptx_losses.append(ptx_backward(len(minibatch), shuffle))
                 utils.sum_gradients(parameters)
                 grad_norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm))  # D29
@@ -456,7 +468,7 @@ def main(args: Args) -> None:
         clock.append(utils.now(device))
 
         # ------------------------------------------------------------------------------------------------- records
-        totals = (totals / totals[-1]).tolist()
+        mean = dict(zip(STATISTICS, (totals / totals[-1]).tolist(), strict=True))  # over real response tokens (B6)
         explained = 0.0
         if value_model is not None:  # D37
             residual = utils.masked_variance(returns - values, response_mask)
@@ -472,21 +484,21 @@ def main(args: Args) -> None:
             "episode": update * args.batch_size,
             "lr": lr,
             "eps": args.batch_size / sum(times),
-            "objective/kl": episode_mean((logprobs - ref_logprobs).sum(1)),
+            "objective/kl": episode_mean(ref_log_ratio.sum(1)),  # k1, whatever estimator the penalty uses (B13)
             "objective/entropy": episode_mean(-logprobs.sum(1)),
             "objective/non_score_reward": episode_mean(non_score_rewards.sum(1)),
             "objective/scores": episode_mean(scores),
             "objective/rlhf_reward": episode_mean(rlhf_rewards),
             "objective/kl_coef": kl_coef,
-            "policy/approxkl_avg": totals[0],
-            "policy/clipfrac_avg": totals[1],
-            "policy/entropy_avg": totals[2],
-            "loss/policy_avg": totals[3],
-            "loss/value_avg": totals[4],
-            "val/clipfrac_avg": totals[5],
-            "val/ratio": totals[6],
-            "val/ratio_var": totals[7] - (totals[6] - 1) ** 2,
-            "val/ratio_start_error": ratio_error.item(),
+            "policy/approxkl_avg": mean["approxkl"],
+            "policy/clipfrac_avg": mean["policy_clipped"],
+            "policy/entropy_avg": mean["entropy"],
+            "loss/policy_avg": mean["policy_loss"],
+            "loss/value_avg": mean["value_loss"],
+            "val/clipfrac_avg": mean["value_clipped"],
+            "val/ratio": mean["ratio"],
+            "val/ratio_var": mean["squared_ratio_error"] - (mean["ratio"] - 1) ** 2,
+            "val/ratio_start_error": utils.max_over_processes(ratio_error).item(),
             "val/num_eos_tokens": round(episode_mean(ended) * args.batch_size),
             "val/explained_variance": explained,
             "response/length": num_real[1] / args.batch_size,
@@ -515,8 +527,9 @@ def main(args: Args) -> None:
         )
         if args.save_rollouts and update % args.save_rollouts == 0:
             tensors = {"prompt_ids": ids[:, :-R], "prompt_mask": mask[:, :-R], "response_ids": ids[:, -R:]}
-            tensors |= dict(response_mask=response_mask, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
-            tensors |= dict(rewards=rewards, advantages=advantages, returns=returns, scores=scores)
+            tensors |= {"response_mask": response_mask, "logprobs": logprobs, "ref_logprobs": ref_logprobs}
+            tensors |= {"values": values, "rewards": rewards, "advantages": advantages, "returns": returns}
+            tensors["scores"] = scores
             names = "gamma lam temperature whiten_rewards whiten_advantages advantage samples_per_prompt kl_estimator"
             numbers = {name: getattr(args, name) for name in [*names.split(), "missing_eos_penalty", "reward_clip"]}
             utils.save_rollout(out, process, update, tensors, numbers | {"kl_coef": kl_coef, "update": update})
@@ -545,9 +558,10 @@ def main(args: Args) -> None:
             utils.write_json(out / "summary.json", summary | {"eval": evaluation})
         by = evaluation["win_rate_by"]
         print(
-            f"ppo_rlhf: the policy wins {evaluation['win_rate']:.3f} of {len(before)} held-out prompts by the {by}; mean {by} "
-            f"{evaluation['reference'][by]:.2f} -> {evaluation['policy'][by]:.2f}, KL {evaluation['policy']['kl']:.1f} nats; "
-            f"{seconds:.0f} s, peak memory {utils.peak_memory_gb():.2f} GB; model in {out}"
+            f"ppo_rlhf: the policy wins {evaluation['win_rate']:.3f} of {len(before)} held-out prompts by the {by}; "
+            f"mean {by} {evaluation['reference'][by]:.2f} -> {evaluation['policy'][by]:.2f}, "
+            f"KL {evaluation['policy']['kl']:.1f} nats; {seconds:.0f} s, "
+            f"peak memory {utils.peak_memory_gb():.2f} GB; model in {out}"
         )
     logger.close()
     utils.end_process()
@@ -559,7 +573,7 @@ def unpad(response_ids: Tensor, response_mask: Tensor) -> list[list[int]]:
 
 
 def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means of reference and policy over the held-out prompts, and how often the policy's response is the better one."""
+    """Means of reference and policy over the held-out prompts, and how often the policy's response is better."""
 
     def means(results: list[dict[str, Any]]) -> dict[str, float | None]:
         def mean(name: str) -> float | None:
@@ -635,6 +649,8 @@ def check_flags(args: Args, world: int) -> None:
     utils.require(
         args.advantage == "gae" or not args.critic_warmup_updates, "--critic-warmup-updates", what, "leave it at 0"
     )
+    what = "a coefficient of 0 cannot be steered toward a target"
+    utils.require(args.kl_target is None or args.kl_coef > 0, "--kl-target", what, "start from a --kl-coef above 0")
     what = "--ptx-coef and --ptx-dataset need each other"
     utils.require(bool(args.ptx_coef) == bool(args.ptx_dataset), "--ptx-coef", what, "pass both or neither")
 

@@ -1,8 +1,8 @@
 """Stage 2 of RLHF: a reward model from human preferences.
 
 A language model with a scalar head learns to score the response that people preferred above the one they rejected:
-the Bradley-Terry loss, -log sigmoid(score(chosen) - score(rejected)). Its score of a held-out pair is right if the chosen
-one is higher. At the end the scores are shifted to mean 0 on demonstrations.
+the Bradley-Terry loss, -log sigmoid(score(chosen) - score(rejected)). It is right about a held-out pair if the chosen
+one scores higher. At the end the scores are shifted to mean 0 on demonstrations.
 
 In: a model, by default the one from sft.py, and rows with `prompt`, `chosen`, `rejected`, or without `prompt`.
 Out: `runs/reward_model`, an ordinary sequence-classification folder (`num_labels=1`), whose config.json holds
@@ -131,10 +131,8 @@ def main(args: Args) -> None:
     start = state["step"] if state else 0
     logger = utils.Logger(out, args, process, "step", start)
     if process.is_main:
-        parameters = sum(p.numel() for p in model.parameters())
-        print(
-            f"reward_model: {parameters / 1e6:.1f}M parameters, {len(train_pairs)} pairs, {num_steps} steps on {process.device}"
-        )
+        size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
+        print(f"reward_model: {size}, {len(train_pairs)} pairs, {num_steps} steps on {process.device}")
 
     def score(texts: list[list[int]]) -> torch.Tensor:
         """Raw scores [B] of token ids that end with EOS, read at their last token (D10)."""
@@ -232,8 +230,8 @@ def main(args: Args) -> None:
         with utils.writing(str(out)):
             utils.write_json(out / "summary.json", summary)
         print(
-            f"reward_model: accuracy {result['accuracy']:.3f} (95% interval {low:.3f} to {high:.3f}) on {len(eval_pairs)} "
-            f"held-out pairs, margin {summary['mean_margin']:.2f}, correlation with length "
+            f"reward_model: accuracy {result['accuracy']:.3f} (95% interval {low:.3f} to {high:.3f}) on "
+            f"{len(eval_pairs)} held-out pairs, margin {summary['mean_margin']:.2f}, correlation with length "
             f"{result['score_length_correlation']:+.2f}; {summary['seconds']:.0f} s, "
             f"peak memory {utils.peak_memory_gb():.2f} GB; model in {out}"
         )
@@ -261,7 +259,7 @@ def encode(tokenizer, data: utils.Data, max_length: int) -> list[Pair]:
     kept = [p for p in pairs if max(len(p.chosen), len(p.rejected)) <= max_length]
     if len(kept) < len(pairs):
         print(
-            f"reward_model: {len(pairs) - len(kept)} of {len(pairs)} pairs are longer than {max_length} tokens: left out"
+            f"reward_model: {len(pairs) - len(kept)} of {len(pairs)} pairs exceed {max_length} tokens and are left out"
         )
     return kept
 

@@ -26,7 +26,7 @@ import utils
 @dataclass
 class Args:
     model: str = "tiny"
-    """What to start from: a hub id, a local folder, or `tiny`, a 1M-parameter Llama with a tokenizer made from the data."""
+    """What to start from: hub id, local folder, or `tiny`: a 1M-parameter Llama and a tokenizer made from the data."""
     dataset: str = "data/support/sft"
     """Demonstrations: a hub id, a folder with train.jsonl and validation.jsonl, or a .jsonl, .parquet or .csv file."""
     train_split: str = "train"
@@ -112,7 +112,7 @@ def main(args: Args) -> None:
         print(f"sft: {parameters / 1e6:.1f}M parameters, {len(train_rows)} rows, {num_steps} steps on {process.device}")
 
     def batch_tensors(rows: list[tuple[list[int], int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Right-padded ids [B, T], their mask [B, T], and loss_mask [B, T-1]: 1 where the next token is the completion's."""
+        """Right-padded ids [B, T], mask [B, T], and loss_mask [B, T-1]: 1 where the next token is the completion's."""
         ids, mask = utils.pad([r[0] for r in rows], tokenizer.pad_token_id, "right", process.device)
         prompt_lengths = torch.tensor([r[1] for r in rows], device=process.device)
         target = torch.arange(1, ids.shape[1], device=process.device)  # position of the token that is predicted

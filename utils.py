@@ -107,6 +107,14 @@ def sum_over_processes(x: Tensor) -> Tensor:
     return x
 
 
+def max_over_processes(x: Tensor) -> Tensor:
+    """The elementwise maximum of `x` over all processes; `x` itself where there is one."""
+    if dist.is_initialized():
+        x = x.clone()
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x
+
+
 def sum_gradients(parameters: list[nn.Parameter]) -> None:
     """Add up gradients over processes: each loss is already divided by the token count of the whole batch (D9)."""
     parameters = [p for p in parameters if p.requires_grad]  # none for a policy that stands still (D32)
@@ -274,14 +282,14 @@ def read_rows(dataset: str, split: str) -> Data:
         return hold_out(read_jsonl(path), split)
     if (path / f"{split}.jsonl").is_file() or (path.is_dir() and any(path.glob("*.jsonl"))):
         return read_jsonl(path / f"{split}.jsonl")
-    is_file_name = path.suffix in (".json", ".csv", ".tsv", ".parquet", ".txt", ".arrow")  # a hub id may have a dot
+    is_file_name = path.suffix in (".json", ".csv", ".parquet", ".txt", ".arrow")  # a hub id may have a dot
     if not path.exists() and (is_file_name or dataset.startswith((".", "/", "~"))):
         stop(dataset, "no such file or folder", "check --dataset")
     import datasets  # takes seconds; local .jsonl files do not need it
 
     try:
         if path.is_file():
-            kind = path.suffix.lstrip(".").replace("tsv", "csv").replace("json", "json")
+            kind = path.suffix.lstrip(".")
             rows = datasets.load_dataset(kind, data_files=str(path), split="train").to_list()
             return hold_out(Data(rows, [f"{path} (row {i + 1})" for i in range(len(rows))]), split)
         rows = datasets.load_dataset(dataset, split=split).to_list()
@@ -825,7 +833,7 @@ class writing:
 
 
 def save_checkpoint(out: Path, step: int, models: dict[str, nn.Module], optimizer: Any, state: dict[str, Any]) -> None:
-    """Write `checkpoint/STEP`: weights and optimizer as safetensors, `state` as JSON; older ones go once it is whole."""
+    """Write `checkpoint/STEP`: weights and optimizer as safetensors, `state` as JSON; the older one goes after it."""
     from safetensors.torch import save_file, save_model
 
     final = out / "checkpoint" / f"{step:06d}"

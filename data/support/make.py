@@ -20,10 +20,10 @@ SIZES = {
     "preferences": {"train": 8700, "validation": 1000},
     "prompts": {"train": 2500, "validation": 400},
 }
-TEMPERATURE = 3.9  # of the Bradley-Terry labels, so that one label in five disagrees with the labeler
+TEMPERATURE = 2.15  # of the Bradley-Terry labels, so that one label in five disagrees with the labeler
 
-# What the untrained desk writes. Some of its agents take care and some do not; an agent's parts are drawn independently.
-CAREFUL = 0.55  # share of the replies by agents who take care
+# What the untrained desk writes. Some of its agents take care and some do not.
+CAREFUL = 0.5  # share of the replies by agents who take care
 TONES = {
     "careful": (("polite", 0.60), ("curt", 0.35), ("rude", 0.05)),
     "careless": (("polite", 0.20), ("curt", 0.30), ("rude", 0.50)),
@@ -37,6 +37,8 @@ PRODUCT = {
     "careless": (("right", 0.25), ("other", 0.45), ("none", 0.30)),
 }
 RAMBLE = {"careful": 0.08, "careless": 0.40}
+# The part in which the two replies of a preference pair differ.
+EDITS = (("product", 0.32), ("remedy", 0.38), ("tone", 0.18), ("ramble", 0.12))
 
 
 def weighted(rng, table):
@@ -74,45 +76,77 @@ def make_prompt(rng, product, problem):
     return f"Customer: {text}\nAgent:"
 
 
-def make_reply(rng, product, problem):
-    """A reply of the untrained desk, with one leading space."""
-    agent = "careful" if rng.random() < CAREFUL else "careless"
-    tone, remedy, mention = weighted(rng, TONES[agent]), weighted(rng, REMEDY[agent]), weighted(rng, PRODUCT[agent])
-    named = {"right": product, "other": other(rng, w.PRODUCTS, product), "none": None}[mention]
-    opener = {"polite": rng.choice(("apology", "thanks", "greeting", "apology")), "curt": "curt", "rude": "rude"}[tone]
-    ramble = rng.random() < RAMBLE[agent]
-    stall = remedy == "none" and rng.random() < 0.6
-
-    # Which parts there are besides the ramble; a polite reply is so by its opening, its closing or both.
-    opening = tone == "rude" or rng.random() < (0.75 if remedy != "none" or stall else 1)
-    closing = tone == "polite" and (not opening or rng.random() < 0.15)
-    body = remedy != "none" or stall
-    # The product is named in the opening or in the body, now and then in both.
-    place = rng.random()
-    in_opening = named is not None and opening and (not body or place < 0.55)
-    in_body = named is not None and body and (not in_opening or place < 0.1)
-
-    parts = []
-    if opening:
-        parts.append(w.expand(rng.choice(w.LINES[opener]), in_opening))
-    if stall:
-        parts.append(w.expand(rng.choice(w.STALLS), in_body))
-    elif body:
+def draw_part(rng, part, agent, product, problem):
+    """What an agent, careful or careless, writes for one part of a reply."""
+    if part == "tone":  # the kind of opening and its words, the closing
+        tone = weighted(rng, TONES[agent])
+        kind = {"polite": rng.choice(("apology", "thanks", "greeting", "apology")), "curt": "curt", "rude": "rude"}[
+            tone
+        ]
+        return kind, rng.choice(w.LINES[kind]), rng.choice(w.CLOSINGS)
+    if part == "remedy":  # the phrase; None and a sentence that stalls, or nothing
+        remedy = weighted(rng, REMEDY[agent])
+        if remedy == "none":
+            return None, rng.choice(w.STALLS) if rng.random() < 0.6 else None, ""
         key = problem if remedy == "right" else other(rng, w.PROBLEMS, problem)
-        tail = "" if ramble else rng.choice(w.TAILS)  # a rambling reply is long enough already
-        parts.append(w.remedy_sentence(rng.choice(w.LEADS), rng.choice(w.REMEDIES[key]), tail, in_body))
+        return rng.choice(w.LEADS), rng.choice(w.REMEDIES[key]), rng.choice(w.TAILS)
+    if part == "product":
+        mention = weighted(rng, PRODUCT[agent])
+        return {"right": product, "other": other(rng, w.PRODUCTS, product), "none": None}[mention]
+    if part == "ramble":
+        if rng.random() >= RAMBLE[agent]:
+            return None
+        return f"{rng.choice(w.RAMBLE_STARTS)} {rng.choice(w.RAMBLE_MIDDLES)}{rng.choice(w.RAMBLE_ENDS)}"
+    return [rng.random() for _ in range(4)]  # layout: which parts are there, where product and ramble stand
+
+
+PARTS = ("tone", "remedy", "product", "ramble", "layout")
+
+
+def draw_reply(rng, product, problem):
+    """The parts of a reply by one agent."""
+    agent = "careful" if rng.random() < CAREFUL else "careless"
+    return {part: draw_part(rng, part, agent, product, problem) for part in PARTS}
+
+
+def write(parts):
+    """A reply from its parts, with one leading space."""
+    kind, line, closing_line = parts["tone"]
+    lead, phrase, tail = parts["remedy"]
+    named, ramble, layout = parts["product"], parts["ramble"], parts["layout"]
+    polite = kind not in ("curt", "rude")
+    body = phrase is not None
+    # A polite reply is so by its opening, its closing or both.
+    opening = kind == "rude" or not body or layout[0] < 0.75
+    closing = polite and (not opening or layout[1] < 0.15)
+    # The product is named in the opening or in the body, now and then in both.
+    in_opening = named is not None and opening and (not body or layout[2] < 0.55)
+    in_body = named is not None and body and (not in_opening or layout[2] < 0.1)
+
+    sentences = []
+    if opening:
+        sentences.append(w.expand(line, in_opening))
+    if body and lead is None:
+        sentences.append(w.expand(phrase, in_body))
+    elif body:  # a rambling reply is long enough without a tail
+        sentences.append(w.remedy_sentence(lead, phrase, "" if ramble else tail, in_body))
     if ramble:
-        middle = f"{rng.choice(w.RAMBLE_STARTS)} {rng.choice(w.RAMBLE_MIDDLES)}{rng.choice(w.RAMBLE_ENDS)}"
-        parts.insert(rng.randrange(1, len(parts) + 1), middle)
-    if closing and (len(parts) < 3 or not opening):
-        parts.append(rng.choice(w.CLOSINGS))
-    return " " + " ".join(parts).replace("{p}", named or "")
+        sentences.insert(1 + int(layout[3] * len(sentences)), ramble)
+    if closing and (len(sentences) < 3 or not opening):
+        sentences.append(closing_line)
+    return " " + " ".join(sentences).replace("{p}", named or "")
 
 
 def make_pair(rng, prompt, product, problem):
-    """Two replies with different scores, labelled by Bradley-Terry: a preference row."""
+    """A reply and the same with one part written by another agent, labelled by Bradley-Terry: a preference row.
+
+    Pairs that differ in one thing teach a reward model more than two replies that have nothing in common.
+    """
     while True:
-        a, b = (make_reply(rng, product, problem) for _ in range(2))
+        parts = draw_reply(rng, product, problem)
+        part, agent = weighted(rng, EDITS), rng.choice(("careful", "careless"))
+        edited = parts | {part: draw_part(rng, part, agent, product, problem)}
+        a, b = write(parts), write(edited)
         score_a, score_b = gold.score([prompt, prompt], [a, b])
         if score_a != score_b:
             break
@@ -133,7 +167,7 @@ def make_rows(kind, split):
             continue
         seen.add(prompt)
         if kind == "sft":
-            rows.append({"prompt": prompt, "completion": make_reply(rng, product, problem)})
+            rows.append({"prompt": prompt, "completion": write(draw_reply(rng, product, problem))})
         elif kind == "preferences":
             rows.append(make_pair(rng, prompt, product, problem))
         else:

@@ -20,7 +20,7 @@ SIZES = {
     "preferences": {"train": 8700, "validation": 1000},
     "prompts": {"train": 2500, "validation": 400},
 }
-TEMPERATURE = 2.15  # of the Bradley-Terry labels, so that one label in five disagrees with the labeler
+TEMPERATURE = 3.1  # of the Bradley-Terry labels, so that one label in five disagrees with the labeler
 
 # What the untrained desk writes. Some of its agents take care and some do not.
 CAREFUL = 0.5  # share of the replies by agents who take care
@@ -29,16 +29,14 @@ TONES = {
     "careless": (("polite", 0.20), ("curt", 0.30), ("rude", 0.50)),
 }
 REMEDY = {
-    "careful": (("right", 0.92), ("wrong", 0.02), ("none", 0.06)),
-    "careless": (("right", 0.10), ("wrong", 0.50), ("none", 0.40)),
+    "careful": (("right", 0.95), ("wrong", 0.01), ("none", 0.04)),
+    "careless": (("right", 0.14), ("wrong", 0.16), ("none", 0.70)),
 }
 PRODUCT = {
-    "careful": (("right", 0.94), ("other", 0.02), ("none", 0.04)),
-    "careless": (("right", 0.25), ("other", 0.45), ("none", 0.30)),
+    "careful": (("right", 0.96), ("other", 0.01), ("none", 0.03)),
+    "careless": (("right", 0.32), ("other", 0.14), ("none", 0.54)),
 }
 RAMBLE = {"careful": 0.08, "careless": 0.40}
-# The part in which the two replies of a preference pair differ.
-EDITS = (("product", 0.32), ("remedy", 0.38), ("tone", 0.18), ("ramble", 0.12))
 
 
 def weighted(rng, table):
@@ -138,15 +136,9 @@ def write(parts):
 
 
 def make_pair(rng, prompt, product, problem):
-    """A reply and the same with one part written by another agent, labelled by Bradley-Terry: a preference row.
-
-    Pairs that differ in one thing teach a reward model more than two replies that have nothing in common.
-    """
+    """Two replies with different scores, labelled by Bradley-Terry: a preference row."""
     while True:
-        parts = draw_reply(rng, product, problem)
-        part, agent = weighted(rng, EDITS), rng.choice(("careful", "careless"))
-        edited = parts | {part: draw_part(rng, part, agent, product, problem)}
-        a, b = write(parts), write(edited)
+        a, b = (write(draw_reply(rng, product, problem)) for _ in range(2))
         score_a, score_b = gold.score([prompt, prompt], [a, b])
         if score_a != score_b:
             break

@@ -258,9 +258,8 @@ def encode(tokenizer, data: utils.Data, max_length: int) -> list[Pair]:
     pairs = [Pair(p + c, p + r, len(c), len(r)) for p, c, r in zip(prompts, chosen, rejected, strict=True)]
     kept = [p for p in pairs if max(len(p.chosen), len(p.rejected)) <= max_length]
     if len(kept) < len(pairs):
-        print(
-            f"reward_model: {len(pairs) - len(kept)} of {len(pairs)} pairs exceed {max_length} tokens and are left out"
-        )
+        left_out = f"{len(pairs) - len(kept)} of {len(pairs)} pairs are longer than {max_length} tokens"
+        print(f"reward_model: {left_out} and are left out (--max-length)")
     return kept
 
 

@@ -18,7 +18,6 @@ mean, sum and loss below is over those tokens alone. `D17` and `B14` in comments
 """
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from torch import Tensor
 
 import utils
 
+EVALUATION, SAMPLING, SHUFFLING = 1, 2, 3  # streams of random numbers: drawing from one never moves another (D7)
 
 # Means over the tokens of an update's mini-batches, in the order in which they are summed; `tokens` is the count.
 STATISTICS = (
@@ -89,9 +89,9 @@ class Args:
     top_p: float = 1.0
     """Sample among the fewest tokens that hold this probability; the same caution (D36)."""
     stop_token: str = "eos"
-    """Token that ends a response: `eos` or a string that is one token."""
+    """Token that ends a response as EOS does: `eos` for that alone, or a string that is one token."""
     missing_eos_penalty: float = 1.0
-    """Subtracted from the score of a response without stop token (D18)."""
+    """Subtracted from the score of a response that ends in neither EOS nor the stop token (D18)."""
 
     kl_coef: float = 0.05
     """Beta: weight of the KL penalty in the reward."""
@@ -159,11 +159,8 @@ def main(args: Args) -> None:
 
     # ------------------------------------------------------------------------------------------- models and prompts
     tokenizer = utils.load_tokenizer(args.model)
-    stop_id, pad_id, eos_id = (
-        utils.stop_token_id(tokenizer, args.stop_token),
-        tokenizer.pad_token_id,
-        tokenizer.eos_token_id,
-    )
+    pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    stop_ids = utils.stop_token_ids(tokenizer, args.stop_token)
     policy = utils.load_causal_lm(args.model, device)
     reference = utils.load_causal_lm(args.model, device).requires_grad_(False)
     reward_fn = reward_model = reward_tokenizer = value_model = None
@@ -177,8 +174,7 @@ def main(args: Args) -> None:
         value_model = utils.load_classifier(args.reward_model if shared_tokenizer else args.model, device)
         if not shared_tokenizer:
             torch.nn.init.zeros_(value_model.score.weight)
-    judge_file = "data/support/gold.py:score" if args.dataset == Args.dataset else None
-    judge_file = args.eval_reward_fn or judge_file
+    judge_file = args.eval_reward_fn or ("data/support/gold.py:score" if args.dataset == Args.dataset else None)
     judge = utils.load_function(judge_file, "--eval-reward-fn") if judge_file else None
 
     R = args.response_length
@@ -190,12 +186,7 @@ def main(args: Args) -> None:
     ptx_rows = []
     if args.ptx_dataset:
         ptx_data = utils.load_data(args.ptx_dataset, args.train_split, utils.SFT_FORMATS)
-        encoded = utils.encode_pairs(tokenizer, utils.demonstrations(ptx_data), ptx_data.places)
-        most = utils.context_length(policy)  # tokens; longer completions are cut, as in sft.py
-        for prompt, completion, place in zip(*encoded, ptx_data.places, strict=True):
-            what = f"the prompt's {len(prompt)} tokens leave no room for a completion within {most}"
-            utils.require(len(prompt) < most, place, what, "shorten it")
-            ptx_rows.append((prompt, completion[: most - len(prompt)]))
+        ptx_rows = utils.encode_demonstrations(tokenizer, ptx_data, utils.context_length(policy))
 
     # ------------------------------------------------------------------------------------- what the loop is made of
     def policy_outputs(model: Any, ids: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -223,7 +214,7 @@ def main(args: Args) -> None:
         prompt_ids, prompt_mask = utils.pad([p.ids for p in prompts], pad_id, "left", device, width)  # D2
         with utils.autocast(device, args.dtype):
             response_ids, response_mask = utils.generate(
-                model, prompt_ids, prompt_mask, R, stop_id, pad_id, args.temperature, args.top_k, args.top_p, rng
+                model, prompt_ids, prompt_mask, R, stop_ids, pad_id, args.temperature, args.top_k, args.top_p, rng
             )  # D16
         return torch.cat([prompt_ids, response_ids], 1), torch.cat([prompt_mask, response_mask], 1), response_mask
 
@@ -235,9 +226,8 @@ def main(args: Args) -> None:
             scores = utils.call_reward_function(reward_fn, args.reward_fn, prompt_texts, texts, rows, update)
             return torch.tensor(scores, device=device), texts
         if shared_tokenizer:  # the reward model has learned on texts that end in EOS (B19)
-            sequences = [
-                p.ids + (r if r[-1] == eos_id else [*r, eos_id]) for p, r in zip(prompts, responses, strict=True)
-            ]
+            whole = [r if r[-1] == eos_id else [*r, eos_id] for r in responses]
+            sequences = [p.ids + r for p, r in zip(prompts, whole, strict=True)]
         else:  # B5: as text, through the reward model's own tokenizer and chat template
             pairs = [(p.row["prompt"], text) for p, text in zip(prompts, texts, strict=True)]
             encoded = utils.encode_pairs(reward_tokenizer, pairs, [p.place for p in prompts])
@@ -267,7 +257,7 @@ def main(args: Args) -> None:
         mine = eval_prompts[process.rank :: process.world]
         for i in range(0, len(mine), local_batch_size):
             prompts = mine[i : i + local_batch_size]
-            rng = utils.generator(device, args.seed, 1, i, process.rank)
+            rng = utils.generator(device, args.seed, EVALUATION, i, process.rank)
             ids, mask, response_mask = sample_responses(model, prompts, 0, rng)
             responses = unpad(ids[:, -R:], response_mask)
             scores, texts = score_responses(prompts, responses)
@@ -282,7 +272,7 @@ def main(args: Args) -> None:
                 kl[part] = torch.where(response_mask[part, :length].bool(), logprobs - ref_logprobs, 0.0).sum(1)
             for j, prompt in enumerate(prompts):
                 result = {"prompt": prompt.text, "response": texts[j], "score": scores[j].item(), "judge": judged[j]}
-                result |= {"kl": kl[j].item(), "length": len(responses[j]), "eos": responses[j][-1] == stop_id}
+                result |= {"kl": kl[j].item(), "length": len(responses[j]), "eos": responses[j][-1] in stop_ids}
                 results.append(result)
         return utils.gather(results)
 
@@ -295,10 +285,10 @@ def main(args: Args) -> None:
             micro = rows[i : i + args.micro_batch_size]
             ptx_ids, ptx_mask = utils.pad([p + c for p, c in micro], pad_id, "right", device)
             starts = torch.tensor([len(p) for p, _ in micro], device=device)
-            real = ptx_mask[:, 1:] * (torch.arange(1, ptx_ids.shape[1], device=device) >= starts[:, None])
+            loss_mask = ptx_mask[:, 1:] * (torch.arange(1, ptx_ids.shape[1], device=device) >= starts[:, None])
             with utils.autocast(device, args.dtype):
                 logits = utils.response_logits(policy, ptx_ids, ptx_mask, ptx_ids.shape[1] - 1)
-            loss = utils.masked_sum(-utils.logprobs(logits, ptx_ids[:, 1:]), real) / num_tokens
+            loss = utils.masked_sum(-utils.logprobs(logits, ptx_ids[:, 1:]), loss_mask) / num_tokens
             (args.ptx_coef * loss).backward()
             total += loss.detach()
         return utils.sum_over_processes(total)
@@ -332,21 +322,22 @@ def main(args: Args) -> None:
         prompts = [p for p in batch[process.rank :: process.world] for _ in range(args.samples_per_prompt)]
 
         # 2. generate responses, and read log-probabilities and values with the forward pass that training uses
-        rng = utils.generator(device, args.seed, 2, update, process.rank)  # D7
+        rng = utils.generator(device, args.seed, SAMPLING, update, process.rank)  # D7
         ids, mask, response_mask = sample_responses(policy, prompts, width, rng)  # [B, T], [B, T], [B, R]
         logprobs, ref_logprobs, values = (torch.zeros(len(prompts), R, device=device) for _ in range(3))  # 0 on padding
         with torch.no_grad():
             for part, columns, length in micro_batches(torch.arange(len(prompts)), mask, response_mask):
-                real, inputs = response_mask[part, :length].bool(), (ids[part, columns], mask[part, columns], length)
-                logprobs[part, :length] = torch.where(real, policy_outputs(policy, *inputs)[0], 0.0)  # D26
-                ref_logprobs[part, :length] = torch.where(real, policy_outputs(reference, *inputs)[0], 0.0)
+                inputs, mb_mask = (ids[part, columns], mask[part, columns], length), response_mask[part, :length].bool()
+                logprobs[part, :length] = torch.where(mb_mask, policy_outputs(policy, *inputs)[0], 0.0)  # D26
+                ref_logprobs[part, :length] = torch.where(mb_mask, policy_outputs(reference, *inputs)[0], 0.0)
                 if value_model is not None:
-                    values[part, :length] = torch.where(real, value_outputs(*inputs), 0.0)  # D21: 0 after the end
+                    values[part, :length] = torch.where(mb_mask, value_outputs(*inputs), 0.0)  # D21: 0 after the end
         clock.append(utils.now(device))
 
         # 3. score them, at the sequence's end
         last = response_mask.sum(1) - 1  # [B] position of the last real token, found from lengths (D3, B1, B3)
-        ended = ids[:, -R:].gather(1, last[:, None]).squeeze(1) == stop_id  # [B]
+        last_ids = ids[:, -R:].gather(1, last[:, None]).squeeze(1)  # [B]
+        ended = torch.isin(last_ids, torch.tensor(stop_ids, device=device))  # [B] by EOS or the stop token
         with torch.no_grad():
             scores, _ = score_responses(prompts, unpad(ids[:, -R:], response_mask))  # [B]
         scores = torch.where(ended, scores, scores - args.missing_eos_penalty)  # D18, B2
@@ -379,16 +370,17 @@ def main(args: Args) -> None:
             returns = advantages + values  # B15
         else:  # one number a response: its reward, the KL penalty included, against that of others
             episode_rewards = rewards.sum(1)  # [B]
-            group = episode_rewards.view(-1, args.samples_per_prompt)  # [prompts, samples_per_prompt]
+            grouped_rewards = episode_rewards.view(-1, args.samples_per_prompt)  # [prompts, samples_per_prompt]
             if args.advantage == "batch_mean":  # D34
                 baseline = utils.sum_over_processes(episode_rewards.sum()) / args.batch_size
                 episode_advantages = episode_rewards - baseline
             elif args.advantage == "rloo":  # D35: against the mean of the other responses to the prompt
-                others = (group.sum(1, keepdim=True) - group) / (args.samples_per_prompt - 1)
-                episode_advantages = (group - others).flatten()
+                others = grouped_rewards.sum(1, keepdim=True) - grouped_rewards
+                episode_advantages = (grouped_rewards - others / (args.samples_per_prompt - 1)).flatten()
             else:  # grpo
-                spread = group.std(1, keepdim=True, correction=0)
-                episode_advantages = ((group - group.mean(1, keepdim=True)) / (spread + 1e-4)).flatten()
+                center = grouped_rewards.mean(1, keepdim=True)
+                spread = grouped_rewards.std(1, keepdim=True, correction=0)
+                episode_advantages = ((grouped_rewards - center) / (spread + 1e-4)).flatten()
             advantages = episode_advantages[:, None] * response_mask
             returns = episode_rewards[:, None] * response_mask
         if args.whiten_advantages:
@@ -401,7 +393,7 @@ def main(args: Args) -> None:
         policy.requires_grad_(update > args.critic_warmup_updates)  # D32
         for model in trained.values():
             utils.set_gradient_checkpointing(model, args.gradient_checkpointing)
-        shuffle = utils.generator("cpu", args.seed, 3, update, process.rank)
+        shuffle = utils.generator("cpu", args.seed, SHUFFLING, update, process.rank)
         totals, grad_norms, ptx_losses = torch.zeros(len(STATISTICS), device=device, dtype=torch.float64), [], []
         ratio_error = torch.zeros((), device=device)  # largest |ratio - 1| before the first optimizer step, must be ~0
         for epoch in range(args.num_ppo_epochs):  # D25
@@ -410,17 +402,16 @@ def main(args: Args) -> None:
                 # D9: sums over tokens, divided by the token count of the mini-batch over all processes (B6, B12)
                 num_tokens = utils.sum_over_processes(response_mask[minibatch.to(device)].sum())
                 for part, columns, length in micro_batches(minibatch, mask, response_mask):
-                    inputs, real = (ids[part, columns], mask[part, columns], length), response_mask[part, :length]
+                    inputs, mb_mask = (ids[part, columns], mask[part, columns], length), response_mask[part, :length]
                     new_logprobs, entropies = policy_outputs(policy, *inputs)  # [b, R'], [b, R']
                     log_ratio = new_logprobs - logprobs[part, :length]
-                    ratio = torch.where(real.bool(), log_ratio, 0.0).exp()
-                    advantage = advantages[part, :length]
-                    policy_losses = torch.max(
-                        -advantage * ratio, -advantage * ratio.clamp(1 - args.cliprange, 1 + args.cliprange)
-                    )  # D23
-                    loss = utils.masked_sum(policy_losses, real)
+                    ratio = torch.where(mb_mask.bool(), log_ratio, 0.0).exp()
+                    mb_advantages = advantages[part, :length]
+                    clipped_ratio = ratio.clamp(1 - args.cliprange, 1 + args.cliprange)
+                    policy_losses = torch.max(-mb_advantages * ratio, -mb_advantages * clipped_ratio)  # D23
+                    loss = utils.masked_sum(policy_losses, mb_mask)
                     if args.entropy_coef:  # D33
-                        loss = loss - args.entropy_coef * utils.masked_sum(entropies, real)
+                        loss = loss - args.entropy_coef * utils.masked_sum(entropies, mb_mask)
                     value_losses = value_clipped = torch.zeros_like(ratio)
                     if value_model is not None:
                         new_values, old_values = value_outputs(*inputs), values[part, :length]
@@ -429,14 +420,13 @@ def main(args: Args) -> None:
                         clipped = (within - returns[part, :length]).square()
                         value_losses = 0.5 * torch.max(unclipped, clipped)  # D24
                         value_clipped = (clipped > unclipped).float()
-                        loss = loss + args.vf_coef * utils.masked_sum(value_losses, real)
+                        loss = loss + args.vf_coef * utils.masked_sum(value_losses, mb_mask)
                     (loss / num_tokens).backward()
 
                     with torch.no_grad():
-                        policy_clipped = ((ratio - 1).abs() > args.cliprange).float()
                         statistics = {
                             "approxkl": log_ratio.square() / 2,
-                            "policy_clipped": policy_clipped,
+                            "policy_clipped": ((ratio - 1).abs() > args.cliprange).float(),
                             "entropy": entropies,
                             "policy_loss": policy_losses,
                             "value_loss": value_losses,
@@ -445,9 +435,8 @@ def main(args: Args) -> None:
                             "squared_ratio_error": (ratio - 1).square(),
                             "tokens": torch.ones_like(ratio),
                         }
-                        epoch_totals += torch.stack(
-                            [utils.masked_sum(statistics[name], real).double() for name in STATISTICS]
-                        )
+                        sums = [utils.masked_sum(statistics[name], mb_mask).double() for name in STATISTICS]
+                        epoch_totals += torch.stack(sums)
                         if epoch == 0 and not grad_norms:
                             ratio_error = torch.max(ratio_error, (ratio - 1).abs().max())
                 if args.ptx_coef and update > args.critic_warmup_updates:  # D31: as many demonstrations as responses
@@ -456,7 +445,7 @@ def main(args: Args) -> None:
                 grad_norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm))  # D29
                 if not torch.isfinite(grad_norms[-1]):
                     what = f"the gradient norm is {grad_norms[-1].item()}"
-                    utils.stop(f"update {update}", what, "lower --learning-rate; the last checkpoint stands", code=1)
+                    utils.stop(f"update {update}: {what}; lower --learning-rate, the last checkpoint stands", code=1)
                 optimizer.step()
                 optimizer.zero_grad()
             epoch_totals = utils.sum_over_processes(epoch_totals)
@@ -473,7 +462,7 @@ def main(args: Args) -> None:
         if value_model is not None:  # D37
             residual = utils.masked_variance(returns - values, response_mask)
             explained = (1 - residual / utils.masked_variance(returns, response_mask).clamp(min=1e-8)).item()
-        num_real = utils.sum_over_processes(torch.stack([mask.sum(), response_mask.sum()])).tolist()
+        token_counts = utils.sum_over_processes(torch.stack([mask.sum(), response_mask.sum()])).tolist()
 
         def episode_mean(x: Tensor) -> float:
             """Mean of x [B] over the episodes of all processes."""
@@ -498,16 +487,16 @@ def main(args: Args) -> None:
             "val/clipfrac_avg": mean["value_clipped"],
             "val/ratio": mean["ratio"],
             "val/ratio_var": mean["squared_ratio_error"] - (mean["ratio"] - 1) ** 2,
-            "val/ratio_start_error": utils.max_over_processes(ratio_error).item(),
+            "val/ratio_start_error": max(utils.gather([ratio_error.item()])),
             "val/num_eos_tokens": round(episode_mean(ended) * args.batch_size),
             "val/explained_variance": explained,
-            "response/length": num_real[1] / args.batch_size,
+            "response/length": token_counts[1] / args.batch_size,
             "response/eos_rate": episode_mean(ended),
             "grad_norm": torch.stack(grad_norms).mean().item(),
             "time/rollout": times[0],
             "time/score": times[1],
             "time/train": times[2],
-            "tokens_per_second": num_real[0] / sum(times),
+            "tokens_per_second": token_counts[0] / sum(times),
         }
         if ptx_losses:
             metrics["loss/ptx_avg"] = torch.stack(ptx_losses).mean().item()
@@ -520,11 +509,8 @@ def main(args: Args) -> None:
             show_samples(logger, process, update, before, after, rows=3)
         logger.log(update, metrics)
         progress.update()
-        progress.set_postfix(
-            score=f"{metrics['objective/scores']:.2f}",
-            kl=f"{metrics['objective/kl']:.1f}",
-            length=f"{metrics['response/length']:.0f}",
-        )
+        shown = {"score": "objective/scores", "kl": "objective/kl", "length": "response/length"}
+        progress.set_postfix({name: f"{metrics[key]:.2f}" for name, key in shown.items()})
         if args.save_rollouts and update % args.save_rollouts == 0:
             tensors = {"prompt_ids": ids[:, :-R], "prompt_mask": mask[:, :-R], "response_ids": ids[:, -R:]}
             tensors |= {"response_mask": response_mask, "logprobs": logprobs, "ref_logprobs": ref_logprobs}
@@ -545,7 +531,7 @@ def main(args: Args) -> None:
     show_samples(logger, process, num_updates, before, after, rows=8)
     if process.is_main:
         utils.save_model(policy, tokenizer, out)
-        with utils.writing(str(out)), (out / "samples.jsonl").open("w", encoding="utf-8") as file:
+        with utils.writing(out), (out / "samples.jsonl").open("w", encoding="utf-8") as file:
             for b, a in zip(before, after, strict=True):
                 row = {"prompt": b["prompt"], "reference": b["response"], "policy": a["response"]}
                 row |= {"reference_score": b["score"], "policy_score": a["score"]}
@@ -554,7 +540,7 @@ def main(args: Args) -> None:
         seconds = time.time() - started
         evaluation = compare(before, after)
         summary = {"updates": num_updates, "episodes": num_updates * args.batch_size, "seconds": seconds}
-        with utils.writing(str(out)):
+        with utils.writing(out):
             utils.write_json(out / "summary.json", summary | {"eval": evaluation})
         by = evaluation["win_rate_by"]
         print(
@@ -575,22 +561,15 @@ def unpad(response_ids: Tensor, response_mask: Tensor) -> list[list[int]]:
 def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
     """Means of reference and policy over the held-out prompts, and how often the policy's response is better."""
 
-    def means(results: list[dict[str, Any]]) -> dict[str, float | None]:
-        def mean(name: str) -> float | None:
-            return None if results[0][name] is None else sum(r[name] for r in results) / len(results)
+    def mean(results: list[dict[str, Any]], key: str) -> float | None:
+        return None if results[0][key] is None else sum(r[key] for r in results) / len(results)
 
-        named = {"score": "score", "judge": "judge", "kl": "kl", "length": "length", "eos_rate": "eos"}
-        return {name: mean(key) for name, key in named.items()}
-
+    names = {"score": "score", "judge": "judge", "kl": "kl", "length": "length", "eos_rate": "eos"}
+    reference, policy = ({name: mean(results, key) for name, key in names.items()} for results in (before, after))
     by = "score" if before[0]["judge"] is None else "judge"
     wins = sum((a[by] > b[by]) + 0.5 * (a[by] == b[by]) for b, a in zip(before, after, strict=True))
-    return {
-        "prompts": len(before),
-        "reference": means(before),
-        "policy": means(after),
-        "win_rate": wins / len(before),
-        "win_rate_by": by,
-    }
+    counted = {"prompts": len(before), "reference": reference, "policy": policy}
+    return counted | {"win_rate": wins / len(before), "win_rate_by": by}
 
 
 def show_samples(
@@ -614,45 +593,32 @@ def show_samples(
 def check_flags(args: Args, world: int) -> None:
     """Stop with exit code 2 on flags that cannot work or contradict each other."""
     utils.check_common_flags(args, world)
-    positive = (
-        "total_episodes num_mini_batches num_ppo_epochs samples_per_prompt response_length eval_prompts kl_horizon"
-    )
-    for name in positive.split():
-        what = f"{getattr(args, name)} is not a positive number"
-        utils.require(getattr(args, name) > 0, utils.flag(name), what, "pass 1 or more")
-    for name in ("temperature", "cliprange", "cliprange_value", "kl_target", "reward_clip", "target_kl"):
-        value = getattr(args, name)
-        ok = value is None or (math.isfinite(value) and value > 0)
-        utils.require(ok, utils.flag(name), f"{value} is not positive", "pass a number above 0")
-    negative_ok = "top_k missing_eos_penalty kl_coef vf_coef entropy_coef critic_warmup_updates ptx_coef save_rollouts"
-    for name in negative_ok.split():
-        value = getattr(args, name)
-        utils.require(math.isfinite(value) and value >= 0, utils.flag(name), f"{value} is negative", "pass 0 or more")
-    for name in ("gamma", "lam", "top_p"):
-        value = getattr(args, name)
-        ok = 0 <= value <= 1 and not (name == "top_p" and value == 0)
-        utils.require(ok, utils.flag(name), f"{value} is out of range", "pass a number from 0 to 1")
-    for name, size in (
-        ("--num-mini-batches", args.num_mini_batches),
-        ("--samples-per-prompt", args.samples_per_prompt),
-    ):
-        share = size * world * (args.micro_batch_size if name == "--num-mini-batches" else 1)
-        what = f"{size} does not divide --batch-size {args.batch_size} evenly with {world} processes"
-        what += f" and --micro-batch-size {args.micro_batch_size}" if name == "--num-mini-batches" else ""
-        utils.require(args.batch_size % share == 0, name, what, f"make --batch-size a multiple of {share}")
-    what = f"{args.total_episodes} is less than one batch of {args.batch_size}"
-    utils.require(args.total_episodes >= args.batch_size, "--total-episodes", what, "pass at least --batch-size")
-    grouped = args.advantage in ("rloo", "grpo")
-    what = f"is 1, but {args.advantage} compares several responses to a prompt"
-    utils.require(not grouped or args.samples_per_prompt > 1, "--samples-per-prompt", what, "pass 2 or more")
-    what = "there is no critic to warm up without --advantage gae"
-    utils.require(
-        args.advantage == "gae" or not args.critic_warmup_updates, "--critic-warmup-updates", what, "leave it at 0"
-    )
-    what = "a coefficient of 0 cannot be steered toward a target"
-    utils.require(args.kl_target is None or args.kl_coef > 0, "--kl-target", what, "start from a --kl-coef above 0")
-    what = "--ptx-coef and --ptx-dataset need each other"
-    utils.require(bool(args.ptx_coef) == bool(args.ptx_dataset), "--ptx-coef", what, "pass both or neither")
+    counts = "total_episodes num_mini_batches num_ppo_epochs samples_per_prompt response_length eval_prompts kl_horizon"
+    positive = "temperature cliprange cliprange_value kl_target reward_clip target_kl"
+    weights = "top_k missing_eos_penalty kl_coef vf_coef entropy_coef critic_warmup_updates ptx_coef save_rollouts"
+    utils.check_range(args, counts, lambda n: n > 0, "1 or more")
+    utils.check_range(args, positive, lambda x: x > 0, "a number above 0")
+    utils.check_range(args, weights, lambda x: x >= 0, "0 or more")
+    utils.check_range(args, "gamma lam", lambda x: 0 <= x <= 1, "a number from 0 to 1")
+    utils.check_range(args, "top_p", lambda x: 0 < x <= 1, "a number above 0 and up to 1")
+
+    share = args.num_mini_batches * args.micro_batch_size * world
+    what = "does not divide --batch-size evenly over processes and micro-batches"
+    utils.require(args.batch_size % share == 0, f"--num-mini-batches: {what}; make that a multiple of {share}")
+    share = args.samples_per_prompt * world
+    what = "does not divide --batch-size evenly over processes"
+    utils.require(args.batch_size % share == 0, f"--samples-per-prompt: {what}; make that a multiple of {share}")
+    enough = args.total_episodes >= args.batch_size
+    utils.require(enough, "--total-episodes: is less than one batch; pass at least --batch-size")
+    compares = args.advantage in ("rloo", "grpo")  # several responses to a prompt
+    one = args.samples_per_prompt == 1
+    utils.require(not (compares and one), f"--samples-per-prompt: is 1; pass 2 or more for {args.advantage}")
+    warmup = args.critic_warmup_updates > 0 and args.advantage != "gae"
+    utils.require(not warmup, f"--critic-warmup-updates: {args.advantage} has no critic; leave it at 0")
+    steered = args.kl_target is not None and args.kl_coef == 0
+    utils.require(not steered, "--kl-target: a --kl-coef of 0 cannot be steered; start from one above 0")
+    both = bool(args.ptx_coef) == bool(args.ptx_dataset)
+    utils.require(both, "--ptx-coef: goes with --ptx-dataset; pass both or neither")
 
 
 if __name__ == "__main__":

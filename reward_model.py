@@ -83,12 +83,9 @@ def main(args: Args) -> None:
     process = utils.start_process(args.device, args.seed)
     utils.check_common_flags(args, process.world)
     utils.check_output(args)
-    utils.require(args.epochs > 0, "--epochs", f"{args.epochs} is not positive", "pass 1 or more")
-    utils.require(args.max_length > 1, "--max-length", f"{args.max_length} leaves no room", "pass 2 or more")
-    utils.require(0 <= args.warmup_ratio < 1, "--warmup-ratio", f"{args.warmup_ratio} is no share", "pass 0 to below 1")
     other_data = args.dataset != Args.dataset and args.normalize_with == Args.normalize_with
-    what = "still names the embedded task's demonstrations"
-    utils.require(not other_data, "--normalize-with", what, "pass your own task's demonstrations, or none")
+    what = "still names the embedded task's demonstrations; pass your own task's, or none"
+    utils.require(not other_data, f"--normalize-with: {what}")
 
     # --------------------------------------------------------------------------------------------- data and model
     formats = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]
@@ -107,25 +104,19 @@ def main(args: Args) -> None:
     max_length = min(args.max_length, utils.context_length(model))
     train_pairs = encode(tokenizer, train_data, max_length)
     eval_pairs = encode(tokenizer, eval_data, max_length)
-    utils.require(bool(train_pairs) and bool(eval_pairs), args.dataset, "no pair is short enough", "raise --max-length")
+    some = bool(train_pairs) and bool(eval_pairs)
+    utils.require(some, f"{args.dataset}: no pair is short enough; raise --max-length")
     sft_texts = []  # token ids of the demonstrations that the scores are normalized on
     if sft_data is not None:
         encoded = utils.encode_pairs(tokenizer, utils.demonstrations(sft_data), sft_data.places)
         sft_texts = [p + c for p, c in zip(*encoded, strict=True) if len(p) + len(c) <= max_length]
-        utils.require(bool(sft_texts), args.normalize_with, "no text is short enough", "raise --max-length")
+        utils.require(bool(sft_texts), f"{args.normalize_with}: no text is short enough; raise --max-length")
     out = utils.open_output(args, process)
 
     # D6: AdamW without weight decay, warmup, cosine to 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
     num_steps = args.epochs * math.ceil(len(train_pairs) / args.batch_size)
     warmup_steps = round(args.warmup_ratio * num_steps)
-
-    def learning_rate(step: int) -> float:
-        if step <= warmup_steps:
-            return args.learning_rate * step / warmup_steps
-        return (
-            args.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup_steps) / (num_steps - warmup_steps)))
-        )
 
     state = utils.load_checkpoint(out, {"model": model}, optimizer) if args.resume else None
     start = state["step"] if state else 0
@@ -183,9 +174,10 @@ def main(args: Args) -> None:
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()  # D29
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             what = f"the loss is {loss}, the gradient norm {grad_norm}"
-            utils.stop(f"step {step}", what, "lower --learning-rate; the last checkpoint stands", code=1)
+            utils.stop(f"step {step}: {what}; lower --learning-rate, the last checkpoint stands", code=1)
+        lr = utils.warmup_cosine(args.learning_rate, step, num_steps, warmup_steps)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
+            group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
 
@@ -194,7 +186,7 @@ def main(args: Args) -> None:
             "loss": loss,
             "accuracy": accuracy,
             "margin": margin,
-            "lr": learning_rate(step),
+            "lr": lr,
             "grad_norm": grad_norm,
         }
         metrics["tokens_per_second"] = tokens_per_second
@@ -227,7 +219,7 @@ def main(args: Args) -> None:
             "score_length_correlation": result["score_length_correlation"],
             "seconds": time.time() - started,
         }
-        with utils.writing(str(out)):
+        with utils.writing(out):
             utils.write_json(out / "summary.json", summary)
         print(
             f"reward_model: accuracy {result['accuracy']:.3f} (95% interval {low:.3f} to {high:.3f}) on "

@@ -19,6 +19,8 @@ from typing import Literal
 
 import torch
 import tyro
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import utils
 
@@ -74,16 +76,13 @@ def main(args: Args) -> None:
     process = utils.start_process(args.device, args.seed)
     utils.check_common_flags(args, process.world)
     utils.check_output(args)
-    utils.require(args.epochs > 0, "--epochs", f"{args.epochs} is not positive", "pass 1 or more")
-    utils.require(args.max_length > 1, "--max-length", f"{args.max_length} leaves no room", "pass 2 or more")
-    utils.require(0 <= args.warmup_ratio < 1, "--warmup-ratio", f"{args.warmup_ratio} is no share", "pass 0 to below 1")
 
     # --------------------------------------------------------------------------------------------- data and model
     train_data = utils.load_data(args.dataset, args.train_split, utils.SFT_FORMATS)
     eval_data = utils.load_data(args.dataset, args.eval_split, utils.SFT_FORMATS)
     if args.model == "tiny":
         texts = [text for row in train_data.rows for text in plain_texts(row)]
-        model, tokenizer = utils.build_tiny(texts, process.device)
+        model, tokenizer = build_tiny(texts, process.device)
     else:
         tokenizer = utils.load_tokenizer(args.model)
         model = utils.load_causal_lm(args.model, process.device)
@@ -96,13 +95,6 @@ def main(args: Args) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
     num_steps = args.epochs * math.ceil(len(train_rows) / args.batch_size)
     warmup_steps = round(args.warmup_ratio * num_steps)
-
-    def learning_rate(step: int) -> float:
-        if step <= warmup_steps:
-            return args.learning_rate * step / warmup_steps
-        return (
-            args.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup_steps) / (num_steps - warmup_steps)))
-        )
 
     state = utils.load_checkpoint(out, {"model": model}, optimizer) if args.resume else None
     start = state["step"] if state else 0
@@ -156,16 +148,17 @@ def main(args: Args) -> None:
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()  # D29
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             what = f"the loss is {loss}, the gradient norm {grad_norm}"
-            utils.stop(f"step {step}", what, "lower --learning-rate; the last checkpoint stands", code=1)
+            utils.stop(f"step {step}: {what}; lower --learning-rate, the last checkpoint stands", code=1)
+        lr = utils.warmup_cosine(args.learning_rate, step, num_steps, warmup_steps)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
+            group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
 
         tokens_per_second = sum(len(ids) for ids, _ in batch) / (time.time() - step_started)
         metrics = {
             "loss": loss,
-            "lr": learning_rate(step),
+            "lr": lr,
             "grad_norm": grad_norm,
             "tokens_per_second": tokens_per_second,
         }
@@ -173,7 +166,7 @@ def main(args: Args) -> None:
             metrics["eval_loss"] = evaluate()
         logger.log(step, metrics)
         progress.update()
-        progress.set_postfix(loss=f"{loss:.3f}", lr=f"{learning_rate(step):.1e}", tok_s=f"{tokens_per_second:,.0f}")
+        progress.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", tok_s=f"{tokens_per_second:,.0f}")
         if args.save_every and step % args.save_every == 0 and step < num_steps and process.is_main:
             utils.save_checkpoint(out, step, {"model": model}, optimizer, {})
     progress.close()
@@ -183,7 +176,7 @@ def main(args: Args) -> None:
     if process.is_main:
         utils.save_model(model, tokenizer, out)
         summary = {"eval_loss": eval_loss, "perplexity": math.exp(eval_loss), "seconds": time.time() - started}
-        with utils.writing(str(out)):
+        with utils.writing(out):
             utils.write_json(out / "summary.json", summary)
         print(
             f"sft: held-out loss {eval_loss:.3f} nats per token, perplexity {math.exp(eval_loss):.2f}; "
@@ -191,6 +184,32 @@ def main(args: Args) -> None:
         )
     logger.close()
     utils.end_process()
+
+
+def build_tiny(texts: list[str], device: torch.device) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """A Llama of about 1M parameters and a byte-level BPE tokenizer trained on `texts`: (model, tokenizer)."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    pad, eos, alphabet = "<|pad|>", "<|eos|>", pre_tokenizers.ByteLevel.alphabet()
+    settings = {"special_tokens": [pad, eos], "initial_alphabet": alphabet, "show_progress": False}
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2048, **settings))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=pad, eos_token=eos)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.05,  # 0.02 is meant for wide models; a narrow one starts slowly from it
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="eager" if device.type == "cpu" else "sdpa",
+    )
+    return LlamaForCausalLM(config).to(device).eval(), tokenizer
 
 
 def plain_texts(row: dict) -> list[str]:
@@ -202,16 +221,11 @@ def plain_texts(row: dict) -> list[str]:
 
 def encode(tokenizer, data: utils.Data, max_length: int) -> list[tuple[list[int], int]]:
     """Rows as (token ids of prompt and completion with its EOS, length of the prompt in tokens)."""
-    prompts, completions = utils.encode_pairs(tokenizer, utils.demonstrations(data), data.places)
-    rows, cut = [], 0
-    for prompt, completion, place in zip(prompts, completions, data.places, strict=True):
-        what = f"the prompt's {len(prompt)} tokens leave no room for a completion within {max_length}"
-        utils.require(len(prompt) < max_length, place, what, "raise --max-length or shorten it")
-        cut += len(prompt) + len(completion) > max_length
-        rows.append(((prompt + completion)[:max_length], len(prompt)))
+    rows = utils.encode_demonstrations(tokenizer, data, max_length)
+    cut = sum(completion[-1] != tokenizer.eos_token_id for _, completion in rows)
     if cut:
         print(f"sft: {cut} of {len(rows)} completions are cut to fit {max_length} tokens (--max-length)")
-    return rows
+    return [(prompt + completion, len(prompt)) for prompt, completion in rows]
 
 
 def count_targets(rows: list[tuple[list[int], int]]) -> int:

@@ -4,12 +4,14 @@ The three stages import this file and never each other. Shapes in comments: B se
 tokens, T = P + R, V vocabulary, H hidden size. `D17` and `B14` in comments point to DETAILS.md.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import html
 import importlib.util
 import inspect
 import json
+import logging
 import math
 import os
 import shutil
@@ -20,35 +22,42 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------------------------------- errors
+# the terminal is for what the stages say; what would go wrong silently with this, `load_model` checks
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
 
+# ------------------------------------------------------------------------------------------------------------- errors
 
 open_bars: list[tqdm] = []
 
 
-def stop(where: str, what: str, mend: str, code: int = 2) -> NoReturn:
+def stop(message: str, code: int = 2) -> NoReturn:
     """Print `error: WHERE: WHAT; HOW TO MEND` on one line of stderr and exit: 2 for wrong input, 1 for a failed run."""
     while open_bars:
         open_bars.pop().close()  # ends its line, so that the error starts one of its own
-    print(f"error: {where}: {what}; {mend}".replace("\n", " "), file=sys.stderr, flush=True)
+    print(f"error: {message}".replace("\n", " "), file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
-def require(condition: bool, where: str, what: str, mend: str) -> None:
+def require(condition: bool, message: str) -> None:
     """Stop with exit code 2 unless `condition` holds."""
     if not condition:
-        stop(where, what, mend)
+        stop(message)
 
 
 def first_line(error: BaseException) -> str:
     """The kind of an exception and the first line of its message, for errors that fit on one line."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 # ---------------------------------------------------------------------------------------------------------- processes
@@ -67,11 +76,7 @@ class Process(NamedTuple):
 
 
 def start_process(device: str, seed: int) -> Process:
-    """Join the other processes if torchrun started several, choose the device, seed what must agree (D7).
-
-    Raises:
-        SystemExit: code 2 if the device does not exist.
-    """
+    """Join the other processes if torchrun started several, choose the device, seed what must agree (D7)."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,7 +84,7 @@ def start_process(device: str, seed: int) -> Process:
         chosen = torch.device(f"cuda:{local}" if device == "cuda" else device)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        stop("--device", f"{device!r} cannot be used ({first_line(error)})", "pass --device cpu or --device cuda")
+        stop(f"--device: {device!r} cannot be used ({first_line(error)}); pass --device cpu or --device cuda")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 means float32
@@ -107,14 +112,6 @@ def sum_over_processes(x: Tensor) -> Tensor:
     return x
 
 
-def max_over_processes(x: Tensor) -> Tensor:
-    """The elementwise maximum of `x` over all processes; `x` itself where there is one."""
-    if dist.is_initialized():
-        x = x.clone()
-        dist.all_reduce(x, dist.ReduceOp.MAX)
-    return x
-
-
 def sum_gradients(parameters: list[nn.Parameter]) -> None:
     """Add up gradients over processes: each loss is already divided by the token count of the whole batch (D9)."""
     parameters = [p for p in parameters if p.requires_grad]  # none for a policy that stands still (D32)
@@ -122,10 +119,10 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
         for p in parameters:
             if p.grad is None:  # a process whose share of the last batch is empty takes part all the same
                 p.grad = torch.zeros_like(p)
-        flat = torch.cat([p.grad.flatten() for p in parameters])
+        gradients = [p.grad for p in parameters]
+        flat = parameters_to_vector(gradients)
         dist.all_reduce(flat)
-        for p, g in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad.copy_(g.view_as(p))
+        vector_to_parameters(flat, gradients)
 
 
 def gather(rows: list[Any]) -> list[Any]:
@@ -150,66 +147,57 @@ OWN_FILES = ("args.json", "metrics.jsonl", "summary.json", "samples.jsonl", "che
 FREE_ON_RESUME = {"resume", "overwrite", "device", "micro_batch_size", "save_every", "eval_every", "track"}
 
 
-def check_common_flags(args: Any, world: int) -> None:
-    """Check what all three stages share; `args` is a stage's dataclass.
-
-    Raises:
-        SystemExit: code 2 and one line on stderr.
-    """
-    for name in ("batch_size", "micro_batch_size"):
-        require(
-            getattr(args, name) > 0, flag(name), f"{getattr(args, name)} is not a positive number", "pass 1 or more"
-        )
-    for name in ("save_every", "eval_every", "seed"):
-        require(getattr(args, name) >= 0, flag(name), f"{getattr(args, name)} is negative", "pass 0 or more")
-    for name in ("learning_rate", "max_grad_norm"):
-        value = getattr(args, name)
-        require(math.isfinite(value) and value > 0, flag(name), f"{value} is not positive", "pass a number above 0")
-    share = args.micro_batch_size * world
-    require(
-        args.batch_size % share == 0,
-        "--batch-size",
-        f"{args.batch_size} is not divisible by the micro-batch size times the processes ({share})",
-        f"pass a multiple of {share}, or another --micro-batch-size",
-    )
-    if args.track:
-        require(importlib.util.find_spec("wandb") is not None, "--track", "wandb is missing", "pip install wandb")
-
-
 def flag(name: str) -> str:
     """The command-line spelling of an argument."""
     return "--" + name.replace("_", "-")
 
 
-def check_output(args: Any) -> None:
-    """Leave an `--output-dir` alone that already holds a run; call it in every process before any opens the folder.
+def check_range(args: Any, names: str, allowed: Callable[[float], bool], wanted: str) -> None:
+    """Stop unless each flag in `names`, words with spaces between, is None or a finite number that is allowed."""
+    for name in names.split():
+        value = getattr(args, name)
+        ok = value is None or (math.isfinite(value) and allowed(value))
+        require(ok, f"{flag(name)}: {value} is out of range; pass {wanted}")
 
-    Raises:
-        SystemExit: code 2 if the folder holds a run (without --resume or --overwrite) or anything else, or if --resume
-            comes with flags that would make it another run.
+
+def check_common_flags(args: Any, world: int) -> None:
+    """Check the flags that stages share; `args` is a stage's dataclass."""
+    check_range(args, "batch_size micro_batch_size", lambda n: n > 0, "1 or more")
+    check_range(args, "save_every eval_every seed", lambda n: n >= 0, "0 or more")
+    check_range(args, "learning_rate max_grad_norm", lambda x: x > 0, "a number above 0")
+    if hasattr(args, "epochs"):  # sft.py and reward_model.py, which pass over a fixed set of rows
+        check_range(args, "epochs", lambda n: n > 0, "1 or more")
+        check_range(args, "max_length", lambda n: n > 1, "2 or more")
+        check_range(args, "warmup_ratio", lambda x: 0 <= x < 1, "0 to below 1")
+    share = args.micro_batch_size * world
+    what = f"{args.batch_size} is not divisible by the micro-batch size times the processes ({share})"
+    mend = f"pass a multiple of {share}, or another --micro-batch-size"
+    require(args.batch_size % share == 0, f"--batch-size: {what}; {mend}")
+    has_wandb = importlib.util.find_spec("wandb") is not None
+    require(not args.track or has_wandb, "--track: wandb is missing; pip install wandb")
+
+
+def check_output(args: Any) -> None:
+    """Stop if `--output-dir` holds another run or anything else; call it in every process before any opens the folder.
+
+    A run may be there with --overwrite, or with --resume if the flags are its own.
     """
-    out, given = Path(args.output_dir), json.loads(json.dumps(dataclasses.asdict(args)))
-    require(not (args.resume and args.overwrite), "--resume", "contradicts --overwrite", "pass one of the two")
-    if out.exists():
-        require(out.is_dir(), str(out), "is a file", "pass another --output-dir")
-        holds_run = (out / "args.json").exists()
-        if any(out.iterdir()) and not holds_run:
-            stop(str(out), "is not empty and holds no run", "pass another --output-dir")
-        if holds_run and not (args.resume or args.overwrite):
-            stop(str(out), "already holds a run", "pass --resume to go on or --overwrite to start again")
-        if holds_run and args.resume:
-            before = json.loads((out / "args.json").read_text())
-            for name in given.keys() - FREE_ON_RESUME:
-                same = before.get(name) == given[name]
-                require(same, flag(name), f"was {before.get(name)!r} in {out}", "resume with the flags of that run")
+    out = Path(args.output_dir)
+    require(not (args.resume and args.overwrite), "--resume: contradicts --overwrite; pass one of the two")
+    require(not out.exists() or out.is_dir(), f"{out}: is a file; pass another --output-dir")
+    if (out / "args.json").exists():
+        again = args.resume or args.overwrite
+        require(again, f"{out}: already holds a run; pass --resume to go on or --overwrite to start again")
+        before = json.loads((out / "args.json").read_text()) if args.resume else {}
+        for name, value in json.loads(json.dumps(dataclasses.asdict(args))).items():
+            same = not args.resume or name in FREE_ON_RESUME or before.get(name) == value
+            require(same, f"{flag(name)}: was {before.get(name)!r} in {out}; resume with the flags of that run")
+    elif out.exists():
+        require(not any(out.iterdir()), f"{out}: is not empty and holds no run; pass another --output-dir")
 
 
 def open_output(args: Any, process: Process) -> Path:
-    """Make `--output-dir` ready and write `args.json`, once all processes have come through `check_output`.
-
-    Raises:
-        SystemExit: code 2 if it cannot be written.
-    """
+    """Make `--output-dir` ready and write `args.json`, once all processes have come through `check_output`."""
     out = Path(args.output_dir)
     if dist.is_initialized():
         dist.barrier()  # nobody may find the folder that the main process makes here
@@ -221,7 +209,7 @@ def open_output(args: Any, process: Process) -> Path:
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / "args.json", dataclasses.asdict(args))
         except OSError as error:
-            stop(str(out), f"cannot be written ({first_line(error)})", "pass another --output-dir")
+            stop(f"{out}: cannot be written ({first_line(error)}); pass another --output-dir")
     if dist.is_initialized():
         dist.barrier()
     return out
@@ -245,30 +233,21 @@ class Data(NamedTuple):
 
 
 def load_data(dataset: str, split: str, formats: list[tuple[str, ...]]) -> Data:
-    """Read a split and check that every row has the columns of one of `formats`, none of them empty.
+    """Read a split; stop unless every row has the columns of one of `formats`, texts or chats and none of them empty.
 
     Local .jsonl files are read here so that an error can name the line; everything else (a hub id, .parquet, .csv,
     a folder of such files) goes through `datasets.load_dataset`. A single file has one split, `train`: its last
-    twentieth (500 rows at most) serves as the other one.
-
-    Args:
-        dataset: hub id, folder or file.
-        split: name of the split, in `datasets` syntax for what `datasets` reads.
-        formats: column sets to choose from, first match wins, such as [("prompt", "completion"), ("text",)].
-
-    Raises:
-        SystemExit: code 2 for a missing file, split or column, a line that is not JSON, an empty or ill-typed field.
+    twentieth (500 rows at most) serves as the other one. The first of `formats`, sets of columns, that fits wins.
     """
     data = read_rows(dataset, split)
-    require(len(data.rows) > 0, f"{dataset} ({split})", "holds no rows", "pass a data set with rows")
+    require(len(data.rows) > 0, f"{dataset} ({split}): holds no rows; pass a data set with rows")
     found = list(data.rows[0])
-    columns = next((f for f in formats if all(c in data.rows[0] for c in f)), None)
+    columns = next((f for f in formats if {*f} <= {*found}), None)
     if columns is None:
-        wanted = " or ".join(",".join(f) for f in formats)
-        known = {c for f in formats for c in f}
+        wanted, known = " or ".join(",".join(f) for f in formats), {c for f in formats for c in f}
         near = [m for c in found if c not in known for m in difflib.get_close_matches(c, known.difference(found), 1)]
         hint = f"rename it to {near[0]!r}" if near else f"the columns must be {wanted}"
-        stop(data.places[0], f"columns {','.join(found)} found, {wanted} wanted", hint)
+        stop(f"{data.places[0]}: columns {','.join(found)} found, {wanted} wanted; {hint}")
     for row, place in zip(data.rows, data.places, strict=True):
         for column in columns:
             check_field(row.get(column), column, place)
@@ -284,7 +263,7 @@ def read_rows(dataset: str, split: str) -> Data:
         return read_jsonl(path / f"{split}.jsonl")
     is_file_name = path.suffix in (".json", ".csv", ".parquet", ".txt", ".arrow")  # a hub id may have a dot
     if not path.exists() and (is_file_name or dataset.startswith((".", "/", "~"))):
-        stop(dataset, "no such file or folder", "check --dataset")
+        stop(f"{dataset}: no such file or folder; check --dataset")
     import datasets  # takes seconds; local .jsonl files do not need it
 
     try:
@@ -294,13 +273,13 @@ def read_rows(dataset: str, split: str) -> Data:
             return hold_out(Data(rows, [f"{path} (row {i + 1})" for i in range(len(rows))]), split)
         rows = datasets.load_dataset(dataset, split=split).to_list()
     except Exception as error:
-        stop(f"{dataset} ({split})", f"cannot be read ({first_line(error)})", "check the path or id and the split")
+        stop(f"{dataset} ({split}): cannot be read ({first_line(error)}); check the path or id and the split")
     return Data(rows, [f"{dataset}/{split} (row {i + 1})" for i in range(len(rows))])
 
 
 def read_jsonl(path: Path) -> Data:
     """One JSON object a line, empty lines skipped."""
-    require(path.is_file(), str(path), "no such file", "check --dataset and the names of the splits")
+    require(path.is_file(), f"{path}: no such file; check --dataset and the names of the splits")
     rows, places = [], []
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -310,12 +289,10 @@ def read_jsonl(path: Path) -> Data:
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError:
-                stop(place, "is not UTF-8", "save the file as UTF-8")
+                stop(f"{place}: is not UTF-8; save the file as UTF-8")
             except json.JSONDecodeError as error:
-                stop(place, f"is not JSON ({error.msg} at column {error.colno})", "write one JSON object a line")
-            require(
-                isinstance(row, dict), place, "is not a JSON object", 'write one JSON object a line, as {"prompt": …}'
-            )
+                stop(f"{place}: is not JSON ({error.msg} at column {error.colno}); write one JSON object a line")
+            require(isinstance(row, dict), f'{place}: is not a JSON object; write one a line, as {{"prompt": …}}')
             rows.append(row)
             places.append(place)
     return Data(rows, places)
@@ -332,46 +309,35 @@ def check_field(value: Any, column: str, place: str) -> None:
     """A field is a non-empty string or a non-empty list of chat messages."""
     where = f"{place}: {column}"
     if isinstance(value, str) and column != "messages":
-        require(bool(value.strip()), where, "is empty", "fill it in or drop the row")
+        require(bool(value.strip()), f"{where}: is empty; fill it in or drop the row")
     elif isinstance(value, list):
-        require(bool(value), where, "is an empty chat", "fill it in or drop the row")
+        require(bool(value), f"{where}: is an empty chat; fill it in or drop the row")
         for message in value:
             ok = isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
-            require(ok, where, f"{message!r:.60} is not a chat message", 'write {"role": …, "content": …} with strings')
+            mend = 'write {"role": …, "content": …} with strings'
+            require(ok, f"{where}: {message!r:.60} is not a chat message; {mend}")
     else:
         kind = "missing" if value is None else f"a {type(value).__name__}"
-        stop(where, f"is {kind}", "make it a string or a list of chat messages")
+        stop(f"{where}: is {kind}; make it a string or a list of chat messages")
 
 
 def render(tokenizer: Any, prompt: Any, completion: Any, place: str) -> tuple[str, str]:
-    """A prompt and its completion as text; chat messages go through the tokenizer's chat template.
-
-    Args:
-        prompt: a string, a list of messages, or "" where the completion is the whole text.
-        completion: a string, a list of messages, or None for a prompt alone.
-    """
+    """A prompt and its completion, None for a prompt alone, as text; chat messages go through the chat template."""
     if isinstance(prompt, str) and not isinstance(completion, list):
         return prompt, completion or ""
-    require(
-        tokenizer.chat_template is not None,
-        place,
-        "is a chat, but the tokenizer has no chat template",
-        "use plain text",
-    )
-    what = "the prompt is a text, but its answer is a chat"
-    require(isinstance(prompt, list) or not prompt, place, what, "write both as messages or both as texts")
+    has_template = tokenizer.chat_template is not None
+    require(has_template, f"{place}: is a chat, but the tokenizer has no chat template; use plain text")
+    same_kind = isinstance(prompt, list) or not prompt
+    require(same_kind, f"{place}: the prompt is a text, but its answer is a chat; write both as messages or as texts")
     messages = prompt if isinstance(prompt, list) else []
-    answer = completion or []
-    if isinstance(answer, str):
-        answer = [{"role": "assistant", "content": answer}]
+    answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion or []
     try:
         start = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) if messages else ""
         whole = tokenizer.apply_chat_template([*messages, *answer], tokenize=False) if answer else start
     except Exception as error:
-        stop(place, f"does not fit the chat template ({first_line(error)})", "check roles and their order")
-    require(
-        whole.startswith(start), place, "the chat template rewrites the prompt when it is answered", "use plain text"
-    )
+        stop(f"{place}: does not fit the chat template ({first_line(error)}); check roles and their order")
+    kept = whole.startswith(start)
+    require(kept, f"{place}: the chat template rewrites the prompt when it is answered; use plain text")
     return start, whole[len(start) :]
 
 
@@ -386,9 +352,8 @@ def demonstrations(data: Data) -> list[tuple[Any, Any]]:
             pairs.append((row["prompt"], row["completion"]))
         elif "messages" in row:
             *before, last = row["messages"]
-            require(
-                last["role"] == "assistant", place, "the last message is not the assistant's", "end chats with a reply"
-            )
+            ok = last["role"] == "assistant"
+            require(ok, f"{place}: the last message is not the assistant's; end chats with a reply")
             pairs.append((before, [last]))
         else:
             pairs.append(("", row["text"]))
@@ -409,16 +374,23 @@ def encode_pairs(
     appends_eos = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id  # a text's own EOS stays
     for chat in {*chats}:
         rows = [i for i, c in enumerate(chats) if c == chat]
-        for i, ids in zip(
-            rows, tokenizer([texts[i][0] for i in rows], add_special_tokens=not chat)["input_ids"], strict=True
-        ):
+        encoded = tokenizer([texts[i][0] for i in rows], add_special_tokens=not chat)["input_ids"]
+        for i, ids in zip(rows, encoded, strict=True):
             prompts[i] = ids[:-1] if not chat and appends_eos else ids
     eos = tokenizer.eos_token
     answers = [c.rstrip().removesuffix(eos) if c.rstrip().endswith(eos) else c for _, c in texts]
-    completions = tokenizer(answers, add_special_tokens=False)["input_ids"]
-    return prompts, [
-        [] if pair[1] is None else ids + [tokenizer.eos_token_id] for pair, ids in zip(pairs, completions, strict=True)
-    ]
+    encoded = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    completions = [[*ids, tokenizer.eos_token_id] for ids in encoded]
+    return prompts, [[] if pair[1] is None else ids for pair, ids in zip(pairs, completions, strict=True)]
+
+
+def encode_demonstrations(tokenizer: Any, data: Data, max_length: int) -> list[tuple[list[int], list[int]]]:
+    """Token ids of prompts and completions, these cut where both together exceed `max_length` tokens."""
+    prompts, completions = encode_pairs(tokenizer, demonstrations(data), data.places)
+    for prompt, place in zip(prompts, data.places, strict=True):
+        what = f"the prompt's {len(prompt)} tokens leave no room for a completion within {max_length}"
+        require(len(prompt) < max_length, f"{place}: {what}; shorten it or raise --max-length")
+    return [(p, c[: max_length - len(p)]) for p, c in zip(prompts, completions, strict=True)]
 
 
 class Prompt(NamedTuple):
@@ -433,16 +405,29 @@ class Prompt(NamedTuple):
 def load_prompts(tokenizer: Any, dataset: str, split: str, room: int) -> list[Prompt]:
     """The prompts of a split; none may be longer than `room` tokens."""
     data = load_data(dataset, split, [("prompt",)])
-    pairs = [(row["prompt"], None) for row in data.rows]
-    ids, _ = encode_pairs(tokenizer, pairs, data.places)
+    encoded, _ = encode_pairs(tokenizer, [(row["prompt"], None) for row in data.rows], data.places)
     prompts = []
-    for row, place, tokens in zip(data.rows, data.places, ids, strict=True):
-        what = (
-            f"the prompt's {len(tokens)} tokens exceed the {room} that the model's context leaves beside the response"
-        )
-        require(len(tokens) <= room, place, what, "shorten it or lower --response-length")
-        prompts.append(Prompt(tokens, render(tokenizer, row["prompt"], None, place)[0], row, place))
+    for row, place, ids in zip(data.rows, data.places, encoded, strict=True):
+        what = f"the prompt's {len(ids)} tokens exceed the {room} that the context leaves beside the response"
+        require(len(ids) <= room, f"{place}: {what}; shorten it or lower --response-length")
+        prompts.append(Prompt(ids, render(tokenizer, row["prompt"], None, place)[0], row, place))
     return prompts
+
+
+def data_order(rows: int, epoch: int, seed: int) -> list[int]:
+    """The order of the rows in an epoch, the same in every process (D7)."""
+    return torch.randperm(rows, generator=generator("cpu", seed, epoch)).tolist()
+
+
+def batches(rows: int, batch_size: int, epochs: int, seed: int, start: int) -> Iterator[tuple[int, list[int]]]:
+    """(step, row indices) of each optimizer batch from step `start` + 1 on; the last of an epoch may be smaller."""
+    step = 0
+    for epoch in range(epochs):
+        order = data_order(rows, epoch, seed)
+        for i in range(0, rows, batch_size):
+            step += 1
+            if step > start:
+                yield step, order[i : i + batch_size]
 
 
 def cycle(rows: list[Any], first: int, count: int, seed: int) -> list[Any]:
@@ -467,90 +452,51 @@ def pad(
     return torch.tensor(rows, device=device), real.long().to(device)
 
 
-def data_order(rows: int, epoch: int, seed: int) -> list[int]:
-    """The order of the rows in an epoch, the same in every process (D7)."""
-    return torch.randperm(rows, generator=generator("cpu", seed, epoch)).tolist()
-
-
 # ------------------------------------------------------------------------------------------------------------- models
 
 
 def load_tokenizer(model: str) -> Any:
     """The tokenizer in a folder or of a hub id; its pad token is EOS where it has none (D3 makes that safe)."""
-    from transformers import AutoTokenizer
-
-    tokenizer = from_pretrained(AutoTokenizer, model)
-    require(
-        tokenizer.eos_token_id is not None, model, "its tokenizer has no EOS token", "set one in tokenizer_config.json"
-    )
+    tokenizer = from_pretrained(transformers.AutoTokenizer, model)
+    has_eos = tokenizer.eos_token_id is not None
+    require(has_eos, f"{model}: its tokenizer has no EOS token; set one in tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any) -> Any:
-    """A model in float32 on `device`, dropout off (D4): it stays in eval mode, in training too."""
+def load_model(auto_class: Any, model: str, device: torch.device, new: tuple[str, ...] = (), **kwargs: Any) -> Any:
+    """A model in float32 on `device`, dropout off (D4): it stays in eval mode, in training too.
+
+    Stop if its files lack weights, which transformers would make up, other than those whose names start with `new`.
+    """
     # eager attention is the faster one on a CPU at the lengths that one trains on there
     attention = "eager" if device.type == "cpu" else "sdpa"
-    loaded = from_pretrained(auto_class, model, dtype=torch.float32, attn_implementation=attention, **kwargs)
+    kwargs |= {"dtype": torch.float32, "attn_implementation": attention, "output_loading_info": True}
+    loaded, info = from_pretrained(auto_class, model, **kwargs)
+    lacking = sorted(name for name in info["missing_keys"] if not name.startswith(new))
+    require(not lacking, f"{model}: its files lack {', '.join(lacking[:3])}; pass a whole model")
     return loaded.to(device).eval()
 
 
 def from_pretrained(auto_class: Any, model: str, **kwargs: Any) -> Any:
     """`auto_class.from_pretrained` with errors of one line."""
     path = Path(model).expanduser()
-    if not path.is_dir():
-        local = model.startswith((".", "/", "~", "runs/")) or model.count("/") > 1 or path.exists()
-        require(not local, model, "no such model folder", "run the stage that makes it first, or pass another path")
-        kind = "hub id"
+    if path.is_dir():
+        has_config = (path / "config.json").is_file()
+        require(has_config, f"{model}: holds no model (config.json is missing); pass a model's folder")
     else:
-        kind = "folder"
-        require(
-            (path / "config.json").is_file(), model, "holds no model (config.json is missing)", "pass a model's folder"
-        )
+        local = model.startswith((".", "/", "~", "runs/")) or model.count("/") > 1 or path.exists()
+        require(not local, f"{model}: no such model folder; run the stage that makes it first, or pass another path")
     try:
-        return auto_class.from_pretrained(str(path) if kind == "folder" else model, **kwargs)
+        return auto_class.from_pretrained(str(path) if path.is_dir() else model, **kwargs)
     except Exception as error:  # libraries raise anything here, from ImportError to SafetensorError
-        stop(model, f"no model could be loaded from this {kind} ({first_line(error)})", "check the name and its files")
-
-
-def build_tiny(texts: list[str], device: torch.device) -> tuple[Any, Any]:
-    """A Llama of about 1M parameters and a byte-level BPE tokenizer trained on `texts`: (model, tokenizer)."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    specials = ["<|pad|>", "<|eos|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(vocab_size=2048, special_tokens=specials, initial_alphabet=alphabet, show_progress=False),
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=specials[0], eos_token=specials[1])
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.05,  # 0.02 is meant for wide models; a narrow one starts slowly from it
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="eager" if device.type == "cpu" else "sdpa",
-    )
-    return LlamaForCausalLM(config).to(device).eval(), tokenizer
+        stop(f"{model}: no model could be loaded from it ({first_line(error)}); check the name and its files")
 
 
 def load_causal_lm(model: str, device: torch.device) -> Any:
     """A language model in float32 and eval mode."""
-    from transformers import AutoModelForCausalLM
-
-    return load_model(AutoModelForCausalLM, model, device)
+    return load_model(transformers.AutoModelForCausalLM, model, device)
 
 
 def load_classifier(model: str, device: torch.device, trained: bool = False) -> Any:
@@ -558,14 +504,13 @@ def load_classifier(model: str, device: torch.device, trained: bool = False) -> 
 
     With `trained` it must have its head already: transformers would give a language model a random one.
     """
-    from transformers import AutoModelForSequenceClassification
-
-    loaded = load_model(AutoModelForSequenceClassification, model, device, num_labels=1)
+    auto_class = transformers.AutoModelForSequenceClassification
+    loaded = load_model(auto_class, model, device, new=("score.", "classifier."), num_labels=1)
     is_classifier = any("SequenceClassification" in name for name in loaded.config.architectures or [])
-    require(
-        is_classifier or not trained, model, "is no reward model: its head is untrained", "run reward_model.py first"
-    )
-    require(hasattr(loaded, "score"), model, f"{type(loaded).__name__} has no head named score", "pass another model")
+    untrained = trained and not is_classifier
+    require(not untrained, f"{model}: is no reward model, its head is untrained; run reward_model.py first")
+    has_score = hasattr(loaded, "score")
+    require(has_score, f"{model}: {type(loaded).__name__} has no head named score; pass another model")
     return loaded
 
 
@@ -574,13 +519,13 @@ def same_tokenizer(a: Any, b: Any) -> bool:
     return a.get_vocab() == b.get_vocab() and a.eos_token_id == b.eos_token_id and a.chat_template == b.chat_template
 
 
-def stop_token_id(tokenizer: Any, stop_token: str) -> int:
-    """The id of the token that ends a response."""
+def stop_token_ids(tokenizer: Any, stop_token: str) -> list[int]:
+    """The ids that end a response, whichever comes first: EOS and, unless `stop_token` is "eos", that token."""
     if stop_token == "eos":
-        return tokenizer.eos_token_id
+        return [tokenizer.eos_token_id]
     ids = tokenizer(stop_token, add_special_tokens=False)["input_ids"]
-    require(len(ids) == 1, "--stop-token", f"{stop_token!r} is {len(ids)} tokens", "pass a string that is one token")
-    return ids[0]
+    require(len(ids) == 1, f"--stop-token: {stop_token!r} is {len(ids)} tokens; pass a string that is one token")
+    return [tokenizer.eos_token_id, *ids]
 
 
 def context_length(model: Any) -> int:
@@ -591,12 +536,15 @@ def context_length(model: Any) -> int:
 
 def set_gradient_checkpointing(model: Any, on: bool) -> None:
     """Recompute activations in the backward pass (less memory, more time) while `on`; sampling needs it off."""
-    if on and not getattr(model, "is_gradient_checkpointing", False):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for module in model.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            # transformers checkpoints only what is in training mode; children stay in eval mode, so dropout is off
-            module.training = on
+    modules = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    if on and not any(module.gradient_checkpointing for module in modules):
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        else:  # its name before transformers 5.23
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in modules:
+        # transformers checkpoints only what is in training mode; children stay in eval mode, so dropout is off
+        module.training = on
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
@@ -664,13 +612,17 @@ def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """x scaled to unit variance over the masked-in elements of all processes, with mean 0 unless `shift_mean` is off.
-
-    Masked-out is 0.
-    """
+    """x at unit variance over the masked-in elements of all processes, at mean 0 with `shift_mean`; 0 elsewhere."""
     mean = masked_mean(x, mask)
     whitened = (x - mean) * torch.rsqrt(masked_variance(x, mask) + 1e-8)
     return torch.where(mask.bool(), whitened if shift_mean else whitened + mean, 0.0)
+
+
+def warmup_cosine(peak: float, step: int, num_steps: int, warmup_steps: int) -> float:
+    """Learning rate of step 1 to `num_steps` (D6): from 0 up to `peak` in a line, then down to 0 as a cosine."""
+    if step <= warmup_steps:
+        return peak * step / warmup_steps
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup_steps) / (num_steps - warmup_steps)))
 
 
 # ------------------------------------------------------------------------------------------------------ decoding loop
@@ -682,44 +634,41 @@ def generate(
     prompt_ids: Tensor,
     prompt_mask: Tensor,
     response_length: int,
-    stop_id: int,
+    stop_ids: list[int],
     pad_id: int,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     rng: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sample responses: (response_ids [B, R], response_mask [B, R] with 1 up to and including the first stop token).
+    """Sample responses: (response_ids [B, R], response_mask [B, R] with 1 up to and including the first of `stop_ids`).
 
-    Args:
-        prompt_ids, prompt_mask: [B, P], padded on the left (D2).
-        response_length: R, tokens sampled at most; what follows the stop token is `pad_id` (D16).
-        temperature: logits are divided by it (D5); 0 takes the most probable token.
-        top_k, top_p: sample among the k most probable tokens, or the fewest that hold probability p (D36);
-            0 and 1.0 leave all.
-        rng: generator on the model's device; each row draws its own numbers, whatever the other rows do.
+    prompt_ids and prompt_mask [B, P] are padded on the left (D2). R = response_length tokens are sampled at most; what
+    follows a stop token is `pad_id` (D16). Logits are divided by the temperature (D5); 0 takes the most probable token.
+    top_k (0: all) and top_p (1.0: all) sample among the k most probable tokens and among the fewest that hold
+    probability p (D36). Each row draws its own numbers from `rng`, on the model's device, whatever the other rows do.
     """
-    from transformers import DynamicCache
-
     rows, device = len(prompt_ids), prompt_ids.device
     response_ids = torch.full((rows, response_length), pad_id, device=device)
     response_mask = torch.zeros_like(response_ids)
+    stops = torch.tensor(stop_ids, device=device)
     uniform = torch.rand(response_length, rows, generator=rng, device=device, dtype=torch.float64)
     alive = torch.ones(rows, dtype=torch.bool, device=device)
     given = inputs(model, prompt_ids, prompt_mask)
-    mask, cache = prompt_mask, DynamicCache()
+    mask, cache, takes_positions = prompt_mask, transformers.DynamicCache(), "position_ids" in given
     for t in range(response_length):
         logits = model(**given, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()  # [B, V]
+        # no minimum length, no repetition penalty: the log-probabilities that PPO computes know nothing of them (B11)
         token = sample(logits, temperature, top_k, top_p, uniform[t])
         response_ids[:, t] = torch.where(alive, token, pad_id)
         response_mask[:, t] = alive
         mask = torch.cat([mask, alive[:, None].long()], 1)
-        alive = alive & (token != stop_id)
+        alive = alive & ~torch.isin(token, stops)
         # asking the device whether all have ended makes it wait, so ask rarely
         if (device.type == "cpu" or t % 16 == 15) and not alive.any():
             break
         given = {"input_ids": response_ids[:, t : t + 1], "attention_mask": mask}
-        if "position_ids" in inspect.signature(model.forward).parameters:
+        if takes_positions:
             given["position_ids"] = mask.sum(1, keepdim=True) - 1
     return response_ids, response_mask
 
@@ -751,34 +700,26 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform
 def load_function(spec: str, where: str) -> Callable[..., list[float]]:
     """The function named by FILE.py:FUNCTION."""
     file, _, name = spec.rpartition(":")
-    require(bool(file and name), where, f"{spec!r} is not FILE.py:FUNCTION", "pass for example rewards.py:length")
-    require(Path(file).is_file(), where, f"{file} is not a file", "check the path")
+    ok = file.endswith(".py") and Path(file).is_file() and bool(name)
+    require(ok, f"{where}: {spec!r} names no file that is there; pass FILE.py:FUNCTION")
     module_spec = importlib.util.spec_from_file_location(f"functions_of_{Path(file).stem}", file)
-    require(module_spec is not None, where, f"{file} is no Python file", "pass a file that ends in .py")
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses and pickle look their module up there
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
-        stop(where, f"{file} cannot be imported ({first_line(error)})", "mend the file")
+        stop(f"{where}: {file} cannot be imported ({first_line(error)}); mend the file")
     function = getattr(module, name, None)
-    require(callable(function), where, f"{file} has no function {name!r}", "check the name")
+    require(callable(function), f"{where}: {file} has no function {name!r}; check the name")
     return function
 
 
 def call_reward_function(
-    function: Callable[..., list[float]],
-    where: str,
-    prompts: list[str],
-    completions: list[str],
-    rows: list[dict[str, Any]],
-    update: int = 0,
+    function: Callable, where: str, prompts: list[str], completions: list[str], rows: list[dict], update: int = 0
 ) -> list[float]:
     """Scores of `function(prompts, completions, **columns)`; columns are the other columns of the data set, by name.
 
-    Raises:
-        SystemExit: if it raises, returns the wrong number of values, or one that is no finite number: code 2 before
-            training (`update` 0), code 1 after.
+    Stop if it raises or does not return one finite number for each: with code 2, or 1 once training is at an update.
     """
     code = 1 if update else 2
     where = f"update {update}: {where}" if update else where
@@ -787,17 +728,12 @@ def call_reward_function(
     try:
         scores = [float(s) for s in function(prompts, completions, **columns)]
     except Exception as error:
-        stop(
-            where,
-            f"raised {first_line(error)}",
-            "mend the function; it is called as f(prompts, completions, **columns)",
-            code,
-        )
+        stop(f"{where}: raised {first_line(error)}; mend it, it is called as f(prompts, completions, **columns)", code)
     if len(scores) != len(prompts):
-        stop(where, f"returned {len(scores)} values for {len(prompts)} prompts", "return one each", code)
+        stop(f"{where}: returned {len(scores)} values for {len(prompts)} prompts; return one each", code)
     for prompt, score in zip(prompts, scores, strict=True):
         if not math.isfinite(score):
-            stop(where, f"returned {score} for the prompt {prompt!r:.60}", "return finite numbers", code)
+            stop(f"{where}: returned {score} for the prompt {prompt!r:.60}; return finite numbers", code)
     return scores
 
 
@@ -806,45 +742,33 @@ def call_reward_function(
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write model and tokenizer as an ordinary Hugging Face folder."""
-    with writing(str(folder)):
+    with writing(folder):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
-class writing:
+@contextlib.contextmanager
+def writing(where: Path) -> Iterator[None]:
     """Turns a failure to write, a full disk for one, into one line and exit code 1."""
-
-    def __init__(self, where: str):
-        self.where = where
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        from safetensors import SafetensorError
-
-        if isinstance(error, (OSError, SafetensorError)):
-            stop(
-                self.where,
-                f"cannot be written ({first_line(error)})",
-                "make room; then --resume goes on from the last checkpoint",
-                1,
-            )
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        mend = "make room; then --resume goes on from the last checkpoint"
+        stop(f"{where}: cannot be written ({first_line(error)}); {mend}", code=1)
 
 
 def save_checkpoint(out: Path, step: int, models: dict[str, nn.Module], optimizer: Any, state: dict[str, Any]) -> None:
     """Write `checkpoint/STEP`: weights and optimizer as safetensors, `state` as JSON; the older one goes after it."""
-    from safetensors.torch import save_file, save_model
-
     final = out / "checkpoint" / f"{step:06d}"
     part = final.with_name(final.name + ".part")
-    with writing(str(final)):
+    with writing(final):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         for name, model in models.items():
-            save_model(model, str(part / f"{name}.safetensors"))
+            safetensors.torch.save_model(model, str(part / f"{name}.safetensors"))
         moments = optimizer.state_dict()["state"]
-        save_file({f"{i}.{k}": v for i, s in moments.items() for k, v in s.items()}, part / "optimizer.safetensors")
+        flat = {f"{i}.{k}": v for i, s in moments.items() for k, v in s.items()}
+        safetensors.torch.save_file(flat, part / "optimizer.safetensors")
         write_json(part / "state.json", {"step": step, **state})
         shutil.rmtree(final, ignore_errors=True)
         os.replace(part, final)
@@ -855,15 +779,13 @@ def save_checkpoint(out: Path, step: int, models: dict[str, nn.Module], optimize
 
 def load_checkpoint(out: Path, models: dict[str, nn.Module], optimizer: Any) -> dict[str, Any] | None:
     """Restore the newest checkpoint into models and optimizer and return its state; None where there is none."""
-    from safetensors.torch import load_file, load_model
-
     whole = sorted(p for p in (out / "checkpoint").glob("[0-9]*") if p.suffix != ".part")
     if not whole:
         return None
     for name, model in models.items():
-        load_model(model, str(whole[-1] / f"{name}.safetensors"))
+        safetensors.torch.load_model(model, str(whole[-1] / f"{name}.safetensors"))
     moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in load_file(whole[-1] / "optimizer.safetensors").items():
+    for key, value in safetensors.torch.load_file(whole[-1] / "optimizer.safetensors").items():
         index, name = key.split(".", 1)
         moments.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -876,40 +798,33 @@ def load_checkpoint(out: Path, models: dict[str, nn.Module], optimizer: Any) -> 
 class Logger:
     """`metrics.jsonl`, TensorBoard and, by choice, Weights & Biases, with the same names and values; main process only.
 
-    Args:
-        step_name: what is counted, the first key of each line: `step` or `update`.
-        last_step: on resume, lines after this step are cut off.
+    `step_name`, "step" or "update", is what is counted; on resume, lines after `last_step` are cut off.
     """
 
     def __init__(self, out: Path, args: Any, process: Process, step_name: str, last_step: int = 0):
-        self.step_name = step_name
-        self.active = process.is_main
+        self.active, self.step_name, self.path, self.wandb = process.is_main, step_name, out / "metrics.jsonl", None
         if not self.active:
             return
-        import logging
-
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
         from torch.utils.tensorboard import SummaryWriter
 
-        path = out / "metrics.jsonl"
-        with writing(str(path)):
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        with writing(self.path):
+            lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)[step_name] <= last_step]
-            self.file = path.open("w", buffering=1)
+            self.file = self.path.open("w", buffering=1)
             self.file.writelines(kept)
             self.board = SummaryWriter(str(out), purge_step=last_step + 1)  # hides what an interrupted run did after
         self.board.add_text("args", markdown_table(["flag", "value"], [[k, str(v)] for k, v in vars(args).items()]), 0)
-        self.wandb = None
         if args.track:
             import wandb
 
             self.wandb = wandb.init(project="ppo-rlhf", config=vars(args), dir=str(out), name=out.name)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Write one line and the same scalars; `step` counts what `step_name` says: steps or updates."""
+        """Write one line of metrics.jsonl and the same scalars."""
         if not self.active:
             return
-        with writing(self.file.name):
+        with writing(self.path):
             self.file.write(json.dumps({self.step_name: step, **metrics}) + "\n")
             for name, value in metrics.items():
                 self.board.add_scalar(name, value, step)
@@ -932,17 +847,15 @@ class Logger:
 
 def save_rollout(out: Path, process: Process, update: int, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
     """Write `rollouts/000010.safetensors`: the rows of all processes, and as metadata the numbers to recompute them."""
-    from safetensors.torch import save_file
-
     size = numbers["samples_per_prompt"]  # the responses to a prompt stay together
     groups = [{k: v[i : i + size].cpu() for k, v in tensors.items()} for i in range(0, len(tensors["scores"]), size)]
     groups = gather(groups)
     if process.is_main:
         path = out / "rollouts" / f"{update:06d}.safetensors"
-        with writing(str(path)):
+        with writing(path):
             path.parent.mkdir(exist_ok=True)
             whole = {k: torch.cat([g[k] for g in groups]) for k in groups[0]}
-            save_file(whole, path, {k: str(v) for k, v in numbers.items()})
+            safetensors.torch.save_file(whole, path, {k: str(v) for k, v in numbers.items()})
 
 
 def progress_bar(name: str, total: int, start: int, process: Process) -> tqdm:
@@ -978,17 +891,6 @@ def print_samples(title: str, header: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*[Text(cell) for cell in row])
     Console().print(table)
-
-
-def batches(rows: int, batch_size: int, epochs: int, seed: int, start: int) -> Iterator[tuple[int, list[int]]]:
-    """(step, row indices) of each optimizer batch from step `start` + 1 on; the last of an epoch may be smaller."""
-    step = 0
-    for epoch in range(epochs):
-        order = data_order(rows, epoch, seed)
-        for i in range(0, rows, batch_size):
-            step += 1
-            if step > start:
-                yield step, order[i : i + batch_size]
 
 
 def peak_memory_gb() -> float:

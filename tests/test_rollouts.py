@@ -73,6 +73,12 @@ def run(request, runs):
     return runs(request.param)
 
 
+def stop_ids_of(out) -> set[int]:
+    """EOS and, where the flags of a run name one, the stop token."""
+    tokenizer = utils.load_tokenizer(str(out))
+    return {tokenizer.convert_tokens_to_ids(FLAGS[out.name].get("stop_token", "<eos>")), tokenizer.eos_token_id}
+
+
 def rollouts_of(out) -> list[Rollout]:
     return [Rollout(path) for path in sorted((out / "rollouts").iterdir())]
 
@@ -99,14 +105,14 @@ def test_format_is_that_of_the_contract(runs):
 def test_masks_end_at_the_first_stop_token(run, runs):
     """D16, D3: response_mask is a prefix up to and including the first stop token; what follows is padding."""
     tokenizer = utils.load_tokenizer(str(run))
-    stop_id = tokenizer.convert_tokens_to_ids(".") if run.name == "other-stop-token" else tokenizer.eos_token_id
+    stop_ids = stop_ids_of(run)
     ends = []
     for rollout in rollouts_of(run):
         for row, ids in enumerate(rollout.a["response_ids"].tolist()):
-            length = ids.index(stop_id) + 1 if stop_id in ids else len(ids)
+            length = next((i + 1 for i, token in enumerate(ids) if token in stop_ids), len(ids))
             assert rollout.a["response_mask"][row].tolist() == [1] * length + [0] * (len(ids) - length)
             assert set(ids[length:]) <= {tokenizer.pad_token_id}
-            ends.append(stop_id in ids)
+            ends.append(ids[length - 1] in stop_ids)
         prompt_mask = rollout.a["prompt_mask"]
         assert (np.diff(prompt_mask, axis=1) >= 0).all()  # padded on the left
         assert (prompt_mask[:, -1] == 1).all()
@@ -268,13 +274,12 @@ def test_scores_are_those_of_the_reward_model(runs, models, name):
     """D13, D18, D30, B19: of prompt, response and one EOS, normalized, less the penalty, clipped."""
     out = runs(name)
     tokenizer, flags = utils.load_tokenizer(str(out)), FLAGS[name]
-    eos = tokenizer.eos_token_id
-    stop_id = tokenizer.convert_tokens_to_ids(".") if "stop_token" in flags else eos
+    eos, stop_ids = tokenizer.eos_token_id, stop_ids_of(out)
     for rollout in rollouts_of(out):
         responses = [rollout.response(i) for i in range(8)]
         sequences = [rollout.prompt(i) + r + ([] if r[-1] == eos else [eos]) for i, r in enumerate(responses)]
         expected = plain_scores(models.reward_model, sequences)
-        expected -= rollout.number("missing_eos_penalty") * np.array([r[-1] != stop_id for r in responses])
+        expected -= rollout.number("missing_eos_penalty") * np.array([r[-1] not in stop_ids for r in responses])
         if "reward_clip" in flags:
             assert (np.abs(expected) > flags["reward_clip"]).any()
             expected = expected.clip(-flags["reward_clip"], flags["reward_clip"])
@@ -304,8 +309,7 @@ def test_objective_metrics_follow_from_the_rollout(run):
         kl = {"k1": log_ratio, "k2": log_ratio**2 / 2, "k3": np.exp(-log_ratio) - 1 + log_ratio}
         non_score = -rollout.number("kl_coef") * kl[rollout.meta["kl_estimator"]].sum(1).mean()
         ended = [rollout.response(i)[-1] for i in range(8)]
-        tokenizer = utils.load_tokenizer(str(run))
-        stop_id = tokenizer.convert_tokens_to_ids(".") if run.name == "other-stop-token" else tokenizer.eos_token_id
+        stop_ids = stop_ids_of(run)
         expected = {
             "objective/kl": log_ratio.sum(1).mean(),
             "objective/entropy": -a["logprobs"].sum(1).mean(),
@@ -314,8 +318,8 @@ def test_objective_metrics_follow_from_the_rollout(run):
             "objective/rlhf_reward": non_score + a["scores"].mean(),
             "objective/kl_coef": rollout.number("kl_coef"),
             "response/length": rollout.lengths.mean(),
-            "response/eos_rate": np.mean([t == stop_id for t in ended]),
-            "val/num_eos_tokens": sum(t == stop_id for t in ended),
+            "response/eos_rate": np.mean([t in stop_ids for t in ended]),
+            "val/num_eos_tokens": sum(t in stop_ids for t in ended),
         }
         if rollout.meta["advantage"] == "gae":
             residual = (a["returns"] - a["values"])[rollout.real].var()

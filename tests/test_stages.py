@@ -770,15 +770,19 @@ def scores_of(out: Path, update: int = 1) -> torch.Tensor:
     return load_file(out / "rollouts" / f"{update:06d}.safetensors")["scores"]
 
 
-@pytest.mark.parametrize("stop_token", ["eos", "."])
+@pytest.mark.parametrize("stop_token", ["eos", ".", " figs"])
 def test_missing_eos_penalty(ppo, stop_token, tmp_path):
-    """D18, B2: responses without the stop token lose exactly the penalty, the others nothing."""
+    """D18, B2: responses that end in neither EOS nor the stop token lose exactly the penalty, the others nothing."""
     flags = {"stop_token": stop_token, "save_rollouts": 1, "batch_size": 16, "response_length": 6}
     a, b = (ppo(tmp_path / str(p), missing_eos_penalty=p, **flags) for p in (0.0, 3.0))
     rollout, tokenizer = load_file(b / "rollouts" / "000001.safetensors"), utils.load_tokenizer(str(b))
-    stop_id = tokenizer.eos_token_id if stop_token == "eos" else tokenizer.convert_tokens_to_ids(".")
-    ended = ((rollout["response_ids"] == stop_id) & (rollout["response_mask"] == 1)).any(1)
+    stop_ids = [tokenizer.eos_token_id, tokenizer.encode(stop_token if stop_token != "eos" else "<eos>")[0]]
+    by_each = [((rollout["response_ids"] == i) & (rollout["response_mask"] == 1)).any(1) for i in stop_ids]
+    ended = by_each[0] | by_each[1]
     assert 0 < ended.sum() < 16
+    if stop_token == " figs":  # which some responses end with, before any EOS, and others without
+        assert by_each[0].any()
+        assert by_each[1].any()
     torch.testing.assert_close(scores_of(a) - scores_of(b), 3.0 * (~ended), rtol=0, atol=1e-5)
     row = metrics_of(b)[0]
     assert row["val/num_eos_tokens"] == ended.sum()

@@ -364,10 +364,11 @@ def test_load_prompts_keeps_rows_and_places(tokenizer, tmp_path, capsys):
 
 def test_stop_token_must_be_one_token(tokenizer, capsys):
     """`eos`, or a string that the tokenizer has as one token."""
-    assert utils.stop_token_id(tokenizer, "eos") == tokenizer.eos_token_id
-    assert utils.stop_token_id(tokenizer, "<|end|>") == tokenizer.convert_tokens_to_ids("<|end|>")
-    assert utils.stop_token_id(tokenizer, ".") == tokenizer.convert_tokens_to_ids(".")
-    assert "--stop-token" in error_of(capsys, utils.stop_token_id, tokenizer, "zebra crossing")
+    eos = tokenizer.eos_token_id
+    assert utils.stop_token_ids(tokenizer, "eos") == [eos]
+    assert utils.stop_token_ids(tokenizer, "<|end|>") == [eos, tokenizer.convert_tokens_to_ids("<|end|>")]
+    assert utils.stop_token_ids(tokenizer, ".") == [eos, tokenizer.convert_tokens_to_ids(".")]
+    assert "--stop-token" in error_of(capsys, utils.stop_token_ids, tokenizer, "zebra crossing")
 
 
 def test_a_tokenizer_without_pad_pads_with_eos(tmp_path):
@@ -385,10 +386,10 @@ def test_a_tokenizer_without_pad_pads_with_eos(tmp_path):
 PROMPTS = [[10, 11, 12, 13], [20, 21], [30, 31, 32, 33, 34, 35, 36], [40]]
 
 
-def generate(model, prompts=PROMPTS, width=0, length=9, stop_id=1, pad_id=0, seed=5, **kwargs):
+def generate(model, prompts=PROMPTS, width=0, length=9, stop_id=1, more=(), pad_id=0, seed=5, **kwargs):
     ids, mask = utils.pad(prompts, pad_id, "left", CPU, width)
     rng = utils.generator("cpu", seed)
-    return utils.generate(model, ids, mask, length, stop_id, pad_id, rng=rng, **kwargs)
+    return utils.generate(model, ids, mask, length, [stop_id, *more], pad_id, rng=rng, **kwargs)
 
 
 def never(model):
@@ -408,6 +409,18 @@ def test_generate_ends_at_the_first_stop_token(model):
         assert row[:length] == full[:length]
         assert set(row[length:]) <= {7}
     assert mask[0].sum() <= 4
+
+
+def test_generate_ends_at_whichever_stop_token_comes_first(model):
+    """EOS ends a response where another token is to stop it too, and so does that token."""
+    whole, _ = generate(model, stop_id=never(model), length=12)
+    one, other = whole[0, 5].item(), whole[1, 3].item()
+    _, mask = generate(model, stop_id=one, more=[other], length=12)
+    for row_mask, full in zip(mask.tolist(), whole.tolist(), strict=True):
+        length = next((i + 1 for i, token in enumerate(full) if token in (one, other)), 12)
+        assert row_mask == [1] * length + [0] * (12 - length)
+    last = whole.gather(1, mask.sum(1, keepdim=True) - 1).flatten().tolist()
+    assert {one, other} <= {*last}
 
 
 @pytest.mark.parametrize("pad_is_stop", [False, True])
@@ -781,4 +794,4 @@ def test_peak_memory_is_plausible():
 
 def test_stop_prints_one_line(capsys):
     """WHERE, WHAT and HOW TO MEND on one line, whatever the message holds."""
-    assert error_of(capsys, utils.stop, "a:1", "is\nbroken", "mend it") == "error: a:1: is broken; mend it"
+    assert error_of(capsys, utils.stop, "a:1: is\nbroken; mend it") == "error: a:1: is broken; mend it"

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import huggingface_hub.utils
 import numpy as np
 import safetensors.torch
 import torch
@@ -34,6 +35,7 @@ from tqdm import tqdm
 # the terminal is for what the stages say; what would go wrong silently with this, `load_model` checks
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+huggingface_hub.utils.enable_progress_bars()  # which that has switched off too: a download may take long
 
 # ------------------------------------------------------------------------------------------------------------- errors
 

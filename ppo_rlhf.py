@@ -272,7 +272,7 @@ def main(args: Args) -> None:
                 kl[part] = torch.where(response_mask[part, :length].bool(), logprobs - ref_logprobs, 0.0).sum(1)
             for j, prompt in enumerate(prompts):
                 result = {"prompt": prompt.text, "response": texts[j], "score": scores[j].item(), "judge": judged[j]}
-                result |= {"kl": kl[j].item(), "length": len(responses[j]), "eos": responses[j][-1] in stop_ids}
+                result |= {"kl": kl[j].item(), "length": len(responses[j]), "eos_rate": responses[j][-1] in stop_ids}
                 results.append(result)
         return utils.gather(results)
 
@@ -561,11 +561,11 @@ def unpad(response_ids: Tensor, response_mask: Tensor) -> list[list[int]]:
 def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
     """Means of reference and policy over the held-out prompts, and how often the policy's response is better."""
 
-    def mean(results: list[dict[str, Any]], key: str) -> float | None:
-        return None if results[0][key] is None else sum(r[key] for r in results) / len(results)
+    def mean(results: list[dict[str, Any]], name: str) -> float | None:
+        return None if results[0][name] is None else sum(r[name] for r in results) / len(results)
 
-    names = {"score": "score", "judge": "judge", "kl": "kl", "length": "length", "eos_rate": "eos"}
-    reference, policy = ({name: mean(results, key) for name, key in names.items()} for results in (before, after))
+    names = ("score", "judge", "kl", "length", "eos_rate")
+    reference, policy = ({name: mean(results, name) for name in names} for results in (before, after))
     by = "score" if before[0]["judge"] is None else "judge"
     wins = sum((a[by] > b[by]) + 0.5 * (a[by] == b[by]) for b, a in zip(before, after, strict=True))
     counted = {"prompts": len(before), "reference": reference, "policy": policy}

@@ -182,13 +182,7 @@ def main(args: Args) -> None:
         optimizer.zero_grad()
 
         tokens_per_second = sum(len(p.chosen) + len(p.rejected) for p in batch) / (time.time() - step_started)
-        metrics = {
-            "loss": loss,
-            "accuracy": accuracy,
-            "margin": margin,
-            "lr": lr,
-            "grad_norm": grad_norm,
-        }
+        metrics = {"loss": loss, "accuracy": accuracy, "margin": margin, "lr": lr, "grad_norm": grad_norm}
         metrics["tokens_per_second"] = tokens_per_second
         if args.eval_every and step % args.eval_every == 0 and step < num_steps:
             metrics |= {f"eval/{name}": value for name, value in evaluate().items()}

@@ -156,12 +156,7 @@ def main(args: Args) -> None:
         optimizer.zero_grad()
 
         tokens_per_second = sum(len(ids) for ids, _ in batch) / (time.time() - step_started)
-        metrics = {
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "tokens_per_second": tokens_per_second,
-        }
+        metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": tokens_per_second}
         if args.eval_every and step % args.eval_every == 0 and step < num_steps:
             metrics["eval_loss"] = evaluate()
         logger.log(step, metrics)

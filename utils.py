@@ -28,6 +28,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
@@ -497,7 +500,7 @@ def from_pretrained(auto_class: Any, model: str, **kwargs: Any) -> Any:
 
 
 def load_causal_lm(model: str, device: torch.device) -> Any:
-    """A language model in float32 and eval mode."""
+    """A language model, as `load_model` gives it."""
     return load_model(transformers.AutoModelForCausalLM, model, device)
 
 
@@ -563,10 +566,7 @@ def inputs(model: Any, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
 
 
 def response_logits(model: Any, ids: Tensor, mask: Tensor, response_length: int) -> Tensor:
-    """Float32 logits [B, R, V] that predict the last R = `response_length` tokens of ids [B, T]; needs R < T.
-
-    None are computed for prompt positions.
-    """
+    """Float32 logits [B, R, V] that predict the last R = `response_length` tokens of ids [B, T] alone; needs R < T."""
     out = model(**inputs(model, ids, mask), use_cache=False, logits_to_keep=response_length + 1)
     return out.logits[:, :-1].float()
 
@@ -883,13 +883,7 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 def print_samples(title: str, header: list[str], rows: list[list[str]]) -> None:
     """Print sample texts as a table on the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, show_lines=True, title_justify="left")
-    for name in header:
-        table.add_column(name)
+    table = Table(*header, title=title, show_lines=True, title_justify="left")
     for row in rows:
         table.add_row(*[Text(cell) for cell in row])
     Console().print(table)

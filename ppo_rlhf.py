@@ -64,8 +64,8 @@ class Args:
     """Seed of prompt order and sampling."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of matrix products; weights and optimizer stay in float32."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of matrix products; weights, losses and optimizer stay in float32."""
 
     total_episodes: int = 6400
     """Responses to learn from, in all."""
@@ -82,7 +82,7 @@ class Args:
 
     response_length: int = 64
     """Tokens sampled at most."""
-    temperature: float = 1.0
+    temperature: float = 0.7
     """Logits are divided by it, in sampling and in every log-probability (D5)."""
     top_k: int = 0
     """Sample among the k most probable tokens; 0: all. Log-probabilities stay those of the full distribution (D36)."""
@@ -93,7 +93,7 @@ class Args:
     missing_eos_penalty: float = 1.0
     """Subtracted from the score of a response that ends in neither EOS nor the stop token (D18)."""
 
-    kl_coef: float = 0.05
+    kl_coef: float = 0.1
     """Beta: weight of the KL penalty in the reward."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """Per-token penalty: log-ratio, half its square, or the unbiased and non-negative k3 (D19)."""

@@ -48,8 +48,8 @@ class Args:
     """Seed of the head's initialization and of the data order."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of matrix products; weights and optimizer stay in float32."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of matrix products; weights, losses and optimizer stay in float32."""
     epochs: int = 1
     """Passes over the pairs; more than one overfits (D12)."""
     batch_size: int = 32

@@ -35,6 +35,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
+# oneDNN keeps every kernel that it has compiled, one for each shape in bfloat16: 1,024 of them are hundreds of MB
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
 # the terminal is for what the stages say; what would go wrong silently with this, `load_model` checks
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -574,7 +577,8 @@ def response_logits(model: Any, ids: Tensor, mask: Tensor, response_length: int)
 def head_outputs(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """A sequence classifier's scalar head at every position of ids [B, T]: float32 [B, T] (D1)."""
     hidden = model.base_model(**inputs(model.base_model, ids, mask), use_cache=False).last_hidden_state
-    return model.score(hidden).float().squeeze(-1)
+    with torch.autocast(ids.device.type, enabled=False):  # bfloat16 would round close scores to the same number
+        return model.score(hidden.float()).squeeze(-1)
 
 
 def last_token_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:

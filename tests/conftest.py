@@ -232,7 +232,7 @@ def sft(base, data) -> Stage:
 
     def run(out: Path, **flags) -> Path:
         defaults = {"model": base.plain, "dataset": data.sft, "device": "cpu", "learning_rate": 1e-2, "max_length": 64}
-        defaults |= {"batch_size": 16, "micro_batch_size": 16, "epochs": 1}
+        defaults |= {"batch_size": 16, "micro_batch_size": 16, "epochs": 1, "dtype": "float32"}
         sft.main(sft.Args(**defaults | flags, output_dir=str(out)))
         return out
 
@@ -247,6 +247,7 @@ def reward_model(base, data) -> Stage:
     def run(out: Path, **flags) -> Path:
         defaults = {"model": base.plain, "dataset": data.preferences, "normalize_with": data.sft, "device": "cpu"}
         defaults |= {"batch_size": 16, "micro_batch_size": 16, "learning_rate": 3e-3, "max_length": 64}
+        defaults |= {"dtype": "float32"}
         reward_model.main(reward_model.Args(**defaults | flags, output_dir=str(out)))
         return out
 
@@ -269,7 +270,8 @@ def ppo(models, data) -> Stage:
     def run(out: Path, **flags) -> Path:
         defaults = {"model": str(models.sft), "reward_model": str(models.reward_model), "dataset": data.prompts}
         defaults |= {"device": "cpu", "total_episodes": 16, "batch_size": 8, "micro_batch_size": 4, "eval_prompts": 4}
-        defaults |= {"num_ppo_epochs": 2, "response_length": 10, "learning_rate": 1e-3}
+        defaults |= {"num_ppo_epochs": 2, "response_length": 10, "learning_rate": 1e-3, "dtype": "float32"}
+        defaults |= {"temperature": 1.0, "kl_coef": 0.05}
         ppo_rlhf.main(ppo_rlhf.Args(**defaults | flags, output_dir=str(out)))
         return out
 

@@ -204,8 +204,8 @@ def test_the_parts_of_a_score():
         "remedy_right": True, "product_right": True, "polite": True, "rude": False, "words": 14, "faults": 0.0,
         "score": 9.0,
     }  # fmt: skip
-    assert gold_score(" We'll cancel the order.") == -2  # a wrong remedy, brief
-    assert gold_score(" I'm so sorry about your toaster.") == 0  # another product, polite, brief
+    assert gold_score(" We'll cancel the order.") == 0  # a wrong remedy, brief
+    assert gold_score(" I'm so sorry about your toaster.") == 2  # another product, polite, brief
     assert gold_score(" Stop whining.") == -1  # rude, brief
 
 
@@ -214,5 +214,5 @@ def test_the_parts_of_a_score():
 )
 def test_score_never_raises(text):
     values = gold.score([PROMPT, text, text], [text, GOOD, text], product=["kettle", None, 3], problem=None)
-    assert all(-20 <= value <= 9 for value in values)
+    assert all(-16 <= value <= 9 for value in values)
     assert gold.best_score([text]) == [3.0]

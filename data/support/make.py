@@ -17,26 +17,26 @@ SEED = 1
 HELD_OUT = 0.12  # share of the product x problem combinations that only validation prompts use
 SIZES = {
     "sft": {"train": 6500, "validation": 400},
-    "preferences": {"train": 8700, "validation": 1000},
+    "preferences": {"train": 9200, "validation": 1500},
     "prompts": {"train": 2500, "validation": 400},
 }
-TEMPERATURE = 3.1  # of the Bradley-Terry labels, so that one label in five disagrees with the labeler
+TEMPERATURE = 2.7  # of the Bradley-Terry labels, so that one label in five disagrees with the labeler
 
 # What the untrained desk writes. Some of its agents take care and some do not.
-CAREFUL = 0.5  # share of the replies by agents who take care
+CAREFUL = 0.35  # share of the replies by agents who take care
 TONES = {
-    "careful": (("polite", 0.60), ("curt", 0.35), ("rude", 0.05)),
-    "careless": (("polite", 0.20), ("curt", 0.30), ("rude", 0.50)),
+    "careful": (("polite", 0.4), ("curt", 0.5), ("rude", 0.1)),
+    "careless": (("polite", 0.15), ("curt", 0.35), ("rude", 0.5)),
 }
 REMEDY = {
-    "careful": (("right", 0.95), ("wrong", 0.01), ("none", 0.04)),
-    "careless": (("right", 0.14), ("wrong", 0.16), ("none", 0.70)),
+    "careful": (("right", 0.96), ("wrong", 0.01), ("none", 0.03)),
+    "careless": (("right", 0.15), ("wrong", 0.03), ("none", 0.82)),
 }
 PRODUCT = {
     "careful": (("right", 0.96), ("other", 0.01), ("none", 0.03)),
-    "careless": (("right", 0.32), ("other", 0.14), ("none", 0.54)),
+    "careless": (("right", 0.3), ("other", 0.03), ("none", 0.67)),
 }
-RAMBLE = {"careful": 0.08, "careless": 0.40}
+RAMBLE = {"careful": 0.08, "careless": 0.45}
 
 
 def weighted(rng, table):

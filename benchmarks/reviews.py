@@ -1,0 +1,89 @@
+"""The three stages on film reviews, from SmolLM2-135M: accuracy, win rate, time and memory, in processes of their own.
+
+The model and the data are found, not fetched: pass a folder or hub id, and what examples/reviews/prepare.py wrote.
+Every number in examples/reviews/README.md is from the result. It takes most of an hour on two cores.
+
+    python benchmarks/reviews.py                  # writes benchmarks/results/reviews.json and reviews_samples.jsonl
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Args:
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """The language model: a hub id or a folder."""
+    data: Path = Path("data/reviews")
+    """Folder with sft, preferences and prompts."""
+    threads: int = 2
+    """Threads of each process."""
+    runs: Path = Path("runs/reviews")
+    """Where the runs go."""
+    out: Path = Path("benchmarks/results")
+    """Folder of the result files."""
+    seed: int = 1
+    """Seed of all three stages."""
+
+
+def main(args: Args) -> None:
+    sft, reward_model, ppo = (args.runs / name for name in ("sft", "reward-model", "ppo"))
+    # the same flags as in the README's four commands
+    stages = {
+        "sft": f"sft.py --model {args.model} --dataset {args.data}/sft --output-dir {sft} --epochs 1 --batch-size 64"
+        " --micro-batch-size 16 --learning-rate 1e-4",
+        "reward_model": f"reward_model.py --model {sft} --dataset {args.data}/preferences --normalize-with {args.data}/sft"
+        f" --normalize-std --output-dir {reward_model} --micro-batch-size 16 --learning-rate 5e-5",
+        "ppo": f"ppo_rlhf.py --model {sft} --reward-model {reward_model} --dataset {args.data}/prompts --output-dir {ppo}"
+        " --eval-reward-fn examples/reviews/vader.py:score --response-length 24 --temperature 1.0"
+        " --total-episodes 1920 --batch-size 64 --num-mini-batches 2 --num-ppo-epochs 2 --learning-rate 6e-5"
+        " --kl-coef 0.05 --missing-eos-penalty 0.25",
+    }
+    processor = next((line for line in read_lines("/proc/cpuinfo") if line.startswith("model name")), ": unknown")
+    machine = {"processor": processor.split(":")[1].strip(), "threads": args.threads}
+    machine |= {"python": platform.python_version(), "torch": torch.__version__}
+    machine |= {"transformers": transformers.__version__}
+    report = {"machine": machine, "seed": args.seed}
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, command in stages.items():
+        flags = [*command.split(), "--seed", str(args.seed), "--eval-every", "0", "--save-every", "0", "--overwrite"]
+        report[name] = run_stage(flags, args.threads) | {"command": " ".join(flags)}
+        (args.out / "reviews.json").write_text(json.dumps(report, indent=2) + "\n")
+        print(json.dumps(report[name], indent=2), flush=True)
+    first = (ROOT / ppo / "samples.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:20]
+    (args.out / "reviews_samples.jsonl").write_text("".join(first), encoding="utf-8")
+
+
+def run_stage(flags: list[str], threads: int) -> dict:
+    """Run a stage in a process; its summary, wall seconds with start-up, and peak resident memory in GB."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    started = time.time()
+    pid = subprocess.Popen([sys.executable, *flags], cwd=ROOT, env=environment).pid
+    _, status, usage = os.wait4(pid, 0)
+    if status:
+        sys.exit(f"{flags[0]} failed")
+    unit = 1 if sys.platform == "darwin" else 1024
+    measured = {"wall_seconds": time.time() - started, "peak_memory_gb": usage.ru_maxrss * unit / 1e9}
+    folder = flags[flags.index("--output-dir") + 1]
+    return json.loads((ROOT / folder / "summary.json").read_text()) | measured
+
+
+def read_lines(path: str) -> list[str]:
+    """The lines of a file, none if there is no such file."""
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

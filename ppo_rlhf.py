@@ -10,7 +10,7 @@ TensorBoard events.
     python ppo_rlhf.py
     python ppo_rlhf.py --model runs/my-sft --reward-model runs/my-reward-model --dataset my/prompts \\
         --learning-rate 3e-6 --output-dir runs/my-ppo
-    torchrun --nproc-per-node 8 ppo_rlhf.py --micro-batch-size 16   # the same update, dealt out over 8 GPUs
+    torchrun --nproc-per-node 8 ppo_rlhf.py --micro-batch-size 16   # the same batch, dealt out over 8 GPUs
 
 Shapes: B sequences, P prompt tokens, R response tokens, T = P + R, V vocabulary. A sequence is a prompt padded on the
 left and a response padded on the right; `response_mask` is 1 on every response token up to and including EOS, and every
@@ -29,7 +29,7 @@ from torch import Tensor
 
 import utils
 
-EVALUATION, SAMPLING, SHUFFLING = 1, 2, 3  # streams of random numbers: drawing from one never moves another (D7)
+EVALUATION, SAMPLING, SHUFFLING, PTX = 1, 2, 3, 4  # streams of random numbers: none moves another (D7)
 
 # Means over the tokens of an update's mini-batches, in the order in which they are summed; `tokens` is the count.
 STATISTICS = (
@@ -96,7 +96,7 @@ class Args:
     kl_coef: float = 0.1
     """Beta: weight of the KL penalty in the reward."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Per-token penalty: log-ratio, half its square, or the unbiased and non-negative k3 (D19)."""
+    """Per-token penalty: the log-ratio (unbiased), half its square, or k3 (unbiased and never negative) (D19)."""
     kl_target: float | None = None
     """KL per response in nats toward which kl_coef is steered (D27); none: kl_coef is constant."""
     kl_horizon: int = 10_000
@@ -198,7 +198,8 @@ def main(args: Args) -> None:
             logits = utils.response_logits(model, ids, mask, length) / args.temperature  # [B, R, V] D5
         distribution = logits.log_softmax(-1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and args.entropy_coef > 0):
-            entropies = -torch.special.xlogy(distribution.exp(), distribution.exp()).sum(-1)
+            # a token that the model rules out has log-probability -inf and adds 0
+            entropies = -(distribution.exp() * distribution.clamp(min=-1e4)).sum(-1)
         return distribution.gather(-1, ids[:, -length:, None]).squeeze(-1), entropies
 
     def value_outputs(ids: Tensor, mask: Tensor, length: int) -> Tensor:
@@ -232,6 +233,10 @@ def main(args: Args) -> None:
             pairs = [(p.row["prompt"], text) for p, text in zip(prompts, texts, strict=True)]
             encoded = utils.encode_pairs(reward_tokenizer, pairs, [p.place for p in prompts])
             sequences = [p + c for p, c in zip(*encoded, strict=True)]
+            longest, most = max(map(len, sequences)), utils.context_length(reward_model)
+            if longest > most:
+                what = f"{longest} tokens exceed its context of {most}"
+                utils.stop(f"{args.reward_model}: {what}; shorten the prompts", code=1 if update else 2)
         scores = torch.zeros(len(sequences), device=device)
         order = torch.tensor([len(s) for s in sequences]).argsort(stable=True)  # similar lengths, little padding
         for part in order.split(args.micro_batch_size):
@@ -245,6 +250,7 @@ def main(args: Args) -> None:
     def micro_batches(rows: Tensor, mask: Tensor, response_mask: Tensor) -> Iterator[tuple[Tensor, slice, int]]:
         """(rows, columns, R') of micro-batches of similar length, with the columns that hold anything and their R'."""
         lengths, totals = response_mask.sum(1).cpu(), mask.sum(1).cpu()
+        rows = rows.sort().values  # a batch is divided alike in rollout and training, so bfloat16 rounds alike (D26)
         for part in rows[totals[rows].argsort(stable=True)].split(args.micro_batch_size):
             length, prompt_length = int(lengths[part].max()), int((totals - lengths)[part].max())
             P = mask.shape[1] - R
@@ -310,6 +316,8 @@ def main(args: Args) -> None:
     kl_coef, first_update = args.kl_coef, 1
     if args.resume and (state := utils.load_checkpoint(out, trained, optimizer)):
         kl_coef, first_update = state["kl_coef"], state["step"] + 1
+        same = state["processes"] == process.world  # each has random numbers of its own
+        utils.require(same, f"--resume: the run had {state['processes']} processes; start as many")
     logger = utils.Logger(out, args, process, "update", first_update - 1)
     progress = utils.progress_bar("ppo_rlhf", num_updates, first_update - 1, process)
     for update in range(first_update, num_updates + 1):
@@ -394,6 +402,7 @@ def main(args: Args) -> None:
         for model in trained.values():
             utils.set_gradient_checkpointing(model, args.gradient_checkpointing)
         shuffle = utils.generator("cpu", args.seed, SHUFFLING, update, process.rank)
+        ptx_rng = utils.generator("cpu", args.seed, PTX, update, process.rank)
         totals, grad_norms, ptx_losses = torch.zeros(len(STATISTICS), device=device, dtype=torch.float64), [], []
         ratio_error = torch.zeros((), device=device)  # largest |ratio - 1| before the first optimizer step, must be ~0
         for epoch in range(args.num_ppo_epochs):  # D25
@@ -408,7 +417,9 @@ def main(args: Args) -> None:
                     ratio = torch.where(mb_mask.bool(), log_ratio, 0.0).exp()
                     mb_advantages = advantages[part, :length]
                     clipped_ratio = ratio.clamp(1 - args.cliprange, 1 + args.cliprange)
-                    policy_losses = torch.max(-mb_advantages * ratio, -mb_advantages * clipped_ratio)  # D23
+                    unclipped, clipped = -mb_advantages * ratio, -mb_advantages * clipped_ratio
+                    policy_losses = torch.max(unclipped, clipped)  # D23
+                    policy_clipped = (clipped > unclipped).float()
                     loss = utils.masked_sum(policy_losses, mb_mask)
                     if args.entropy_coef:  # D33
                         loss = loss - args.entropy_coef * utils.masked_sum(entropies, mb_mask)
@@ -426,7 +437,7 @@ def main(args: Args) -> None:
                     with torch.no_grad():
                         statistics = {
                             "approxkl": log_ratio.square() / 2,
-                            "policy_clipped": ((ratio - 1).abs() > args.cliprange).float(),
+                            "policy_clipped": policy_clipped,
                             "entropy": entropies,
                             "policy_loss": policy_losses,
                             "value_loss": value_losses,
@@ -440,12 +451,15 @@ def main(args: Args) -> None:
                         if epoch == 0 and not grad_norms:
                             ratio_error = torch.max(ratio_error, (ratio - 1).abs().max())
                 if args.ptx_coef and update > args.critic_warmup_updates:  # D31: as many demonstrations as responses
-                    ptx_losses.append(ptx_backward(len(minibatch), shuffle))
+                    ptx_losses.append(ptx_backward(len(minibatch), ptx_rng))
                 utils.sum_gradients(parameters)
                 grad_norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm))  # D29
                 if not torch.isfinite(grad_norms[-1]):
                     what = f"the gradient norm is {grad_norms[-1].item()}"
-                    utils.stop(f"update {update}: {what}; lower --learning-rate, the last checkpoint stands", code=1)
+                    utils.stop(
+                        f"update {update}: {what}; start again with a lower --learning-rate (checkpoints are kept)",
+                        code=1,
+                    )
                 optimizer.step()
                 optimizer.zero_grad()
             epoch_totals = utils.sum_over_processes(epoch_totals)
@@ -523,7 +537,8 @@ def main(args: Args) -> None:
             error = min(max(metrics["objective/kl"] / args.kl_target - 1, -0.2), 0.2)
             kl_coef *= 1 + error * args.batch_size / args.kl_horizon
         if args.save_every and update % args.save_every == 0 and update < num_updates and process.is_main:
-            utils.save_checkpoint(out, update, trained, optimizer, {"kl_coef": kl_coef})
+            state = {"kl_coef": kl_coef, "processes": process.world}
+            utils.save_checkpoint(out, update, trained, optimizer, state)
     progress.close()
 
     # ------------------------------------------------------------------------------------------------- what it leaves
@@ -617,6 +632,8 @@ def check_flags(args: Args, world: int) -> None:
     utils.require(not warmup, f"--critic-warmup-updates: {args.advantage} has no critic; leave it at 0")
     steered = args.kl_target is not None and args.kl_coef == 0
     utils.require(not steered, "--kl-target: a --kl-coef of 0 cannot be steered; start from one above 0")
+    slow = args.kl_target is None or args.batch_size < 5 * args.kl_horizon
+    utils.require(slow, "--kl-horizon: is so short that kl_coef could turn negative; pass at least --batch-size")
     both = bool(args.ptx_coef) == bool(args.ptx_dataset)
     utils.require(both, "--ptx-coef: goes with --ptx-dataset; pass both or neither")
 

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -190,7 +191,7 @@ def check_output(args: Any) -> None:
 
     A run may be there with --overwrite, or with --resume if the flags are its own.
     """
-    out = Path(args.output_dir)
+    out = Path(args.output_dir).expanduser()
     require(not (args.resume and args.overwrite), "--resume: contradicts --overwrite; pass one of the two")
     require(not out.exists() or out.is_dir(), f"{out}: is a file; pass another --output-dir")
     if (out / "args.json").exists():
@@ -206,7 +207,7 @@ def check_output(args: Any) -> None:
 
 def open_output(args: Any, process: Process) -> Path:
     """Make `--output-dir` ready and write `args.json`, once all processes have come through `check_output`."""
-    out = Path(args.output_dir)
+    out = Path(args.output_dir).expanduser()
     if dist.is_initialized():
         dist.barrier()  # nobody may find the folder that the main process makes here
     if process.is_main:
@@ -324,9 +325,12 @@ def check_field(value: Any, column: str, place: str) -> None:
             ok = isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
             mend = 'write {"role": …, "content": …} with strings'
             require(ok, f"{where}: {message!r:.60} is not a chat message; {mend}")
+        require(bool(value[-1]["content"].strip()), f"{where}: its last message is empty; fill it in or drop the row")
     else:
         kind = "missing" if value is None else f"a {type(value).__name__}"
         stop(f"{where}: is {kind}; make it a string or a list of chat messages")
+    if re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)):
+        stop(f"{where}: holds half a surrogate pair; mend the text's encoding")
 
 
 def render(tokenizer: Any, prompt: Any, completion: Any, place: str) -> tuple[str, str]:
@@ -397,7 +401,7 @@ def encode_demonstrations(tokenizer: Any, data: Data, max_length: int) -> list[t
     prompts, completions = encode_pairs(tokenizer, demonstrations(data), data.places)
     for prompt, place in zip(prompts, data.places, strict=True):
         what = f"the prompt's {len(prompt)} tokens leave no room for a completion within {max_length}"
-        require(len(prompt) < max_length, f"{place}: {what}; shorten it or raise --max-length")
+        require(len(prompt) < max_length, f"{place}: {what}; shorten it or allow more tokens")
     return [(p, c[: max_length - len(p)]) for p, c in zip(prompts, completions, strict=True)]
 
 
@@ -484,6 +488,10 @@ def load_model(auto_class: Any, model: str, device: torch.device, new: tuple[str
     loaded, info = from_pretrained(auto_class, model, **kwargs)
     lacking = sorted(name for name in info["missing_keys"] if not name.startswith(new))
     require(not lacking, f"{model}: its files lack {', '.join(lacking[:3])}; pass a whole model")
+    for module in loaded.modules():  # some layers drop out by their own flag, which checkpointing sets
+        for name in ("dropout", "layerdrop"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
     return loaded.to(device).eval()
 
 
@@ -513,7 +521,8 @@ def load_classifier(model: str, device: torch.device, trained: bool = False) -> 
     With `trained` it must have its head already: transformers would give a language model a random one.
     """
     auto_class = transformers.AutoModelForSequenceClassification
-    loaded = load_model(auto_class, model, device, new=("score.", "classifier."), num_labels=1)
+    new = () if trained else ("score.", "classifier.")
+    loaded = load_model(auto_class, model, device, new=new, num_labels=1)
     is_classifier = any("SequenceClassification" in name for name in loaded.config.architectures or [])
     untrained = trained and not is_classifier
     require(not untrained, f"{model}: is no reward model, its head is untrained; run reward_model.py first")
@@ -531,7 +540,8 @@ def stop_token_ids(tokenizer: Any, stop_token: str) -> list[int]:
     """The ids that end a response, whichever comes first: EOS and, unless `stop_token` is "eos", that token."""
     if stop_token == "eos":
         return [tokenizer.eos_token_id]
-    ids = tokenizer(stop_token, add_special_tokens=False)["input_ids"]
+    own = tokenizer.get_vocab().get(stop_token)  # SentencePiece would put a space before it
+    ids = tokenizer(stop_token, add_special_tokens=False)["input_ids"] if own is None else [own]
     require(len(ids) == 1, f"--stop-token: {stop_token!r} is {len(ids)} tokens; pass a string that is one token")
     return [tokenizer.eos_token_id, *ids]
 

@@ -43,14 +43,14 @@ def main(args: Args) -> None:
     # the same flags as in the README's four commands
     stages = {
         "sft": f"sft.py --model {args.model} --dataset {args.data}/sft --output-dir {sft} --epochs 1 --batch-size 64"
-        " --micro-batch-size 16 --learning-rate 1e-4",
+        " --learning-rate 1e-4",
         "reward_model": f"reward_model.py --model {sft} --dataset {args.data}/preferences"
         f" --normalize-with {args.data}/sft --normalize-std --output-dir {reward_model} --micro-batch-size 16"
         " --learning-rate 5e-5",
         "ppo": f"ppo_rlhf.py --model {sft} --reward-model {reward_model} --dataset {args.data}/prompts"
         f" --output-dir {ppo} --eval-reward-fn examples/reviews/vader.py:score --response-length 24 --temperature 1.0"
-        " --total-episodes 1920 --batch-size 64 --num-mini-batches 2 --num-ppo-epochs 2 --learning-rate 6e-5"
-        " --kl-coef 0.07 --missing-eos-penalty 0.25",
+        " --total-episodes 2304 --batch-size 64 --num-mini-batches 2 --num-ppo-epochs 2 --learning-rate 6e-5"
+        " --kl-coef 0.05 --missing-eos-penalty 0.25",
     }
     processor = next((line for line in read_lines("/proc/cpuinfo") if line.startswith("model name")), ": unknown")
     machine = {"processor": processor.split(":")[1].strip(), "threads": args.threads}

@@ -408,7 +408,7 @@ def test_an_update_is_what_the_formulas_say(ppo, models, tmp_path):
             ((-surrogate + vf_coef * value_loss - entropy_coef * entropy).sum() / n).backward()
             for name, x in {
                 "policy/approxkl_avg": 0.5 * log_ratio**2,
-                "policy/clipfrac_avg": ((ratio - 1).abs() > eps).float(),
+                "policy/clipfrac_avg": (ratio.clamp(1 - eps, 1 + eps) * advantages < ratio * advantages).float(),
                 "policy/entropy_avg": entropy,
                 "loss/policy_avg": -surrogate,
                 "loss/value_avg": value_loss,

@@ -456,10 +456,7 @@ def main(args: Args) -> None:
                 grad_norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm))  # D29
                 if not torch.isfinite(grad_norms[-1]):
                     what = f"the gradient norm is {grad_norms[-1].item()}"
-                    utils.stop(
-                        f"update {update}: {what}; start again with a lower --learning-rate (checkpoints are kept)",
-                        code=1,
-                    )
+                    utils.stop(f"update {update}: {what}; lower --learning-rate and start again", code=1)
                 optimizer.step()
                 optimizer.zero_grad()
             epoch_totals = utils.sum_over_processes(epoch_totals)

@@ -148,7 +148,7 @@ def main(args: Args) -> None:
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()  # D29
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             what = f"the loss is {loss}, the gradient norm {grad_norm}"
-            utils.stop(f"step {step}: {what}; start again with a lower --learning-rate (checkpoints are kept)", code=1)
+            utils.stop(f"step {step}: {what}; lower --learning-rate and start again", code=1)
         lr = utils.warmup_cosine(args.learning_rate, step, num_steps, warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr

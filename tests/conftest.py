@@ -90,7 +90,7 @@ def as_chat(row: dict) -> dict:
 def write_jsonl(path: Path, rows: list) -> Path:
     """One JSON object a line; a row that is a string is written as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii="\\ud83d" in repr(row)) for row in rows]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path
 

@@ -68,11 +68,11 @@ def flags(models, base, tmp_path_factory) -> dict[str, tuple[str, dict]]:
         write_jsonl(folder / name / "validation.jsonl", rows[1::4][:5])
     write_data(folder / "alike", prompt_rows()[:1] * 20, 4)
     data = SimpleNamespace(**{name: str(folder / name) for name in ("sft", "preferences", "prompts")})
-    common = {"device": "cpu", "learning_rate": 1e-3}
+    common = {"device": "cpu", "dtype": "float32", "learning_rate": 1e-3}
     learn = common | {"model": base.plain, "batch_size": 16, "micro_batch_size": 4, "max_length": 64, "epochs": 2}
     ppo = common | {"model": str(models.sft), "reward_model": str(models.reward_model), "dataset": data.prompts}
     ppo |= {"batch_size": 8, "micro_batch_size": 2, "num_ppo_epochs": 2, "response_length": 10, "eval_prompts": 5}
-    ppo |= {"total_episodes": 16, "save_rollouts": 1}
+    ppo |= {"total_episodes": 16, "save_rollouts": 1, "temperature": 1.0}
     one_step = {
         "num_ppo_epochs": 1,
         "total_episodes": 8,

@@ -133,6 +133,8 @@ COLUMNS = {"sft": "completion", "reward_model": "rejected", "ppo": "prompt"}
         (3, "int"),
         ([], "empty"),
         ([{"role": "user"}], "chat message"),
+        ([{"role": "user", "content": " "}], "last message is empty"),
+        ("hi \ud83d", "surrogate"),
     ],
 )
 def test_a_field_that_is_no_text(refused, name, value, what, tmp_path):
@@ -298,6 +300,12 @@ def test_a_reward_model_that_is_none(refused, models, tmp_path):
     )
     folder = save_pair(tmp_path / "two", two, utils.load_tokenizer(str(models.reward_model)))
     refused("ppo", folder, reward_model=folder)
+    headless = Path(shutil.copytree(models.reward_model, tmp_path / "headless"))
+    weights = load_file(headless / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if k != "score.weight"}, headless / "model.safetensors", {"format": "pt"}
+    )
+    refused("ppo", str(headless), "score.weight", reward_model=str(headless))
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -349,6 +357,7 @@ PPO_FLAGS = [
     *({name: NAN} for name in ("kl_coef", "temperature", "gamma", "top_p", "reward_clip")),
     *({name: 1.5} for name in ("gamma", "lam", "top_p")),
     {"top_p": 0.0},
+    {"kl_horizon": 1, "kl_target": 6.0},
     {"total_episodes": 7},
     {"num_mini_batches": 3},
     {"num_mini_batches": 4},  # leaves mini-batches of 2 for micro-batches of 4

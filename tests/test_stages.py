@@ -653,6 +653,12 @@ LEARN = {"total_episodes": 32 * 20, "batch_size": 32, "micro_batch_size": 32, "l
 LEARN |= {"missing_eos_penalty": 0.0, "eval_every": 0}
 
 
+def test_the_entropy_bonus_bears_probabilities_of_zero(ppo, tmp_path):
+    """D33: tokens whose probability underflows add nothing to the entropy, nor to its gradient."""
+    rows = metrics_of(ppo(tmp_path / "out", temperature=1e-3, entropy_coef=0.01, learning_rate=1e-6))
+    assert all(math.isfinite(row["grad_norm"]) for row in rows)
+
+
 @pytest.mark.parametrize("advantage", ["gae", "batch_mean", "rloo", "grpo"])
 def test_ppo_learns_a_rule(ppo, rewards, advantage, tmp_path):
     """Rewarded for the letter e, the policy comes to write it: the share doubles, on held-out prompts too."""

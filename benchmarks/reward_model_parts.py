@@ -1,0 +1,90 @@
+"""What the reward model has learned of the labeler: one thing at a time goes wrong in an otherwise perfect reply.
+
+For each held-out prompt a reply that the labeler gives full marks, and variants of it with another remedy, another
+product, another tone and so on. Printed: how many points each variant loses, by the labeler and by the reward model.
+
+    python benchmarks/reward_model_parts.py --reward-model runs/reward_model
+"""
+
+import importlib.util
+import json
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import utils  # noqa: E402
+
+spec = importlib.util.spec_from_file_location("make", ROOT / "data/support/make.py")
+make = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make)
+gold, wordings = make.gold, make.w
+
+
+@dataclass
+class Args:
+    reward_model: str = "runs/reward_model"
+    """The reward model's folder."""
+    prompts: int = 200
+    """Held-out prompts, each with one reply of every kind."""
+    threads: int = 2
+    """Threads of the process."""
+    out: Path = Path("benchmarks/results/reward_model_parts.json")
+    """Where the result goes."""
+
+
+def replies(rng: random.Random, product: str, problem: str) -> dict[str, str]:
+    """The perfect reply and its variants, by name."""
+    layout = [0.0, 1.0, 1.0, 0.5]  # an opening that does not name the product, no closing, no product in the body
+    named = [0.0, 1.0, 0.0, 0.5]  # the same, with the product in the opening
+    apology = ("apology", rng.choice(wordings.APOLOGIES), "")
+    lead = rng.choice(wordings.LEADS)
+    right = (lead, rng.choice(wordings.REMEDIES[problem]), "")
+    wrong = (lead, rng.choice(wordings.REMEDIES[make.other(rng, wordings.PROBLEMS, problem)]), "")
+    ramble = wordings.RAMBLE_STARTS[0] + " " + rng.choice(wordings.RAMBLE_MIDDLES) + rng.choice(wordings.RAMBLE_ENDS)
+    perfect = {"tone": apology, "remedy": right, "product": product, "ramble": None, "layout": named}
+    variants = {
+        "perfect": {},
+        "a wrong remedy": {"remedy": wrong},
+        "no remedy": {"remedy": (None, rng.choice(wordings.STALLS), "")},
+        "another product": {"product": make.other(rng, wordings.PRODUCTS, product)},
+        "no product": {"product": None, "layout": layout},
+        "curt": {"tone": ("curt", rng.choice(wordings.CURT), "")},
+        "rude": {"tone": ("rude", rng.choice(wordings.RUDE), "")},
+        "rambling": {"ramble": ramble},
+    }
+    return {name: make.write(perfect | change) for name, change in variants.items()}
+
+
+@torch.no_grad()
+def main(args: Args) -> None:
+    torch.set_num_threads(args.threads)
+    device = torch.device("cpu")
+    model = utils.load_classifier(args.reward_model, device, trained=True)
+    tokenizer = utils.load_tokenizer(args.reward_model)
+    rows = [json.loads(line) for line in (ROOT / "data/support/prompts/validation.jsonl").open()][: args.prompts]
+    rng = random.Random(1)
+    by_prompt = [replies(rng, row["product"], row["problem"]) for row in rows]
+    means = {}
+    for name in by_prompt[0]:
+        pairs = [(row["prompt"], reply[name]) for row, reply in zip(rows, by_prompt, strict=True)]
+        encoded = utils.encode_pairs(tokenizer, pairs, [""] * len(pairs))
+        ids, mask = utils.pad([p + c for p, c in zip(*encoded, strict=True)], tokenizer.pad_token_id, "right", device)
+        scores = utils.normalize_scores(model, utils.last_token_scores(model, ids, mask))
+        labels = gold.score([p for p, _ in pairs], [c for _, c in pairs])
+        means[name] = {"labeler": sum(labels) / len(labels), "reward_model": scores.mean().item()}
+    report = {"reward_model": args.reward_model, "prompts": len(rows), "means": means}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=2) + "\n")
+    for name, mean in means.items():
+        change = {who: mean[who] - means["perfect"][who] for who in mean}
+        print(f"{name:16} labeler {change['labeler']:+6.2f}  reward model {change['reward_model']:+6.2f}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

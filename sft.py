@@ -47,7 +47,7 @@ class Args:
     """cpu, cuda, or auto: cuda where there is one."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of matrix products; weights, losses and optimizer stay in float32."""
-    epochs: int = 3
+    epochs: int = 4
     """Passes over the training rows."""
     batch_size: int = 16
     """Sequences per optimizer step, over all processes."""

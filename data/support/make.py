@@ -16,7 +16,7 @@ w = gold.wordings
 SEED = 1
 HELD_OUT = 0.12  # share of the product x problem combinations that only validation prompts use
 SIZES = {
-    "sft": {"train": 6500, "validation": 400},
+    "sft": {"train": 6200, "validation": 400},
     "preferences": {"train": 9200, "validation": 1500},
     "prompts": {"train": 2500, "validation": 400},
 }

@@ -897,7 +897,9 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 def print_samples(title: str, header: list[str], rows: list[list[str]]) -> None:
     """Print sample texts as a table on the terminal."""
-    table = Table(*header, title=title, show_lines=True, title_justify="left")
+    table = Table(title=title, show_lines=True, title_justify="left")
+    for name in header:
+        table.add_column(name, no_wrap=name == "score")
     for row in rows:
         table.add_row(*[Text(cell) for cell in row])
     Console().print(table)

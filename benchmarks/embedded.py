@@ -8,17 +8,12 @@ For every seed the three stages run with their defaults; then PPO runs once more
 
 import importlib.util
 import json
-import os
-import platform
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from measure import ROOT, machine, run_stage
 
-ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("gold", ROOT / "data/support/gold.py")
 gold = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(gold)
@@ -42,39 +37,26 @@ def main(args: Args) -> None:
     seeds = []
     for seed in args.seeds:
         folder = args.runs / f"seed{seed}"
-        sft, reward_model, ppo = (folder / name for name in ("sft", "reward_model", "ppo_rlhf"))
-        ppo_flags = ["--model", sft, "--reward-model", reward_model, "--seed", seed]
-        result = {
-            "seed": seed,
-            "sft": run_stage(args, "sft.py", sft, ["--seed", seed]),
-            "reward_model": run_stage(args, "reward_model.py", reward_model, ["--model", sft, "--seed", seed]),
-            "ppo": run_stage(args, "ppo_rlhf.py", ppo, ppo_flags) | judge_samples(ppo),
+        sft, reward_model, ppo, kl0 = (folder / name for name in ("sft", "reward_model", "ppo_rlhf", "kl0"))
+        commands = {
+            "sft": f"sft.py --output-dir {sft}",
+            "reward_model": f"reward_model.py --output-dir {reward_model} --model {sft}",
+            "ppo": f"ppo_rlhf.py --output-dir {ppo} --model {sft} --reward-model {reward_model}",
         }
         if seed == args.seeds[0]:
-            flags = [*ppo_flags, "--kl-coef", 0]
-            result["ppo_kl_coef_0"] = run_stage(args, "ppo_rlhf.py", folder / "kl0", flags) | judge_samples(
-                folder / "kl0"
-            )
+            models = f"--model {sft} --reward-model {reward_model}"
+            commands["ppo_kl_coef_0"] = f"ppo_rlhf.py --output-dir {kl0} {models} --kl-coef 0"
+        result = {"seed": seed}
+        for name, command in commands.items():
+            result[name] = run_stage([*command.split(), "--seed", str(seed), "--overwrite"], args.threads)
+        for name, out in (("ppo", ppo), ("ppo_kl_coef_0", kl0)):
+            if name in result:
+                result[name] |= judge_samples(out)
         seeds.append(result)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        machine = {"processor": processor(), "threads": args.threads, "python": platform.python_version()}
-        report = {"machine": machine, "reward_model_ceiling": ceiling, "seeds": seeds}
+        report = {"machine": machine(args.threads), "reward_model_ceiling": ceiling, "seeds": seeds}
         args.out.write_text(json.dumps(report, indent=2) + "\n")
         print(json.dumps(result, indent=2))
-
-
-def run_stage(args: Args, script: str, folder: Path, flags: list) -> dict:
-    """Run a stage in a process; its summary, wall seconds with start-up, and peak resident memory in GB."""
-    command = [sys.executable, ROOT / script, "--output-dir", folder, "--overwrite", *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
-    started = time.time()
-    pid = subprocess.Popen([str(c) for c in command], cwd=ROOT, env=environment).pid
-    _, status, usage = os.wait4(pid, 0)
-    if status:
-        sys.exit(f"{script} failed")
-    unit = 1 if sys.platform == "darwin" else 1024
-    measured = {"wall_seconds": time.time() - started, "peak_memory_gb": usage.ru_maxrss * unit / 1e9}
-    return json.loads((ROOT / folder / "summary.json").read_text()) | measured
 
 
 def judge_samples(folder: Path) -> dict:
@@ -90,13 +72,6 @@ def judge_samples(folder: Path) -> dict:
         result[who]["both_right"] = sum(right) / len(right)
     way = (result["policy"]["score"] - result["reference"]["score"]) / (best - result["reference"]["score"])
     return {"labeler": result, "best": best, "share_of_the_way": way}
-
-
-def processor() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

@@ -7,19 +7,13 @@ Every number in examples/reviews/README.md is from the result. It takes most of 
 """
 
 import json
-import os
-import platform
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
 import tyro
-
-ROOT = Path(__file__).resolve().parent.parent
+from measure import ROOT, machine, run_stage
 
 
 @dataclass
@@ -52,11 +46,8 @@ def main(args: Args) -> None:
         " --total-episodes 2304 --batch-size 64 --num-mini-batches 2 --num-ppo-epochs 2 --learning-rate 6e-5"
         " --kl-coef 0.05 --missing-eos-penalty 0.25",
     }
-    processor = next((line for line in read_lines("/proc/cpuinfo") if line.startswith("model name")), ": unknown")
-    machine = {"processor": processor.split(":")[1].strip(), "threads": args.threads}
-    machine |= {"python": platform.python_version(), "torch": torch.__version__}
-    machine |= {"transformers": transformers.__version__}
-    report = {"machine": machine, "seed": args.seed}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    report = {"machine": machine(args.threads) | versions, "seed": args.seed}
     args.out.mkdir(parents=True, exist_ok=True)
     for name, command in stages.items():
         flags = [*command.split(), "--seed", str(args.seed), "--eval-every", "0", "--save-every", "0", "--overwrite"]
@@ -65,25 +56,6 @@ def main(args: Args) -> None:
         print(json.dumps(report[name], indent=2), flush=True)
     first = (ROOT / ppo / "samples.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:20]
     (args.out / "reviews_samples.jsonl").write_text("".join(first), encoding="utf-8")
-
-
-def run_stage(flags: list[str], threads: int) -> dict:
-    """Run a stage in a process; its summary, wall seconds with start-up, and peak resident memory in GB."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    started = time.time()
-    pid = subprocess.Popen([sys.executable, *flags], cwd=ROOT, env=environment).pid
-    _, status, usage = os.wait4(pid, 0)
-    if status:
-        sys.exit(f"{flags[0]} failed")
-    unit = 1 if sys.platform == "darwin" else 1024
-    measured = {"wall_seconds": time.time() - started, "peak_memory_gb": usage.ru_maxrss * unit / 1e9}
-    folder = flags[flags.index("--output-dir") + 1]
-    return json.loads((ROOT / folder / "summary.json").read_text()) | measured
-
-
-def read_lines(path: str) -> list[str]:
-    """The lines of a file, none if there is no such file."""
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 import tyro
+from measure import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import utils  # noqa: E402
+import utils
 
 spec = importlib.util.spec_from_file_location("make", ROOT / "data/support/make.py")
 make = importlib.util.module_from_spec(spec)

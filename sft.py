@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import transformers  # which loads a model's code when it is first named
 import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import utils
 
@@ -181,7 +181,7 @@ def main(args: Args) -> None:
     utils.end_process()
 
 
-def build_tiny(texts: list[str], device: torch.device) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def build_tiny(texts: list[str], device: torch.device) -> tuple:
     """A Llama of about 1M parameters and a byte-level BPE tokenizer trained on `texts`: (model, tokenizer)."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -189,8 +189,8 @@ def build_tiny(texts: list[str], device: torch.device) -> tuple[LlamaForCausalLM
     pad, eos, alphabet = "<|pad|>", "<|eos|>", pre_tokenizers.ByteLevel.alphabet()
     settings = {"special_tokens": [pad, eos], "initial_alphabet": alphabet, "show_progress": False}
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2048, **settings))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=pad, eos_token=eos)
-    config = LlamaConfig(
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=pad, eos_token=eos)
+    config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=512,
@@ -207,7 +207,7 @@ def build_tiny(texts: list[str], device: torch.device) -> tuple[LlamaForCausalLM
         pad_token_id=tokenizer.pad_token_id,
         attn_implementation="eager" if device.type == "cpu" else "sdpa",
     )
-    return LlamaForCausalLM(config).to(device).eval(), tokenizer
+    return transformers.LlamaForCausalLM(config).to(device).eval(), tokenizer
 
 
 def plain_texts(row: dict) -> list[str]:

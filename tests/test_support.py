@@ -110,7 +110,7 @@ def test_a_fifth_of_the_labels_disagree_with_the_labeler(rows, made):
 def test_best_replies_are_rare_but_there(rows):
     data = rows["sft/train.jsonl"]
     scores = gold.score([row["prompt"] for row in data], [row["completion"] for row in data])
-    assert max(scores) == 9 and 0.03 < scores.count(9.0) / len(scores) < 0.3
+    assert max(scores) == 9 and 0.03 < scores.count(9.0) / len(scores) < 0.15
     assert sum(scores) / len(scores) < 4.5  # half of the best
 
 

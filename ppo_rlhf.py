@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
@@ -190,17 +191,21 @@ def main(args: Args) -> None:
 
     # ------------------------------------------------------------------------------------- what the loop is made of
     def policy_outputs(model: Any, ids: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies in nats, both [B, R], at the last R = `length` tokens of ids [B, T].
-
-        Rollout and training share this forward pass, so that the ratio starts at 1 (D26).
+        """Log-probabilities and entropies in nats, both [B, R], at the last R = `length` tokens of ids [B, T]; 0 where
+        mask [B, T] is 0. Rollout and training share this forward pass, so that the ratio starts at 1 (D26).
         """
+        is_response = mask[:, -length:].bool()
+        is_target = F.pad(is_response, (ids.shape[1] - length, 0))  # [B, T]
         with utils.autocast(device, args.dtype):
-            logits = utils.response_logits(model, ids, mask, length) / args.temperature  # [B, R, V] D5
+            logits, tokens = utils.target_logits(model, ids, mask, is_target)  # [N, V], [N]
+        logits = logits / args.temperature  # D5
         distribution = logits.log_softmax(-1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and args.entropy_coef > 0):
             # a token that the model rules out has log-probability -inf and adds 0
             entropies = -(distribution.exp() * distribution.clamp(min=-1e4)).sum(-1)
-        return distribution.gather(-1, ids[:, -length:, None]).squeeze(-1), entropies
+        logprobs = distribution.gather(-1, tokens[:, None]).squeeze(-1)  # [N]
+        zeros = torch.zeros(is_response.shape, device=device)
+        return zeros.masked_scatter(is_response, logprobs), zeros.masked_scatter(is_response, entropies)
 
     def value_outputs(ids: Tensor, mask: Tensor, length: int) -> Tensor:
         """V [B, R] of the states before the last R = `length` tokens: read one position before the token (B14)."""
@@ -275,7 +280,7 @@ def main(args: Args) -> None:
             for part, columns, length in micro_batches(torch.arange(len(prompts)), mask, response_mask):
                 logprobs, _ = policy_outputs(model, ids[part, columns], mask[part, columns], length)
                 ref_logprobs, _ = policy_outputs(reference, ids[part, columns], mask[part, columns], length)
-                kl[part] = torch.where(response_mask[part, :length].bool(), logprobs - ref_logprobs, 0.0).sum(1)
+                kl[part] = (logprobs - ref_logprobs).sum(1)
             for j, prompt in enumerate(prompts):
                 result = {"prompt": prompt.text, "response": texts[j], "score": scores[j].item(), "judge": judged[j]}
                 result |= {"kl": kl[j].item(), "length": len(responses[j]), "eos_rate": responses[j][-1] in stop_ids}
@@ -291,10 +296,10 @@ def main(args: Args) -> None:
             micro = rows[i : i + args.micro_batch_size]
             ptx_ids, ptx_mask = utils.pad([p + c for p, c in micro], pad_id, "right", device)
             starts = torch.tensor([len(p) for p, _ in micro], device=device)
-            loss_mask = ptx_mask[:, 1:] * (torch.arange(1, ptx_ids.shape[1], device=device) >= starts[:, None])
+            is_target = ptx_mask.bool() & (torch.arange(ptx_ids.shape[1], device=device) >= starts[:, None])
             with utils.autocast(device, args.dtype):
-                logits = utils.response_logits(policy, ptx_ids, ptx_mask, ptx_ids.shape[1] - 1)
-            loss = utils.masked_sum(-utils.logprobs(logits, ptx_ids[:, 1:]), loss_mask) / num_tokens
+                logits, targets = utils.target_logits(policy, ptx_ids, ptx_mask, is_target)
+            loss = F.cross_entropy(logits, targets, reduction="sum") / num_tokens
             (args.ptx_coef * loss).backward()
             total += loss.detach()
         return utils.sum_over_processes(total)
@@ -335,11 +340,12 @@ def main(args: Args) -> None:
         logprobs, ref_logprobs, values = (torch.zeros(len(prompts), R, device=device) for _ in range(3))  # 0 on padding
         with torch.no_grad():
             for part, columns, length in micro_batches(torch.arange(len(prompts)), mask, response_mask):
-                inputs, mb_mask = (ids[part, columns], mask[part, columns], length), response_mask[part, :length].bool()
-                logprobs[part, :length] = torch.where(mb_mask, policy_outputs(policy, *inputs)[0], 0.0)  # D26
-                ref_logprobs[part, :length] = torch.where(mb_mask, policy_outputs(reference, *inputs)[0], 0.0)
+                inputs = ids[part, columns], mask[part, columns], length
+                logprobs[part, :length], _ = policy_outputs(policy, *inputs)  # D26
+                ref_logprobs[part, :length], _ = policy_outputs(reference, *inputs)
                 if value_model is not None:
-                    values[part, :length] = torch.where(mb_mask, value_outputs(*inputs), 0.0)  # D21: 0 after the end
+                    real = response_mask[part, :length].bool()
+                    values[part, :length] = torch.where(real, value_outputs(*inputs), 0.0)  # D21: 0 after the end
         clock.append(utils.now(device))
 
         # 3. score them, at the sequence's end
@@ -413,8 +419,8 @@ def main(args: Args) -> None:
                 for part, columns, length in micro_batches(minibatch, mask, response_mask):
                     inputs, mb_mask = (ids[part, columns], mask[part, columns], length), response_mask[part, :length]
                     new_logprobs, entropies = policy_outputs(policy, *inputs)  # [b, R'], [b, R']
-                    log_ratio = new_logprobs - logprobs[part, :length]
-                    ratio = torch.where(mb_mask.bool(), log_ratio, 0.0).exp()
+                    log_ratio = new_logprobs - logprobs[part, :length]  # 0 on padding
+                    ratio = log_ratio.exp()
                     mb_advantages = advantages[part, :length]
                     clipped_ratio = ratio.clamp(1 - args.cliprange, 1 + args.cliprange)
                     unclipped, clipped = -mb_advantages * ratio, -mb_advantages * clipped_ratio
@@ -427,10 +433,10 @@ def main(args: Args) -> None:
                     if value_model is not None:
                         new_values, old_values = value_outputs(*inputs), values[part, :length]
                         within = new_values.clamp(old_values - args.cliprange_value, old_values + args.cliprange_value)
-                        unclipped = (new_values - returns[part, :length]).square()
-                        clipped = (within - returns[part, :length]).square()
-                        value_losses = 0.5 * torch.max(unclipped, clipped)  # D24
-                        value_clipped = (clipped > unclipped).float()
+                        error = (new_values - returns[part, :length]).square()
+                        clipped_error = (within - returns[part, :length]).square()
+                        value_losses = 0.5 * torch.max(error, clipped_error)  # D24
+                        value_clipped = (clipped_error > error).float()
                         loss = loss + args.vf_coef * utils.masked_sum(value_losses, mb_mask)
                     (loss / num_tokens).backward()
 

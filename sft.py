@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 import transformers  # which loads a model's code when it is first named
 import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -103,20 +104,15 @@ def main(args: Args) -> None:
         parameters = sum(p.numel() for p in model.parameters())
         print(f"sft: {parameters / 1e6:.1f}M parameters, {len(train_rows)} rows, {num_steps} steps on {process.device}")
 
-    def batch_tensors(rows: list[tuple[list[int], int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Right-padded ids [B, T], mask [B, T], and loss_mask [B, T-1]: 1 where the next token is the completion's."""
-        ids, mask = utils.pad([r[0] for r in rows], tokenizer.pad_token_id, "right", process.device)
-        prompt_lengths = torch.tensor([r[1] for r in rows], device=process.device)
-        target = torch.arange(1, ids.shape[1], device=process.device)  # position of the token that is predicted
-        loss_mask = mask[:, 1:] * (target >= prompt_lengths[:, None])  # D8
-        return ids, mask, loss_mask
-
     def sum_of_losses(rows: list[tuple[list[int], int]]) -> torch.Tensor:
         """Cross-entropy in nats, summed over the completions' tokens."""
-        ids, mask, loss_mask = batch_tensors(rows)
+        ids, mask = utils.pad([r[0] for r in rows], tokenizer.pad_token_id, "right", process.device)  # [B, T]
+        prompt_lengths = torch.tensor([r[1] for r in rows], device=process.device)
+        position = torch.arange(ids.shape[1], device=process.device)
+        is_target = mask.bool() & (position >= prompt_lengths[:, None])  # [B, T] D8: the completions' tokens alone
         with utils.autocast(process.device, args.dtype):
-            logits = model(**utils.inputs(model, ids, mask), use_cache=False).logits[:, :-1].float()  # [B, T-1, V]
-        return utils.masked_sum(-utils.logprobs(logits, ids[:, 1:]), loss_mask)
+            logits, targets = utils.target_logits(model, ids, mask, is_target)  # [N, V], [N]
+        return F.cross_entropy(logits, targets, reduction="sum")
 
     @torch.no_grad()
     def evaluate() -> float:

@@ -449,15 +449,23 @@ def cycle(rows: list[Any], first: int, count: int, seed: int) -> list[Any]:
     return [rows[orders[n // len(rows)][n % len(rows)]] for n in numbers]
 
 
+def round_up(n: int, multiple: int = 8) -> int:
+    """n raised to a multiple. It spares time where tensors would come in any size: kernels are compiled for each shape,
+    and tensor cores like multiples of 8."""
+    return -(-n // multiple) * multiple
+
+
 def pad(
     sequences: list[list[int]], pad_id: int, side: str, device: torch.device, width: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Pad token ids to a rectangle at least `width` wide: (ids [B, T], mask [B, T] with 1 on real tokens).
 
-    The mask comes from the lengths, never from comparing ids with `pad_id`: pad may equal EOS (D3, B4, B20, B21).
+    Padded on the right, for training and scoring, T is rounded up to a multiple of 8. The mask comes from the lengths,
+    never from comparing ids with `pad_id`: pad may equal EOS (D3, B4, B20, B21).
     """
     lengths = torch.tensor([len(s) for s in sequences])
     width = max(width, int(lengths.max()))
+    width = round_up(width) if side == "right" else width
     rows = [[pad_id] * (width - len(s)) + s if side == "left" else s + [pad_id] * (width - len(s)) for s in sequences]
     column = torch.arange(width)
     real = column >= width - lengths[:, None] if side == "left" else column < lengths[:, None]
@@ -578,10 +586,22 @@ def inputs(model: Any, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
     return given
 
 
-def response_logits(model: Any, ids: Tensor, mask: Tensor, response_length: int) -> Tensor:
-    """Float32 logits [B, R, V] that predict the last R = `response_length` tokens of ids [B, T] alone; needs R < T."""
-    out = model(**inputs(model, ids, mask), use_cache=False, logits_to_keep=response_length + 1)
-    return out.logits[:, :-1].float()
+def target_logits(model: Any, ids: Tensor, mask: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
+    """Float32 logits [N, V] that predict the N tokens of ids [B, T] where `is_target` [B, T] is true, and those tokens.
+
+    A token is predicted at the one before it, so none in the first column is. Nothing is computed for the tokens that
+    are no targets beyond their hidden states: the output head is given N of them.
+    """
+    is_target = is_target[:, 1:]
+    index = F.pad(is_target, (0, 1)).flatten().nonzero().squeeze(1)  # [N] of the tokens before
+    padded = F.pad(index, (0, round_up(len(index), 64) - len(index)))  # with the first token, whose logits are dropped
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, given: (given[0].flatten(0, 1)[padded][None],))
+    try:
+        logits = model(**inputs(model, ids, mask), use_cache=False).logits[0, : len(index)]
+    finally:
+        hook.remove()
+    return logits.float(), ids[:, 1:][is_target]
 
 
 def head_outputs(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
@@ -604,11 +624,6 @@ def normalize_scores(model: Any, raw: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------ tensor helpers
-
-
-def logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    """log softmax(logits)[ids] in nats: [B, R, V], [B, R] -> [B, R]."""
-    return -F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
 
 
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:

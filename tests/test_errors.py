@@ -488,12 +488,15 @@ def test_nan_stops_the_run_and_the_checkpoint_stands(request, name, monkeypatch,
     flags = {"save_every": 1} | ({"total_episodes": 32} if name == "ppo" else {})
     logged = []
     log = utils.Logger.log
-    function = "last_token_scores" if name == "reward_model" else "response_logits" if name == "ppo" else "masked_sum"
+    function = "last_token_scores" if name == "reward_model" else "target_logits"
     original = getattr(utils, function)
 
     def spoiled(*args):
         result = original(*args)
-        return result * float("nan") if logged[-1:] == [2] and torch.is_grad_enabled() else result
+        spoil = logged[-1:] == [2] and torch.is_grad_enabled()
+        logits, *rest = result if isinstance(result, tuple) else (result,)
+        logits = logits * float("nan") if spoil else logits
+        return (logits, *rest) if rest else logits
 
     with monkeypatch.context() as patch:
         patch.setattr(utils.Logger, "log", lambda self, step, metrics: (logged.append(step), log(self, step, metrics)))

@@ -687,7 +687,7 @@ def test_ppo_learns_from_a_reward_model(ppo, tmp_path):
 
 def test_ppo_kl_penalty_holds_the_policy(ppo, rewards, tmp_path):
     """B16: the penalty has the right sign: with a large coefficient the policy stays near the reference."""
-    flags = LEARN | {"reward_fn": f"{rewards}:letter"}
+    flags = LEARN | {"reward_fn": f"{rewards}:letter", "learning_rate": 2e-3}
     free, held = (ppo(tmp_path / str(beta), **flags | {"kl_coef": beta}) for beta in (0.0, 10.0))
     kl_free, kl_held = (summary_of(out)["eval"]["policy"]["kl"] for out in (free, held))
     assert kl_free > 5

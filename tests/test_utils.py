@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import make_model, make_tokenizer, write_jsonl
 
 import utils
@@ -75,13 +76,6 @@ def test_whiten_of_one_element_or_none_is_zero(mask):
     assert utils.masked_mean(x, mask).item() == (3.0 if mask.any() else 0.0)
 
 
-def test_logprobs_match_log_softmax():
-    """Log-probabilities of the given ids, also of logits with a large offset."""
-    logits, ids = torch.randn(3, 4, 11) * 5 + 300, torch.randint(11, (3, 4))
-    expected = torch.log_softmax(logits.double(), -1).gather(-1, ids[..., None]).squeeze(-1)
-    torch.testing.assert_close(utils.logprobs(logits, ids).double(), expected, rtol=0, atol=1e-4)
-
-
 # ----------------------------------------------------------------------------------------------------- padding, batches
 
 
@@ -93,9 +87,11 @@ def test_pad_masks_by_length(side):
         assert ids.tolist() == [[7, 7, 1, 7], [7, 7, 7, 7], [7, 7, 1, 2]]
         assert mask.tolist() == [[0, 1, 1, 1], [0, 0, 0, 1], [0, 0, 1, 1]]
     else:
-        assert ids.tolist() == [[7, 1, 7, 7], [7, 7, 7, 7], [1, 2, 7, 7]]
-        assert mask.tolist() == [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]]
-    assert utils.pad([[1, 2, 3]], 7, side, CPU, width=2)[0].tolist() == [[1, 2, 3]]
+        assert ids.shape == (3, 8)  # rounded up
+        assert ids[:, :4].tolist() == [[7, 1, 7, 7], [7, 7, 7, 7], [1, 2, 7, 7]]
+        assert mask[:, :4].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]]
+        assert not mask[:, 4:].any()
+    assert utils.pad([[1, 2, 3] * 8], 7, side, CPU, width=2)[0].tolist() == [[1, 2, 3] * 8]
 
 
 def test_cycle_is_an_endless_sequence_of_permutations():
@@ -468,8 +464,9 @@ def test_more_left_padding_changes_nothing(model):
     for width in (0, 25):
         ids, mask = utils.pad(PROMPTS, 0, "left", CPU, width)
         with torch.no_grad():
-            logits = utils.response_logits(model, torch.cat([ids, a], 1), torch.cat([mask, a_mask], 1), a.shape[1])
-        rows.append(utils.logprobs(logits, a) * a_mask)
+            whole, is_target = torch.cat([mask, a_mask], 1), torch.cat([torch.zeros_like(mask), a_mask], 1).bool()
+            logits, tokens = utils.target_logits(model, torch.cat([ids, a], 1), whole, is_target)
+        rows.append(logits.log_softmax(-1).gather(1, tokens[:, None]))
     torch.testing.assert_close(rows[0], rows[1], rtol=0, atol=1e-5)
 
 
@@ -568,15 +565,23 @@ def test_temperature_zero_takes_the_most_probable():
 # ------------------------------------------------------------------------------------------------------ forward passes
 
 
-def test_response_logits_are_a_slice_of_the_full_forward_pass(model):
-    """The last R predictions, made one position before the token that they predict."""
-    ids, mask = utils.pad(PROMPTS, 0, "left", CPU)
-    with torch.no_grad():
-        for length in (1, 3, ids.shape[1] - 1):
-            full = model(**utils.inputs(model, ids, mask)).logits
-            got = utils.response_logits(model, ids, mask, length)
-            assert got.dtype == torch.float32
-            torch.testing.assert_close(got, full[:, -length - 1 : -1], rtol=0, atol=1e-6)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_target_logits_are_those_of_the_full_forward_pass(model, side):
+    """D8: of the targets alone, one position before each, and with the same gradients; none in the first column."""
+    ids, mask = utils.pad(PROMPTS, 0, side, CPU)
+    full = model(**utils.inputs(model, ids, mask)).logits
+    for is_target in (mask.bool(), ids % 3 == 0, ids < 0):
+        rows, columns = is_target.nonzero(as_tuple=True)
+        rows, columns = rows[columns > 0], columns[columns > 0]
+        expected = full[rows, columns - 1]
+        got, tokens = utils.target_logits(model, ids, mask, is_target)
+        assert got.dtype == torch.float32
+        assert tokens.tolist() == ids[rows, columns].tolist()
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+        losses = [F.cross_entropy(logits, tokens, reduction="sum") / ids.numel() for logits in (got, expected)]
+        gradients = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in losses]
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 @pytest.fixture
@@ -602,7 +607,7 @@ def test_head_outputs_do_not_depend_on_padding(classifier):
     right = utils.head_outputs(classifier, *utils.pad(PROMPTS, 1, "right", CPU, 12))
     left = utils.head_outputs(classifier, *utils.pad(PROMPTS, 1, "left", CPU, 12))
     for row, sequence in enumerate(PROMPTS):
-        alone = utils.head_outputs(classifier, *utils.pad([sequence], 1, "right", CPU))[0]
+        alone = utils.head_outputs(classifier, torch.tensor([sequence]), torch.ones(1, len(sequence)).long())[0]
         torch.testing.assert_close(right[row, : len(sequence)], alone, rtol=0, atol=1e-5)
         torch.testing.assert_close(left[row, 12 - len(sequence) :], alone, rtol=0, atol=1e-5)
 

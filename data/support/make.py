@@ -20,12 +20,12 @@ SIZES = {
     "preferences": {"train": 9200, "validation": 1500},
     "prompts": {"train": 2500, "validation": 400},
 }
-TEMPERATURE = 2.7  # of the Bradley-Terry labels, so that one label in five disagrees with the labeler
+TEMPERATURE = 2.5  # of the Bradley-Terry labels, so that one label in five disagrees with the labeler
 
 # What the untrained desk writes. Some of its agents take care and some do not.
 CAREFUL = 0.35  # share of the replies by agents who take care
 TONES = {
-    "careful": (("polite", 0.4), ("curt", 0.5), ("rude", 0.1)),
+    "careful": (("polite", 0.32), ("curt", 0.56), ("rude", 0.12)),
     "careless": (("polite", 0.15), ("curt", 0.35), ("rude", 0.5)),
 }
 REMEDY = {

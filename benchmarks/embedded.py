@@ -3,7 +3,7 @@
 For every seed the three stages run with their defaults; then PPO runs once more, from the first seed's models, with
 `--kl-coef 0`, to show reward hacking. Every number in the README's section on the embedded task is from the result.
 
-    python benchmarks/embedded.py                  # writes benchmarks/results/embedded.json
+    python benchmarks/embedded.py       # writes benchmarks/results/embedded.json and embedded_samples.jsonl
 """
 
 import importlib.util
@@ -52,6 +52,9 @@ def main(args: Args) -> None:
         for name, out in (("ppo", ppo), ("ppo_kl_coef_0", kl0)):
             if name in result:
                 result[name] |= judge_samples(out)
+        if seed == args.seeds[0]:
+            first = (ROOT / ppo / "samples.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:6]
+            args.out.with_name(f"{args.out.stem}_samples.jsonl").write_text("".join(first), encoding="utf-8")
         seeds.append(result)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         report = {"machine": machine(args.threads), "reward_model_ceiling": ceiling, "seeds": seeds}

@@ -1,0 +1,160 @@
+"""Writes the tables of the READMEs that hold measured numbers, from the committed result files.
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is one of the functions below.
+
+    python benchmarks/tables.py
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results"
+PAGES = ("README.md", "examples/reviews/README.md")
+
+
+def result(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def samples(name: str) -> list[dict]:
+    return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
+
+
+def table(header: list[str], rows: list[list[object]]) -> str:
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ").strip() for cell in row] for row in rows]
+    lines = [header, ["---"] * len(header), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def embedded_samples() -> str:
+    """The first held-out prompts of the embedded task and both replies."""
+    rows = []
+    for s in samples("embedded_samples.jsonl"):
+        customer = s["prompt"].removeprefix("Customer: ").removesuffix("\nAgent:")
+        rows.append(
+            [customer, s["reference"], f"{s['reference_judge']:.1f}", s["policy"], f"{s['policy_judge']:.1f}"]
+        )
+    return table(["customer", "before: SFT model", "", "after: PPO", ""], rows)
+
+
+def embedded_seeds() -> str:
+    """What PPO makes of the SFT model, for each seed."""
+    header = ["seed", "win rate", "labeler, SFT model", "labeler, PPO", "best", "share of the way"]
+    header += ["right product and remedy, SFT model", "the same, PPO", "ends in EOS"]
+    rows = []
+    for seed in result("embedded.json")["seeds"]:
+        ppo = seed["ppo"]
+        before, after = ppo["labeler"]["reference"], ppo["labeler"]["policy"]
+        row = [seed["seed"], f"{ppo['eval']['win_rate']:.3f}", f"{before['score']:.2f}", f"{after['score']:.2f}"]
+        row += [f"{ppo['best']:.0f}", f"{ppo['share_of_the_way']:.3f}", f"{before['both_right']:.3f}"]
+        rows.append([*row, f"{after['both_right']:.3f}", f"{ppo['eval']['policy']['eos_rate']:.3f}"])
+    return table(header, rows)
+
+
+def embedded_reward_model() -> str:
+    """The reward model's accuracy against what the noise of the labels allows, for each seed."""
+    report, rows = result("embedded.json"), []
+    for seed in report["seeds"]:
+        low, high = seed["reward_model"]["accuracy_interval"]
+        accuracy, pairs = seed["reward_model"]["accuracy"], seed["reward_model"]["pairs"]
+        ceiling = f"{report['reward_model_ceiling']:.3f}"
+        rows.append([seed["seed"], f"{accuracy:.3f}", f"{low:.3f} to {high:.3f}", ceiling, pairs])
+    return table(["seed", "accuracy", "95% interval", "ceiling", "pairs"], rows)
+
+
+def embedded_parts() -> str:
+    """What the reward model takes off for each thing that is wrong."""
+    means = result("reward_model_parts.json")["means"]
+    best = means.pop("perfect")
+    rows = [[name, *(f"{mean[who] - best[who]:+.2f}" for who in ("labeler", "reward_model"))] for name, mean in means.items()]
+    return table(["instead of the perfect reply", "labeler", "reward model"], rows)
+
+
+def embedded_times() -> str:
+    """Time and memory of the stages."""
+    report, rows = result("embedded.json"), []
+    names = {"sft": "sft.py", "reward_model": "reward_model.py", "ppo": "ppo_rlhf.py"}
+    for stage, name in names.items():
+        runs = [seed[stage] for seed in report["seeds"]]
+        seconds = ", ".join(f"{run['wall_seconds']:.0f}" for run in runs)
+        rows.append([f"`{name}`", seconds, ", ".join(f"{run['peak_memory_gb']:.2f}" for run in runs)])
+    machine = report["machine"]
+    where = f"On {machine['threads']} threads of an {machine['processor']}, start-up included."
+    seeds = ", ".join(str(seed["seed"]) for seed in report["seeds"])
+    return table(["stage", f"seconds, seeds {seeds}", "peak memory, GB"], rows) + f"\n\n{where}"
+
+
+def embedded_kl() -> str:
+    """The run without a KL penalty beside the default one."""
+    seed = result("embedded.json")["seeds"][0]
+    default, free = seed["ppo"], seed["ppo_kl_coef_0"]
+    rows = []
+    for name, run, who in (
+        ("SFT model", default, "reference"),
+        ("`--kl-coef 0.1`, the default", default, "policy"),
+        ("`--kl-coef 0`", free, "policy"),
+    ):
+        mean, right = run["eval"][who], run["labeler"][who]["both_right"]
+        row = [name, f"{mean['score']:.2f}", f"{mean['judge']:.2f}", f"{right:.3f}"]
+        rows.append([*row, f"{mean['kl']:.1f}", f"{mean['length']:.1f}"])
+    header = [f"seed {seed['seed']}", "reward model's score", "labeler's score", "right product and remedy"]
+    return table([*header, "KL from the reference, nats", "length, tokens"], rows)
+
+
+def reviews_results() -> str:
+    """What the three stages reach on the film reviews."""
+    report = result("reviews.json")
+    reward_model, ppo = report["reward_model"], report["ppo"]["eval"]
+    low, high = reward_model["accuracy_interval"]
+    before, after = ppo["reference"], ppo["policy"]
+    stages = ("sft", "reward_model", "ppo")
+    minutes = ", ".join(f"{report[stage]['wall_seconds'] / 60:.0f}" for stage in stages)
+    memory = ", ".join(f"{report[stage]['peak_memory_gb']:.1f}" for stage in stages)
+    machine = f"{report['machine']['threads']} threads of an {report['machine']['processor']}"
+    held_out = f"{ppo['prompts']} held-out prompts"
+    rows = [
+        ["reward model: accuracy", f"{reward_model['pairs']} held-out pairs", f"{reward_model['accuracy']:.3f} (95% interval {low:.3f} to {high:.3f})"],
+        ["win rate of the policy over the SFT model, by VADER", held_out, f"{ppo['win_rate']:.3f}"],
+        ["mean VADER score, SFT model and policy", "the same", f"{before['judge']:.2f} and {after['judge']:.2f}"],
+        ["KL from the reference", "the same", f"{after['kl']:.1f} nats a response"],
+        ["responses that end by themselves, SFT model and policy", "the same", f"{before['eos_rate']:.3f} and {after['eos_rate']:.3f}"],
+        ["minutes of the three stages", machine, minutes],
+        ["peak memory of the three stages, GB", machine, memory],
+    ]
+    return table(["what", "on", "measured"], rows)
+
+
+def reviews_samples() -> str:
+    """The first held-out prompts of the film reviews and both continuations."""
+    rows = []
+    for i, s in enumerate(samples("reviews_samples.jsonl"), 1):
+        row = [i, s["prompt"], s["reference"], f"{s['reference_judge']:+.2f}"]
+        rows.append([*row, s["policy"], f"{s['policy_judge']:+.2f}"])
+    return table(["#", "prompt", "SFT model", "VADER", "PPO", "VADER"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    function.__name__: function
+    for function in (
+        embedded_samples, embedded_seeds, embedded_reward_model, embedded_parts, embedded_times, embedded_kl,
+        reviews_results, reviews_samples,
+    )
+}  # fmt: skip
+
+
+def fill(page: str) -> str:
+    """The page with every table as the result files have it now."""
+
+    def filled(match: re.Match) -> str:
+        return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", filled, page, flags=re.S)
+
+
+if __name__ == "__main__":
+    for name in PAGES:
+        path = ROOT / name
+        path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -83,7 +83,7 @@ class Args:
 
     response_length: int = 64
     """Tokens sampled at most."""
-    temperature: float = 0.7
+    temperature: float = 0.5
     """Logits are divided by it, in sampling and in every log-probability (D5)."""
     top_k: int = 0
     """Sample among the k most probable tokens; 0: all. Log-probabilities stay those of the full distribution (D36)."""

@@ -75,7 +75,7 @@ class Args:
     num_mini_batches: int = 1
     """Optimizer steps that a pass over the batch is divided into."""
     micro_batch_size: int = 32
-    """Sequences that one device holds in one forward-backward; never changes the result."""
+    """Sequences that one device holds in one forward-backward; changes the result by rounding alone."""
     num_ppo_epochs: int = 4
     """Passes over each batch."""
     samples_per_prompt: int = 1
@@ -527,7 +527,7 @@ def main(args: Args) -> None:
         logger.log(update, metrics)
         progress.update()
         shown = {"score": "objective/scores", "kl": "objective/kl", "length": "response/length"}
-        progress.set_postfix({name: f"{metrics[key]:.2f}" for name, key in shown.items()})
+        progress.set_postfix({name: f"{metrics[key]:.2f}" for name, key in shown.items()}, refresh=False)
         if args.save_rollouts and update % args.save_rollouts == 0:
             tensors = {"prompt_ids": ids[:, :-R], "prompt_mask": mask[:, :-R], "response_ids": ids[:, -R:]}
             tensors |= {"response_mask": response_mask, "logprobs": logprobs, "ref_logprobs": ref_logprobs}
@@ -548,6 +548,8 @@ def main(args: Args) -> None:
     after = evaluate(policy)
     show_samples(logger, process, num_updates, before, after, rows=8)
     if process.is_main:
+        sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}  # also in `generate`
+        policy.generation_config.update(do_sample=True, eos_token_id=stop_ids, pad_token_id=pad_id, **sampling)
         utils.save_model(policy, tokenizer, out)
         with utils.writing(out), (out / "samples.jsonl").open("w", encoding="utf-8") as file:
             for b, a in zip(before, after, strict=True):
@@ -622,10 +624,12 @@ def check_flags(args: Args, world: int) -> None:
 
     share = args.num_mini_batches * args.micro_batch_size * world
     what = "does not divide --batch-size evenly over processes and micro-batches"
-    utils.require(args.batch_size % share == 0, f"--num-mini-batches: {what}; make that a multiple of {share}")
+    utils.require(args.batch_size % share == 0, f"--num-mini-batches: {what}; make --batch-size a multiple of {share}")
     share = args.samples_per_prompt * world
     what = "does not divide --batch-size evenly over processes"
-    utils.require(args.batch_size % share == 0, f"--samples-per-prompt: {what}; make that a multiple of {share}")
+    utils.require(
+        args.batch_size % share == 0, f"--samples-per-prompt: {what}; make --batch-size a multiple of {share}"
+    )
     enough = args.total_episodes >= args.batch_size
     utils.require(enough, "--total-episodes: is less than one batch; pass at least --batch-size")
     compares = args.advantage in ("rloo", "grpo")  # several responses to a prompt

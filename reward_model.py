@@ -10,7 +10,7 @@ Out: `runs/reward_model`, an ordinary sequence-classification folder (`num_label
 
     python reward_model.py
     python reward_model.py --model runs/my-sft --dataset my/preferences --normalize-with my/demonstrations \\
-        --output-dir runs/my-reward-model
+        --learning-rate 2e-5 --output-dir runs/my-reward-model
 
 B pairs, T tokens, H hidden size. `D11` in a comment points to DETAILS.md.
 """
@@ -55,7 +55,7 @@ class Args:
     batch_size: int = 32
     """Pairs per optimizer step, over all processes."""
     micro_batch_size: int = 32
-    """Pairs that one device holds in one forward-backward; never changes the result."""
+    """Pairs that one device holds in one forward-backward; changes the result by rounding alone."""
     max_length: int = 512
     """Tokens of prompt and response; longer pairs are left out."""
     learning_rate: float = 5e-4
@@ -188,7 +188,8 @@ def main(args: Args) -> None:
             metrics |= {f"eval/{name}": value for name, value in evaluate().items()}
         logger.log(step, metrics)
         progress.update()
-        progress.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.2f}", tok_s=f"{tokens_per_second:,.0f}")
+        shown = {"loss": f"{loss:.3f}", "accuracy": f"{accuracy:.2f}", "tok_s": f"{tokens_per_second:,.0f}"}
+        progress.set_postfix(shown, refresh=False)
         if args.save_every and step % args.save_every == 0 and step < num_steps and process.is_main:
             utils.save_checkpoint(out, step, {"model": model}, optimizer, {})
     progress.close()

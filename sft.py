@@ -7,7 +7,8 @@ In: a model (`--model tiny` makes one) and rows with `prompt` and `completion`, 
 Out: `runs/sft`, an ordinary Hugging Face folder, with metrics.jsonl, summary.json and TensorBoard events.
 
     python sft.py
-    python sft.py --model HuggingFaceTB/SmolLM2-135M --dataset my/demonstrations --output-dir runs/my-sft
+    python sft.py --model HuggingFaceTB/SmolLM2-135M --dataset my/demonstrations --learning-rate 2e-5 \\
+        --output-dir runs/my-sft
 
 B sequences, T tokens, V vocabulary. `D8` in a comment points to DETAILS.md.
 """
@@ -53,7 +54,7 @@ class Args:
     batch_size: int = 16
     """Sequences per optimizer step, over all processes."""
     micro_batch_size: int = 16
-    """Sequences that one device holds in one forward-backward; never changes the result."""
+    """Sequences that one device holds in one forward-backward; changes the result by rounding alone."""
     max_length: int = 512
     """Tokens of a sequence, prompt and completion; longer completions are cut."""
     learning_rate: float = 3e-3
@@ -157,7 +158,8 @@ def main(args: Args) -> None:
             metrics["eval_loss"] = evaluate()
         logger.log(step, metrics)
         progress.update()
-        progress.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", tok_s=f"{tokens_per_second:,.0f}")
+        shown = {"loss": f"{loss:.3f}", "lr": f"{lr:.1e}", "tok_s": f"{tokens_per_second:,.0f}"}
+        progress.set_postfix(shown, refresh=False)
         if args.save_every and step % args.save_every == 0 and step < num_steps and process.is_main:
             utils.save_checkpoint(out, step, {"model": model}, optimizer, {})
     progress.close()

@@ -93,7 +93,7 @@ def start_process(device: str, seed: int) -> Process:
         chosen = torch.device(f"cuda:{local}" if device == "cuda" else device)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        stop(f"--device: {device!r} cannot be used ({first_line(error)}); pass --device cpu or --device cuda")
+        stop(f"--device: {device!r} cannot be used ({first_line(error)}); pass --device cpu, or leave it out")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 means float32
@@ -271,7 +271,8 @@ def read_rows(dataset: str, split: str) -> Data:
     if (path / f"{split}.jsonl").is_file() or (path.is_dir() and any(path.glob("*.jsonl"))):
         return read_jsonl(path / f"{split}.jsonl")
     is_file_name = path.suffix in (".json", ".csv", ".parquet", ".txt", ".arrow")  # a hub id may have a dot
-    if not path.exists() and (is_file_name or dataset.startswith((".", "/", "~"))):
+    is_path = is_file_name or dataset.startswith((".", "/", "~")) or (len(path.parts) > 1 and path.parent.is_dir())
+    if not path.exists() and is_path:
         stop(f"{dataset}: no such file or folder; check --dataset")
     import datasets  # takes seconds; local .jsonl files do not need it
 

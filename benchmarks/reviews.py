@@ -34,7 +34,7 @@ class Args:
 
 def main(args: Args) -> None:
     sft, reward_model, ppo = (args.runs / name for name in ("sft", "reward-model", "ppo"))
-    # the same flags as in the README's four commands
+    # the flags of the README's four commands; below, evaluations and checkpoints on the way are switched off
     stages = {
         "sft": f"sft.py --model {args.model} --dataset {args.data}/sft --output-dir {sft} --epochs 1 --batch-size 64"
         " --learning-rate 1e-4",

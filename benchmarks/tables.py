@@ -35,7 +35,7 @@ def embedded_samples() -> str:
     for s in samples("embedded_samples.jsonl"):
         customer = s["prompt"].removeprefix("Customer: ").removesuffix("\nAgent:")
         rows.append([customer, s["reference"], f"{s['reference_judge']:.1f}", s["policy"], f"{s['policy_judge']:.1f}"])
-    return table(["customer", "before: SFT model", "", "after: PPO", ""], rows)
+    return table(["customer", "before: SFT model", "labeler", "after: PPO", "labeler"], rows)
 
 
 def embedded_seeds() -> str:

@@ -726,6 +726,21 @@ def test_ppo_prompts_are_permutations_of_the_data(ppo, data, tmp_path):
     assert seen[:12] != seen[12:]
 
 
+def test_the_saved_policy_generates_as_it_was_trained(ppo, tmp_path):
+    """`model.generate` of plain transformers samples at the temperature of the run, and stops at its stop tokens."""
+    out = ppo(tmp_path / "out", temperature=0.6, top_p=0.9, stop_token=".")
+    model, tokenizer = plain_lm(out), utils.load_tokenizer(str(out))
+    config = model.generation_config
+    assert (config.do_sample, config.temperature, config.top_k, config.top_p) == (True, 0.6, 0, 0.9)
+    ids = tokenizer(["Q: two ripe plums?\nA:"] * 20, return_tensors="pt")
+    responses = model.generate(**ids, max_new_tokens=20)[:, ids["input_ids"].shape[1] :]
+    assert len({tuple(r.tolist()) for r in responses}) > 5
+    stop = tokenizer.convert_tokens_to_ids(".")
+    assert all(
+        stop not in r[:-1] or set(r[r.index(stop) + 1 :]) <= {tokenizer.pad_token_id} for r in responses.tolist()
+    )
+
+
 def test_reward_functions_get_texts_and_columns(ppo, tmp_path):
     """Prompts and completions as text without special tokens, the other columns by name; the judge gets the same."""
     path = tmp_path / "f.py"

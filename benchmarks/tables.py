@@ -34,9 +34,7 @@ def embedded_samples() -> str:
     rows = []
     for s in samples("embedded_samples.jsonl"):
         customer = s["prompt"].removeprefix("Customer: ").removesuffix("\nAgent:")
-        rows.append(
-            [customer, s["reference"], f"{s['reference_judge']:.1f}", s["policy"], f"{s['policy_judge']:.1f}"]
-        )
+        rows.append([customer, s["reference"], f"{s['reference_judge']:.1f}", s["policy"], f"{s['policy_judge']:.1f}"])
     return table(["customer", "before: SFT model", "", "after: PPO", ""], rows)
 
 
@@ -69,7 +67,10 @@ def embedded_parts() -> str:
     """What the reward model takes off for each thing that is wrong."""
     means = result("reward_model_parts.json")["means"]
     best = means.pop("perfect")
-    rows = [[name, *(f"{mean[who] - best[who]:+.2f}" for who in ("labeler", "reward_model"))] for name, mean in means.items()]
+    rows = [
+        [name, *(f"{mean[who] - best[who]:+.2f}" for who in ("labeler", "reward_model"))]
+        for name, mean in means.items()
+    ]
     return table(["instead of the perfect reply", "labeler", "reward model"], rows)
 
 
@@ -116,11 +117,19 @@ def reviews_results() -> str:
     machine = f"{report['machine']['threads']} threads of an {report['machine']['processor']}"
     held_out = f"{ppo['prompts']} held-out prompts"
     rows = [
-        ["reward model: accuracy", f"{reward_model['pairs']} held-out pairs", f"{reward_model['accuracy']:.3f} (95% interval {low:.3f} to {high:.3f})"],
+        [
+            "reward model: accuracy",
+            f"{reward_model['pairs']} held-out pairs",
+            f"{reward_model['accuracy']:.3f} (95% interval {low:.3f} to {high:.3f})",
+        ],
         ["win rate of the policy over the SFT model, by VADER", held_out, f"{ppo['win_rate']:.3f}"],
         ["mean VADER score, SFT model and policy", "the same", f"{before['judge']:.2f} and {after['judge']:.2f}"],
         ["KL from the reference", "the same", f"{after['kl']:.1f} nats a response"],
-        ["responses that end by themselves, SFT model and policy", "the same", f"{before['eos_rate']:.3f} and {after['eos_rate']:.3f}"],
+        [
+            "responses that end by themselves, SFT model and policy",
+            "the same",
+            f"{before['eos_rate']:.3f} and {after['eos_rate']:.3f}",
+        ],
         ["minutes of the three stages", machine, minutes],
         ["peak memory of the three stages, GB", machine, memory],
     ]

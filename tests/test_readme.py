@@ -1,8 +1,13 @@
-"""The README quotes the code as it is."""
+"""The README quotes the code and the results as they are."""
 
 import re
+import sys
 
+import pytest
 from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import tables
 
 FILES = ("sft.py", "reward_model.py", "ppo_rlhf.py", "utils.py")
 
@@ -26,3 +31,11 @@ def test_linked_files_exist():
     for page in (ROOT / "README.md", ROOT / "DETAILS.md", ROOT / "examples/reviews/README.md"):
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), (page.name, target)
+
+
+@pytest.mark.parametrize("name", tables.PAGES)
+def test_measured_numbers_are_those_of_the_result_files(name):
+    """What `python benchmarks/tables.py` would write is what stands there."""
+    page = (ROOT / name).read_text(encoding="utf-8")
+    assert "<!-- table " in page
+    assert tables.fill(page) == page

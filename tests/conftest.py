@@ -187,6 +187,15 @@ def make_model(tokenizer, seed: int = 0, **config):
     return LlamaForCausalLM(LlamaConfig(**settings | config)).eval()
 
 
+def make_gpt2():
+    """A random GPT-2 of 60 tokens, whose learned positions tell one place from another."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=60, bos_token_id=None, eos_token_id=1, **config)).eval()
+
+
 def save_pair(folder: Path, model, tokenizer) -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -36,7 +36,13 @@ def family(request, tmp_path_factory) -> str:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = make_tokenizer()
-    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    # untied: a random model would else repeat its last token
+    special = {
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     kind = request.param.removesuffix("-alibi")
     config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **special, **FAMILIES[request.param])
     torch.manual_seed(0)

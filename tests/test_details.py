@@ -10,6 +10,7 @@ from conftest import (
     Rollout,
     assert_same_run,
     eval_loss_of,
+    make_gpt2,
     make_model,
     metrics_of,
     plain_classifier,
@@ -61,12 +62,12 @@ def test_d01_reward_and_value_read_prompt_and_response(moved, models):
     np.testing.assert_allclose(rollout.a["values"][:, 0], first, atol=1e-4)
 
 
-def test_d02_prompts_are_padded_on_the_left(moved, tokenizer):
+def test_d02_prompts_are_padded_on_the_left(moved):
     """And positions count real tokens: greedy decoding of a padded batch is that of `model.generate` of each alone."""
     for rollout in rollouts_of(moved):
         assert (np.diff(rollout.a["prompt_mask"], axis=1) >= 0).all()
         assert (rollout.a["prompt_mask"][:, -1] == 1).all()
-    model = make_model(tokenizer)
+    model = make_gpt2()
     ids, mask = utils.pad(PROMPTS, 0, "left", CPU, 12)
     got, _ = utils.generate(model, ids, mask, 9, [1], 0, temperature=0)
     for row, prompt in zip(got, PROMPTS, strict=True):
@@ -281,6 +282,7 @@ def test_d18_a_response_without_an_end_loses_a_constant(ppo, stop_token, tmp_pat
         assert by_each[0].any()
         assert by_each[1].any()
     torch.testing.assert_close(scores_of(a) - scores_of(b), 3.0 * (~ended), rtol=0, atol=1e-5)
+    assert len(set(scores_of(b)[~ended].tolist())) > 1  # a constant off the score, not in its place
     row = metrics_of(b)[0]
     assert row["val/num_eos_tokens"] == ended.sum()
     assert row["response/eos_rate"] == pytest.approx(ended.float().mean().item())

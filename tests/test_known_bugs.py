@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import (
     Rollout,
+    make_gpt2,
     make_model,
     make_tokenizer,
     metrics_of,
@@ -178,11 +179,7 @@ def test_b09_what_is_masked_may_be_anything(bad):
 
 def test_b10_padding_changes_no_probability():
     """huggingface/trl#256, #1005: other positions, other log-probabilities, and a KL below 0."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(vocab_size=60, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3)
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(config).eval()  # learned positions: a wrong one shows at once
+    model = make_gpt2()  # learned positions: a wrong one shows at once
     with torch.no_grad():
         alone = model(torch.tensor([LONG])).logits[0, :-1]
         for side, width in (("left", 7), ("left", 8), ("left", 30), ("right", 40)):

@@ -6,12 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import test_details
 import test_known_bugs
 from conftest import ROOT
-from mutations import MUTATIONS
+from mutations import MUTATIONS, Mutation
 
 STAGES = ("sft.py", "reward_model.py", "ppo_rlhf.py", "utils.py")
 
@@ -39,18 +41,31 @@ def test_each_of_these_tests_has_a_mutation_that_fits():
         assert (ROOT / mutation.file).read_text(encoding="utf-8").count(mutation.old) == 1, mutation
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: re.search(r"test_(.+)", m.test)[1])
-def test_the_test_fails_with_the_bug_put_in(mutation, tmp_path):
-    """And it passes without, which `make test` shows."""
-    for name in STAGES:
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    path = tmp_path / mutation.file
+def run_with(mutation: Mutation, folder: Path) -> subprocess.CompletedProcess:
+    """The mutation's test, run by pytest in a copy of the project that has the mutation."""
+    for name in (*STAGES, "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    path = folder / mutation.file
     path.write_text(path.read_text(encoding="utf-8").replace(mutation.old, mutation.new), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{mutation.test}"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"tests/{mutation.test}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def runs(request, tmp_path_factory):
+    """Runs of all mutations that were asked for, as many at a time as there are cores."""
+    items = (getattr(item, "callspec", None) for item in request.session.items)
+    chosen = [item.params["mutation"] for item in items if item and "mutation" in item.params]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {mutation: pool.submit(run_with, mutation, tmp_path_factory.mktemp("copy")) for mutation in chosen}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: re.search("[bd][0-9]{2}_.+", mutation.test)[0])
+def test_the_test_fails_with_the_bug_put_in(mutation, runs):
+    """And it passes without, which `make test` shows."""
+    run = runs[mutation].result()
     assert run.returncode == 1, run.stdout[-2000:]  # 1: tests failed; anything else: they could not run
-    assert re.search(r"\b\d+ failed\b", run.stdout)
+    assert f"FAILED tests/{mutation.test.split('[')[0]}" in run.stdout

@@ -250,6 +250,20 @@ def test_scores_are_those_of_the_reward_model(runs, models, name):
         np.testing.assert_allclose(rollout.a["scores"], expected, atol=1e-4)
 
 
+def test_a_longer_response_length_changes_nothing(ppo, tmp_path):
+    """D16: a response that has ended has the same tokens, log-probabilities, values and score, however much follows."""
+    flags = {"save_rollouts": 1, "total_episodes": 32, "batch_size": 32, "num_ppo_epochs": 1}
+    short, long = (rollouts_of(ppo(tmp_path / str(R), response_length=R, **flags))[0] for R in (10, 31))
+    ended = [i for i in range(32) if short.lengths[i] < 10]
+    assert len(ended) > 3
+    for i in ended:
+        assert short.response(i) == long.response(i)
+    for name in ("logprobs", "ref_logprobs", "values", "rewards"):
+        np.testing.assert_allclose(short.a[name][ended], long.a[name][ended, :10], atol=1e-5)
+        assert (long.a[name][ended, 10:] == 0).all()
+    np.testing.assert_allclose(short.a["scores"][ended], long.a["scores"][ended], atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------------- metrics
 
 

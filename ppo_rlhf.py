@@ -44,7 +44,9 @@ class Args:
     model: str = "runs/sft"
     """Where the policy starts and what the frozen reference is: a hub id or a local folder."""
     reward_model: str = "runs/reward_model"
-    """Reward model, from which the value function starts too: a hub id or a local folder."""
+    """Reward model: a hub id or a local folder."""
+    value_model: str | None = None
+    """Where the value function starts, a hub id or a folder; none: the reward model, or else --model (D15)."""
     reward_fn: str | None = None
     """FILE.py:FUNCTION that scores instead of the reward model: f(prompts, completions, **columns) -> list[float]."""
     dataset: str = "data/support/prompts"
@@ -171,10 +173,13 @@ def main(args: Args) -> None:
         reward_model = utils.load_classifier(args.reward_model, device, trained=True).requires_grad_(False)
         reward_tokenizer = utils.load_tokenizer(args.reward_model)
     shared_tokenizer = reward_model is not None and utils.same_tokenizer(tokenizer, reward_tokenizer)
-    if args.advantage == "gae":  # D15: a network of its own; it starts from a reward model that reads the same tokens
-        value_model = utils.load_classifier(args.reward_model if shared_tokenizer else args.model, device)
-        if not shared_tokenizer:
-            torch.nn.init.zeros_(value_model.score.weight)
+    if args.advantage == "gae":  # D15: a network of its own; a language model has no head yet, and gets one of zeros
+        value_start = args.value_model or (args.reward_model if shared_tokenizer else args.model)
+        value_model = utils.load_classifier(value_start, device)
+        same = utils.same_tokenizer(tokenizer, utils.load_tokenizer(value_start))
+        utils.require(
+            same, f"--value-model: {value_start} has another tokenizer than the policy; pass one with the same"
+        )
     judge_file = args.eval_reward_fn or ("data/support/gold.py:score" if args.dataset == Args.dataset else None)
     judge = utils.load_function(judge_file, "--eval-reward-fn") if judge_file else None
 
@@ -182,6 +187,8 @@ def main(args: Args) -> None:
     room = utils.context_length(policy) - R
     if shared_tokenizer:  # which reads prompt, response and an EOS
         room = min(room, utils.context_length(reward_model) - R - 1)
+    if value_model is not None:
+        room = min(room, utils.context_length(value_model) - R)
     train_prompts = utils.load_prompts(tokenizer, args.dataset, args.train_split, room)
     eval_prompts = utils.load_prompts(tokenizer, args.dataset, args.eval_split, room)[: args.eval_prompts]
     ptx_rows = []
@@ -635,6 +642,8 @@ def check_flags(args: Args, world: int) -> None:
     compares = args.advantage in ("rloo", "grpo")  # several responses to a prompt
     one = args.samples_per_prompt == 1
     utils.require(not (compares and one), f"--samples-per-prompt: is 1; pass 2 or more for {args.advantage}")
+    idle = args.value_model is not None and args.advantage != "gae"
+    utils.require(not idle, f"--value-model: {args.advantage} has no value model; leave it out")
     warmup = args.critic_warmup_updates > 0 and args.advantage != "gae"
     utils.require(not warmup, f"--critic-warmup-updates: {args.advantage} has no critic; leave it at 0")
     steered = args.kl_target is not None and args.kl_coef == 0

@@ -486,17 +486,22 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def load_model(auto_class: Any, model: str, device: torch.device, new: tuple[str, ...] = (), **kwargs: Any) -> Any:
+def load_model(
+    auto_class: Any, model: str, device: torch.device, new: tuple[str, ...] = (), mend: str = "", **kwargs: Any
+) -> Any:
     """A model in float32 on `device`, dropout off (D4): it stays in eval mode, in training too.
 
-    Stop if its files lack weights, which transformers would make up, other than those whose names start with `new`.
+    Where its files lack weights, transformers makes random ones. Those whose names start with `new` are set to zero;
+    for any others, stop: `mend` says how to mend it.
     """
     # eager attention is the faster one on a CPU at the lengths that one trains on there
     attention = "eager" if device.type == "cpu" else "sdpa"
     kwargs |= {"dtype": torch.float32, "attn_implementation": attention, "output_loading_info": True}
     loaded, info = from_pretrained(auto_class, model, **kwargs)
     lacking = sorted(name for name in info["missing_keys"] if not name.startswith(new))
-    require(not lacking, f"{model}: its files lack {', '.join(lacking[:3])}; pass a whole model")
+    require(not lacking, f"{model}: its files lack {', '.join(lacking[:3])}; {mend or 'pass a whole model'}")
+    for name in info["missing_keys"]:
+        loaded.get_parameter(name).data.zero_()
     for module in loaded.modules():  # some layers drop out by their own flag, which checkpointing sets
         for name in ("dropout", "layerdrop"):
             if isinstance(getattr(module, name, None), float):
@@ -527,11 +532,12 @@ def load_causal_lm(model: str, device: torch.device) -> Any:
 def load_classifier(model: str, device: torch.device, trained: bool = False) -> Any:
     """A model with a scalar head, `score`, in float32 and eval mode: a reward model, or the start of one.
 
-    With `trained` it must have its head already: transformers would give a language model a random one.
+    A head that its files lack is set to zero, where transformers makes a random one; with `trained` it must be there.
     """
     auto_class = transformers.AutoModelForSequenceClassification
     new = () if trained else ("score.", "classifier.")
-    loaded = load_model(auto_class, model, device, new=new, num_labels=1)
+    mend = "pass a reward model, which reward_model.py makes" if trained else ""
+    loaded = load_model(auto_class, model, device, new=new, mend=mend, num_labels=1)
     is_classifier = any("SequenceClassification" in name for name in loaded.config.architectures or [])
     untrained = trained and not is_classifier
     require(not untrained, f"{model}: is no reward model, its head is untrained; run reward_model.py first")

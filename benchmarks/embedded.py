@@ -4,12 +4,14 @@ For every seed the three stages run with their defaults; then PPO runs once more
 `--kl-coef 0`, to show reward hacking. Every number in the README's section on the embedded task is from the result.
 
     python benchmarks/embedded.py       # writes benchmarks/results/embedded.json and embedded_samples.jsonl
+    python benchmarks/embedded.py --dtype float32       # writes embedded_float32.json, without the run for hacking
 """
 
 import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from measure import ROOT, machine, run_stage
@@ -25,41 +27,54 @@ class Args:
     """Seeds of all three stages."""
     threads: int = 2
     """Threads of each process."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of all three stages."""
     runs: Path = Path("runs/embedded")
     """Where the runs go."""
-    out: Path = Path("benchmarks/results/embedded.json")
-    """Where the result goes."""
+    out: Path = Path("benchmarks/results")
+    """Folder of the result files."""
 
 
 def main(args: Args) -> None:
     rows = [json.loads(line) for line in (ROOT / "data/support/preferences/validation.jsonl").open()]
     ceiling = gold.agreement(rows)
+    default = args.dtype == Args.dtype
+    name = "embedded" if default else f"embedded_{args.dtype}"
     seeds = []
     for seed in args.seeds:
-        folder = args.runs / f"seed{seed}"
+        folder = args.runs / (f"seed{seed}" if default else f"{args.dtype}-seed{seed}")
         sft, reward_model, ppo, kl0 = (folder / name for name in ("sft", "reward_model", "ppo_rlhf", "kl0"))
         commands = {
             "sft": f"sft.py --output-dir {sft}",
             "reward_model": f"reward_model.py --output-dir {reward_model} --model {sft}",
             "ppo": f"ppo_rlhf.py --output-dir {ppo} --model {sft} --reward-model {reward_model}",
         }
-        if seed == args.seeds[0]:
+        if default and seed == args.seeds[0]:
             models = f"--model {sft} --reward-model {reward_model}"
             commands["ppo_kl_coef_0"] = f"ppo_rlhf.py --output-dir {kl0} {models} --kl-coef 0"
         result = {"seed": seed}
-        for name, command in commands.items():
-            result[name] = run_stage([*command.split(), "--seed", str(seed), "--overwrite"], args.threads)
-        for name, out in (("ppo", ppo), ("ppo_kl_coef_0", kl0)):
-            if name in result:
-                result[name] |= judge_samples(out)
-        if seed == args.seeds[0]:
+        for stage, command in commands.items():
+            flags = [*command.split(), "--seed", str(seed), "--dtype", args.dtype, "--overwrite"]
+            result[stage] = run_stage(flags, args.threads)
+        for stage, out in (("ppo", ppo), ("ppo_kl_coef_0", kl0)):
+            if stage in result:
+                result[stage] |= judge_samples(out) | first_update(out)
+        args.out.mkdir(parents=True, exist_ok=True)
+        if default and seed == args.seeds[0]:
             first = (ROOT / ppo / "samples.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:6]
-            args.out.with_name(f"{args.out.stem}_samples.jsonl").write_text("".join(first), encoding="utf-8")
+            (args.out / f"{name}_samples.jsonl").write_text("".join(first), encoding="utf-8")
         seeds.append(result)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         report = {"machine": machine(args.threads), "reward_model_ceiling": ceiling, "seeds": seeds}
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
+        (args.out / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
         print(json.dumps(result, indent=2))
+
+
+def first_update(folder: Path) -> dict:
+    """How far KL and ratio are from 0 and 1 where they must start: rounding, in bfloat16."""
+    rows = [json.loads(line) for line in (ROOT / folder / "metrics.jsonl").open()]
+    kl_per_token = rows[0]["objective/kl"] / rows[0]["response/length"]
+    ratio_error = max(row["val/ratio_start_error"] for row in rows)
+    return {"first_kl_per_token": kl_per_token, "largest_ratio_start_error": ratio_error}
 
 
 def judge_samples(folder: Path) -> dict:

@@ -26,7 +26,8 @@ os.environ |= {
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-import transformers  # noqa: E402, F401 (its log goes to the stderr of its first import: not to a test's, closed later)
+import transformers  # noqa: E402 (its log goes to the stderr of its first import: not to a test's, closed later)
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -184,6 +185,15 @@ def make_model(tokenizer, seed: int = 0, **config):
         "attn_implementation": "eager",
     }
     return LlamaForCausalLM(LlamaConfig(**settings | config)).eval()
+
+
+def make_gpt2():
+    """A random GPT-2 of 60 tokens, whose learned positions tell one place from another."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=60, bos_token_id=None, eos_token_id=1, **config)).eval()
 
 
 def save_pair(folder: Path, model, tokenizer) -> str:
@@ -349,3 +359,57 @@ def plain_scores(folder: Path | str, sequences: list[list[int]]) -> np.ndarray:
     model = plain_classifier(folder)
     raw = np.array([model(input_ids=torch.tensor([ids])).logits.item() for ids in sequences])
     return (raw - model.config.reward_mean) / model.config.reward_std
+
+
+class Rollout:
+    """A saved rollout: arrays by name, numbers of its metadata, and what follows from the mask."""
+
+    def __init__(self, path):
+        with safe_open(path, "pt") as file:
+            self.tensors = {name: file.get_tensor(name) for name in file.keys()}
+            self.meta = file.metadata()
+        self.a = {name: t.double().numpy() if t.is_floating_point() else t.numpy() for name, t in self.tensors.items()}
+        self.real = self.a["response_mask"] == 1
+        self.lengths = self.real.sum(1)
+
+    def number(self, name: str) -> float:
+        return float(self.meta[name])
+
+    def on(self, name: str) -> bool:
+        return {"True": True, "False": False}[self.meta[name]]
+
+    def prompt(self, row: int) -> list[int]:
+        return self.a["prompt_ids"][row][self.a["prompt_mask"][row] == 1].tolist()
+
+    def response(self, row: int) -> list[int]:
+        return self.a["response_ids"][row][self.real[row]].tolist()
+
+
+def rollouts_of(out) -> list[Rollout]:
+    return [Rollout(path) for path in sorted((out / "rollouts").iterdir())]
+
+
+def rows_of(folder: str, split: str = "validation") -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / f"{split}.jsonl").read_text().splitlines()]
+
+
+def eval_loss_of(folder: Path, rows: list[dict]) -> float:
+    """Cross-entropy per completion token, one row at a time, in plain transformers."""
+    from transformers import AutoTokenizer
+
+    model, tokenizer = plain_lm(folder), AutoTokenizer.from_pretrained(folder)
+    losses = []
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        completion = tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id]
+        losses.extend(-plain_logprobs(model, prompt, completion))
+    return float(np.mean(losses))
+
+
+def sequences_of(out: Path, pairs: list[tuple[str, str]]) -> list[list[int]]:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    return [tokenizer(a + b)["input_ids"] + [tokenizer.eos_token_id] for a, b in pairs]
+
+
+def scores_of(out: Path, update: int = 1) -> torch.Tensor:
+    return load_file(out / "rollouts" / f"{update:06d}.safetensors")["scores"]

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import metrics_of, plain_classifier, plain_lm, plain_logprobs, plain_scores
-from safetensors import safe_open
+from conftest import Rollout, metrics_of, plain_classifier, plain_lm, plain_logprobs, plain_scores, rollouts_of
 from safetensors.torch import load_model
 
 import utils
@@ -27,30 +26,6 @@ FLAGS = {  # every way in which rewards, advantages and returns are made
 }
 TENSORS = {"prompt_ids", "prompt_mask", "response_ids", "response_mask", "logprobs", "ref_logprobs", "values"}
 TENSORS |= {"rewards", "advantages", "returns", "scores"}
-
-
-class Rollout:
-    """A saved rollout: arrays by name, numbers of its metadata, and what follows from the mask."""
-
-    def __init__(self, path):
-        with safe_open(path, "pt") as file:
-            self.tensors = {name: file.get_tensor(name) for name in file.keys()}
-            self.meta = file.metadata()
-        self.a = {name: t.double().numpy() if t.is_floating_point() else t.numpy() for name, t in self.tensors.items()}
-        self.real = self.a["response_mask"] == 1
-        self.lengths = self.real.sum(1)
-
-    def number(self, name: str) -> float:
-        return float(self.meta[name])
-
-    def on(self, name: str) -> bool:
-        return {"True": True, "False": False}[self.meta[name]]
-
-    def prompt(self, row: int) -> list[int]:
-        return self.a["prompt_ids"][row][self.a["prompt_mask"][row] == 1].tolist()
-
-    def response(self, row: int) -> list[int]:
-        return self.a["response_ids"][row][self.real[row]].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +52,6 @@ def stop_ids_of(out) -> set[int]:
     """EOS and, where the flags of a run name one, the stop token."""
     tokenizer = utils.load_tokenizer(str(out))
     return {tokenizer.convert_tokens_to_ids(FLAGS[out.name].get("stop_token", "<eos>")), tokenizer.eos_token_id}
-
-
-def rollouts_of(out) -> list[Rollout]:
-    return [Rollout(path) for path in sorted((out / "rollouts").iterdir())]
 
 
 # -------------------------------------------------------------------------------------------------------------- format
@@ -241,13 +212,6 @@ def test_logprobs_are_those_of_the_models(runs, models, name):
     np.testing.assert_allclose(third.a["logprobs"], all_logprobs(policy, third), atol=1e-5)
 
 
-def test_values_start_from_the_reward_model(runs, models):
-    """D1, D13, D15, B14: V before each token is the reward model's score, normalized, of prompt and response so far."""
-    first = rollouts_of(runs("default"))[0]
-    np.testing.assert_allclose(first.a["values"], all_values(plain_classifier(models.reward_model), first), atol=1e-5)
-    assert np.abs(first.a["values"]).max() > 0.1
-
-
 def test_values_are_read_one_position_before_the_token(runs, models):
     """B14: also of the value network as trained, from the checkpoint after update 2.
 
@@ -286,12 +250,21 @@ def test_scores_are_those_of_the_reward_model(runs, models, name):
         np.testing.assert_allclose(rollout.a["scores"], expected, atol=1e-4)
 
 
+def test_a_longer_response_length_changes_nothing(ppo, tmp_path):
+    """D16: a response that has ended has the same tokens, log-probabilities, values and score, however much follows."""
+    flags = {"save_rollouts": 1, "total_episodes": 32, "batch_size": 32, "num_ppo_epochs": 1}
+    short, long = (rollouts_of(ppo(tmp_path / str(R), response_length=R, **flags))[0] for R in (10, 31))
+    ended = [i for i in range(32) if short.lengths[i] < 10]
+    assert len(ended) > 3
+    for i in ended:
+        assert short.response(i) == long.response(i)
+    for name in ("logprobs", "ref_logprobs", "values", "rewards"):
+        np.testing.assert_allclose(short.a[name][ended], long.a[name][ended, :10], atol=1e-5)
+        assert (long.a[name][ended, 10:] == 0).all()
+    np.testing.assert_allclose(short.a["scores"][ended], long.a["scores"][ended], atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------------- metrics
-
-
-def test_the_ratio_starts_at_one(run):
-    """D26: before the first optimizer step of each update, the new log-probabilities are the old ones."""
-    assert all(row["val/ratio_start_error"] < 1e-5 for row in metrics_of(run))
 
 
 def test_the_kl_starts_at_zero(run):
@@ -368,62 +341,3 @@ def test_first_pass_losses_follow_from_the_rollout(ppo, models, tmp_path):
     expected = first_pass(rollout, models, temperature=0.8, vf_coef=0.3)
     assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert expected["grad_norm"] > 1  # clipped to 1 in the step, not in the report
-
-
-def test_an_update_is_what_the_formulas_say(ppo, models, tmp_path):
-    """D6, D23, D24, D29, D33: three passes over one batch, redone with plain models: the weights and the metrics.
-
-    The steps are so large that both kinds of clipping bite.
-    """
-    epochs, eps, eps_v, vf_coef, entropy_coef, lr = 3, 0.1, 0.15, 0.5, 0.02, 3e-3
-    flags = {"cliprange": eps, "cliprange_value": eps_v, "vf_coef": vf_coef, "entropy_coef": entropy_coef}
-    flags |= {"num_ppo_epochs": epochs, "learning_rate": lr, "total_episodes": 8, "micro_batch_size": 2}
-    out = ppo(tmp_path / "out", save_rollouts=1, kl_coef=0.3, **flags)
-    (rollout,), (row,) = rollouts_of(out), metrics_of(out)
-    policy, value_model = plain_lm(models.sft), plain_classifier(models.reward_model)
-    parameters = [*policy.parameters(), *value_model.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, eps=1e-5, weight_decay=0.0)
-    n = int(rollout.real.sum())
-    offsets: dict[int, torch.Tensor] = {}  # old values less the head's first output: the normalization
-    tokens: dict[str, list[torch.Tensor]] = {}
-    grad_norms = []
-    for _ in range(epochs):
-        for i in range(8):
-            prompt, response, real = rollout.prompt(i), rollout.response(i), rollout.real[i]
-            old_logprobs, old_values, advantages, returns = (
-                torch.tensor(rollout.a[name][i][real]).float()
-                for name in ("logprobs", "values", "advantages", "returns")
-            )
-            ids, span = torch.tensor([prompt + response]), slice(len(prompt) - 1, -1)
-            distribution = policy(ids).logits[0, span].log_softmax(-1)
-            entropy = -(distribution.exp() * distribution).sum(-1)
-            log_ratio = distribution[torch.arange(len(response)), response] - old_logprobs
-            ratio = log_ratio.exp()
-            surrogate = torch.min(ratio * advantages, ratio.clamp(1 - eps, 1 + eps) * advantages)
-            head = value_model.score(value_model.base_model(ids).last_hidden_state)[0, span, 0]
-            values = head + offsets.setdefault(i, old_values - head.detach())
-            near = old_values + (values - old_values).clamp(-eps_v, eps_v)
-            squares, near_squares = (values - returns) ** 2, (near - returns) ** 2
-            value_loss = 0.5 * torch.max(squares, near_squares)
-            ((-surrogate + vf_coef * value_loss - entropy_coef * entropy).sum() / n).backward()
-            for name, x in {
-                "policy/approxkl_avg": 0.5 * log_ratio**2,
-                "policy/clipfrac_avg": (ratio.clamp(1 - eps, 1 + eps) * advantages < ratio * advantages).float(),
-                "policy/entropy_avg": entropy,
-                "loss/policy_avg": -surrogate,
-                "loss/value_avg": value_loss,
-                "val/clipfrac_avg": (near_squares > squares).float(),
-                "val/ratio": ratio,
-            }.items():
-                tokens.setdefault(name, []).append(x.detach().double())
-        grad_norms.append(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
-        optimizer.step()
-        optimizer.zero_grad()
-    expected = {name: torch.cat(x).mean().item() for name, x in tokens.items()}
-    expected["val/ratio_var"] = torch.cat(tokens["val/ratio"]).var(correction=0).item()
-    expected["grad_norm"] = torch.stack(grad_norms).mean().item()
-    assert expected["policy/clipfrac_avg"] > 0.05
-    assert expected["val/clipfrac_avg"] > 0.05
-    assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-5)
-    for (name, a), b in zip(plain_lm(out).named_parameters(), policy.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")

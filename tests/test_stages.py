@@ -14,15 +14,16 @@ from conftest import (
     ROOT,
     as_chat,
     assert_same_run,
+    eval_loss_of,
     make_model,
     make_tokenizer,
     metrics_of,
     plain_classifier,
     plain_lm,
     plain_logprobs,
-    plain_scores,
     preference_rows,
     prompt_rows,
+    rows_of,
     save_pair,
     sft_rows,
     summary_of,
@@ -78,23 +79,6 @@ def assert_board_has_metrics(out: Path, step_name: str) -> dict[str, str]:
     for name, values in expected.items():
         assert scalars[name] == pytest.approx(values, rel=1e-6, abs=1e-12), name
     return texts
-
-
-def eval_loss_of(folder: Path, rows: list[dict]) -> float:
-    """Cross-entropy per completion token, one row at a time, in plain transformers."""
-    from transformers import AutoTokenizer
-
-    model, tokenizer = plain_lm(folder), AutoTokenizer.from_pretrained(folder)
-    losses = []
-    for row in rows:
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        completion = tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id]
-        losses.extend(-plain_logprobs(model, prompt, completion))
-    return float(np.mean(losses))
-
-
-def rows_of(folder: str, split: str = "validation") -> list[dict]:
-    return [json.loads(line) for line in (Path(folder) / f"{split}.jsonl").read_text().splitlines()]
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -264,17 +248,6 @@ def test_the_micro_batch_size_changes_nothing(stage, size, tmp_path):
     flags = {"batch_size": 8, "learning_rate": 1e-3}
     a, b = stage(tmp_path / "a", micro_batch_size=8, **flags), stage(tmp_path / "b", micro_batch_size=size, **flags)
     assert_same_run(a, b, tolerance=1e-5)
-
-
-@pytest.mark.parametrize("name", ["sft", "reward_model"])
-def test_a_smaller_last_batch_counts_by_its_own_size(name, request, tmp_path):
-    """B22: ten rows in a batch of sixteen are learned as in a batch of ten, not with ten sixteenths of the step."""
-    stage, rows = request.getfixturevalue(name), sft_rows() if name == "sft" else preference_rows()
-    flags = {"dataset": write_data(tmp_path / "data", rows[::12][:12], 2), "micro_batch_size": 2}
-    a, b = (stage(tmp_path / str(size), batch_size=size, **flags) for size in (10, 16))
-    assert_same_run(a, b)
-    assert len(metrics_of(a)) == 1
-    assert metrics_of(a)[0]["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("stage", STAGES, indirect=True)
@@ -527,21 +500,6 @@ def test_sft_learns(chain, data):
     assert rows[-1]["loss"] < 0.4 * rows[0]["loss"]
 
 
-def test_sft_eval_loss_is_that_of_plain_transformers(chain, data):
-    """D8: nats per token of completion and EOS, over the held-out rows."""
-    expected = eval_loss_of(chain.sft, rows_of(data.sft))
-    assert summary_of(chain.sft)["eval_loss"] == pytest.approx(expected, abs=1e-5)
-
-
-def test_sft_first_loss_is_that_of_the_base_model(sft, base, data, tmp_path):
-    """D8, D9, B22: the mean over the completion tokens of the batch, also where micro-batches differ in size."""
-    out = sft(tmp_path / "out", batch_size=12, micro_batch_size=4, warmup_ratio=0)
-    rows = rows_of(data.sft, "train")
-    _, indices = next(utils.batches(len(rows), 12, 1, 1, 0))
-    expected = eval_loss_of(Path(base.plain), [rows[i] for i in indices])
-    assert metrics_of(out)[0]["loss"] == pytest.approx(expected, abs=1e-5)
-
-
 def test_sft_cuts_long_completions(sft, base, tmp_path, capsys):
     """At --max-length a completion loses its end, EOS included, and the run says how many do."""
     rows = [{"prompt": "Q:", "completion": " two ripe figs" * n} for n in (1, 30)] * 4
@@ -563,63 +521,11 @@ def test_sft_makes_a_tiny_model(sft, data, tmp_path):
 # ------------------------------------------------------------------------------------------------------- reward model
 
 
-def sequences_of(out: Path, pairs: list[tuple[str, str]]) -> list[list[int]]:
-    tokenizer = utils.load_tokenizer(str(out))
-    return [tokenizer(a + b)["input_ids"] + [tokenizer.eos_token_id] for a, b in pairs]
-
-
-def test_reward_model_starts_from_a_small_random_head(reward_model, data, tmp_path):
-    """D10, D11, D12: a head of deviation 1/sqrt(H + 1); the first loss is -log sigmoid of its margins; one epoch."""
-    import reward_model as module
-
-    out = reward_model(tmp_path / "out", learning_rate=1e-12, normalize_with="none", micro_batch_size=4)
-    head = weights_of(out)["score.weight"]
-    assert head.std().item() == pytest.approx(1 / math.sqrt(33), rel=0.3)
-    rows = rows_of(data.preferences, "train")
-    _, indices = next(utils.batches(len(rows), 16, 1, 1, 0))
-    batch = [rows[i] for i in indices]
-    sides = [sequences_of(out, [(row["prompt"], row[side]) for row in batch]) for side in ("chosen", "rejected")]
-    margins = plain_scores(out, sides[0]) - plain_scores(out, sides[1])
-    row = metrics_of(out)[0]
-    assert row["loss"] == pytest.approx(np.log1p(np.exp(-margins)).mean(), abs=1e-5)
-    assert row["accuracy"] == pytest.approx(np.mean(margins > 0))
-    assert row["margin"] == pytest.approx(margins.mean(), abs=1e-5)
-    assert module.Args().epochs == 1
-
-
 def test_reward_model_learns_a_plain_preference(chain):
     """Answers that say yes are preferred: nearly every held-out pair is ranked right, with a margin."""
     summary = summary_of(chain.reward_model)
     assert summary["accuracy"] > 0.9
     assert summary["mean_margin"] > 1
-
-
-def test_reward_model_summary_is_that_of_plain_transformers(chain, data):
-    """D14: accuracy, margin and correlation with length, from the saved model's own forward pass."""
-    out, rows = chain.reward_model, rows_of(data.preferences)
-    sides = [sequences_of(out, [(row["prompt"], row[side]) for row in rows]) for side in ("chosen", "rejected")]
-    prompts = [len(ids) - 1 for ids in sequences_of(out, [(row["prompt"], "") for row in rows])]
-    chosen, rejected = (plain_scores(out, side) for side in sides)
-    summary = summary_of(out)
-    assert summary["accuracy"] == pytest.approx(np.mean(chosen > rejected))
-    assert summary["mean_margin"] == pytest.approx(np.mean(chosen - rejected), abs=1e-4)
-    lengths = [len(ids) - n for side in sides for ids, n in zip(side, prompts, strict=True)]
-    correlation = np.corrcoef(np.concatenate([chosen, rejected]), lengths)[0, 1]
-    assert summary["score_length_correlation"] == pytest.approx(correlation, abs=1e-4)
-
-
-@pytest.mark.parametrize("normalize_std", [False, True])
-def test_reward_model_has_mean_zero_on_the_demonstrations(reward_model, data, normalize_std, tmp_path):
-    """D13, B18: computed by a plain forward pass of the model as saved; unit variance by choice."""
-    out = reward_model(tmp_path / "out", normalize_std=normalize_std)
-    rows = rows_of(data.sft, "train")
-    scores = plain_scores(out, sequences_of(out, [(row["prompt"], row["completion"]) for row in rows]))
-    assert scores.mean() == pytest.approx(0, abs=1e-4)
-    assert plain_classifier(out).config.reward_mean != 0
-    if normalize_std:
-        assert scores.std() == pytest.approx(1, abs=1e-3)
-    else:
-        assert plain_classifier(out).config.reward_std == 1
 
 
 def test_reward_model_without_normalization(reward_model, tmp_path):
@@ -770,105 +676,6 @@ def test_reward_functions_get_texts_and_columns(ppo, tmp_path):
     assert all(s["policy_judge"] == -len(s["policy"]) for s in samples)
 
 
-def test_a_reward_model_with_another_tokenizer(ppo, reward_model, base, tmp_path):
-    """B5: its scores are those of the text in its own tokens, with its own BOS and EOS."""
-    judge = reward_model(tmp_path / "reward_model", model=base.other)
-    out = ppo(tmp_path / "out", reward_model=str(judge), eval_prompts=12)
-    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    tokenizer = utils.load_tokenizer(str(judge))
-    assert len(tokenizer) != len(utils.load_tokenizer(str(out)))
-    for name in ("reference", "policy"):
-        sequences = [
-            tokenizer(s["prompt"])["input_ids"]
-            + tokenizer(s[name], add_special_tokens=False)["input_ids"]
-            + [tokenizer.eos_token_id]
-            for s in samples
-        ]
-        assert [s[f"{name}_score"] for s in samples] == pytest.approx(plain_scores(judge, sequences), abs=1e-4)
-
-
-def scores_of(out: Path, update: int = 1) -> torch.Tensor:
-    return load_file(out / "rollouts" / f"{update:06d}.safetensors")["scores"]
-
-
-@pytest.mark.parametrize("stop_token", ["eos", ".", " figs"])
-def test_missing_eos_penalty(ppo, stop_token, tmp_path):
-    """D18, B2: responses that end in neither EOS nor the stop token lose exactly the penalty, the others nothing."""
-    flags = {"stop_token": stop_token, "save_rollouts": 1, "batch_size": 16, "response_length": 6}
-    a, b = (ppo(tmp_path / str(p), missing_eos_penalty=p, **flags) for p in (0.0, 3.0))
-    rollout, tokenizer = load_file(b / "rollouts" / "000001.safetensors"), utils.load_tokenizer(str(b))
-    stop_ids = [tokenizer.eos_token_id, tokenizer.encode(stop_token if stop_token != "eos" else "<eos>")[0]]
-    by_each = [((rollout["response_ids"] == i) & (rollout["response_mask"] == 1)).any(1) for i in stop_ids]
-    ended = by_each[0] | by_each[1]
-    assert 0 < ended.sum() < 16
-    if stop_token == " figs":  # which some responses end with, before any EOS, and others without
-        assert by_each[0].any()
-        assert by_each[1].any()
-    torch.testing.assert_close(scores_of(a) - scores_of(b), 3.0 * (~ended), rtol=0, atol=1e-5)
-    row = metrics_of(b)[0]
-    assert row["val/num_eos_tokens"] == ended.sum()
-    assert row["response/eos_rate"] == pytest.approx(ended.float().mean().item())
-    assert row["response/length"] == pytest.approx(rollout["response_mask"].sum().item() / 16)
-
-
-def test_reward_clip(ppo, tmp_path):
-    """D30: scores are clipped after the penalty, and the metrics report what was clipped."""
-    a, b = ppo(tmp_path / "a", save_rollouts=1), ppo(tmp_path / "b", save_rollouts=1, reward_clip=2.5)
-    assert torch.equal(scores_of(b), scores_of(a).clamp(-2.5, 2.5))
-    assert not torch.equal(scores_of(b), scores_of(a))
-    assert metrics_of(b)[0]["objective/scores"] == pytest.approx(scores_of(b).mean().item(), abs=1e-5)
-
-
-@pytest.mark.parametrize(("target", "sign"), [(1e-6, 1), (1e6, -1)])
-def test_kl_target_steers_the_coefficient(ppo, target, sign, tmp_path):
-    """D27: up where the KL is above the target, down where it is below, by the clipped error times B / horizon."""
-    flags = {"total_episodes": 40, "kl_target": target, "kl_horizon": 80, "kl_coef": 0.1, "learning_rate": 1e-2}
-    rows = metrics_of(ppo(tmp_path / "out", **flags))
-    coefficients = [row["objective/kl_coef"] for row in rows]
-    assert coefficients[0] == 0.1
-    for row, now, after in zip(rows, coefficients, coefficients[1:], strict=False):
-        error = min(max(row["objective/kl"] / target - 1, -0.2), 0.2)
-        assert after == pytest.approx(now * (1 + error * 8 / 80))
-    assert sign * (coefficients[-1] - coefficients[1]) > 0
-
-
-def test_target_kl_stops_the_epochs(ppo, tmp_path):
-    """D28: the first epoch starts at ratio 1, the second is past a tiny target; a huge one stops nothing."""
-    flags = {"total_episodes": 8}
-    two, six = (ppo(tmp_path / str(n), num_ppo_epochs=n, **flags) for n in (2, 6))
-    assert_same_run(two, ppo(tmp_path / "tiny", num_ppo_epochs=6, target_kl=1e-8, **flags))
-    assert_same_run(six, ppo(tmp_path / "huge", num_ppo_epochs=6, target_kl=1e8, **flags))
-
-
-def test_critic_warmup_trains_the_critic_alone(ppo, models, tmp_path):
-    """D32: after warm-up updates only, the policy is where it was and the value function is not; then both learn."""
-    out = ppo(tmp_path / "a", total_episodes=24, critic_warmup_updates=3, learning_rate=3e-3, save_every=2)
-    before, after = weights_of(models.sft), weights_of(out)
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    rows = metrics_of(out)
-    assert all(row["policy/approxkl_avg"] == 0 for row in rows)
-    value = load_file(out / "checkpoint" / "000002" / "value_model.safetensors")
-    start = weights_of(models.reward_model)
-    assert not torch.equal(value["score.weight"], start["score.weight"])
-    out = ppo(tmp_path / "b", total_episodes=24, critic_warmup_updates=2)
-    assert any(not torch.equal(before[name], weight) for name, weight in weights_of(out).items())
-
-
-@pytest.mark.parametrize("text", [False, True])
-def test_ptx_loss_is_exact(ppo, models, text, tmp_path):
-    """D31, D9: on a single demonstration, the loss of the first update is the model's own, in nats per token."""
-    row = {"prompt": "Q: two ripe plums?\nA:", "completion": " Yes, two plums."}
-    rows = [{"text": row["prompt"] + row["completion"]} if text else row] * 2
-    path = write_jsonl(tmp_path / "ptx" / "train.jsonl", rows)
-    out = ppo(tmp_path / "out", ptx_coef=0.5, ptx_dataset=str(path.parent), num_ppo_epochs=1)
-    tokenizer = utils.load_tokenizer(str(models.sft))
-    prompt, completion = (tokenizer(row[k])["input_ids"] for k in ("prompt", "completion"))
-    if text:
-        prompt, completion = prompt[:1], prompt[1:] + completion
-    expected = -plain_logprobs(plain_lm(models.sft), prompt, [*completion, tokenizer.eos_token_id]).mean()
-    assert metrics_of(out)[0]["loss/ptx_avg"] == pytest.approx(expected, abs=1e-5)
-
-
 def test_ptx_pulls_the_policy_to_the_demonstrations(ppo, data, tmp_path):
     """D31: with nothing else to learn from, the language-model loss falls."""
     path = tmp_path / "zero.py"
@@ -887,34 +694,12 @@ def test_ptx_goes_with_critic_warmup(ppo, models, data, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("flags", [{"top_k": 1}, {"top_p": 1e-6}])
-def test_top_k_and_top_p_change_sampling_only(ppo, flags, tmp_path):
-    """D36, B11: with one candidate all answers to a prompt agree; log-probabilities stay those of the whole
-    distribution, so the KL starts at 0 and the tokens' probabilities are below 1."""
-    out = ppo(tmp_path / "out", samples_per_prompt=4, save_rollouts=1, **flags)
-    rollout = load_file(out / "rollouts" / "000001.safetensors")
-    responses = rollout["response_ids"].view(2, 4, -1)
-    assert (responses == responses[:, :1]).all()
-    real = rollout["response_mask"] == 1
-    assert rollout["logprobs"][real].max() < -1e-6
-    row = metrics_of(out)[0]
-    assert row["objective/kl"] == pytest.approx(0, abs=1e-5)
-    assert row["val/ratio_start_error"] < 1e-5
-
-
 def test_entropy_bonus_raises_entropy(ppo, rewards, tmp_path):
     """D33: with a bonus the policy ends up less certain than without."""
     flags = LEARN | {"reward_fn": f"{rewards}:letter", "total_episodes": 32 * 8}
     without, with_ = (ppo(tmp_path / str(c), **flags, entropy_coef=c) for c in (0.0, 0.3))
     a, b = (metrics_of(out)[-1]["policy/entropy_avg"] for out in (without, with_))
     assert b > a + 0.2
-
-
-def test_mini_batches_take_more_steps(ppo, tmp_path):
-    """D25: four mini-batches in two epochs are eight optimizer steps, counted in the optimizer's own state."""
-    out = ppo(tmp_path / "out", num_mini_batches=4, micro_batch_size=2, save_every=1)
-    state = load_file(out / "checkpoint" / "000001" / "optimizer.safetensors")
-    assert {v.item() for k, v in state.items() if k.endswith(".step")} == {8.0}
 
 
 @pytest.mark.slow

@@ -499,13 +499,27 @@ def draws(logits, count, temperature=1.0, top_k=0, top_p=1.0, seed=11):
 
 
 def p_value(counts, probabilities):
-    """Of Pearson's chi-squared test, over the tokens that may occur."""
-    allowed = probabilities > 0
-    assert counts[~allowed].sum() == 0
-    expected = probabilities[allowed] * counts.sum()
-    assert expected.min() > 5
-    statistic = ((counts[allowed] - expected) ** 2 / expected).sum()
-    return torch.special.gammaincc((allowed.sum() - 1).double() / 2, statistic / 2).item()
+    """Of Pearson's chi-squared test, over the tokens that may occur; those that are expected rarely count as one."""
+    assert counts[probabilities == 0].sum() == 0
+    expected = probabilities * counts.sum()
+    rare = expected < 5
+    counts, expected = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts, expected))
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return torch.special.gammaincc(torch.tensor(len(counts) - 1).double() / 2, statistic / 2).item()
+
+
+def cut_to(probabilities, top_k, top_p):
+    """Probabilities of the k most probable tokens, and of those the fewest that hold probability p."""
+    if top_k:
+        probabilities[probabilities < probabilities.sort(descending=True).values[top_k - 1]] = 0
+        probabilities /= probabilities.sum()
+    if top_p < 1:
+        ordered, order = probabilities.sort(descending=True)
+        count = int((ordered.cumsum(0) < top_p).sum()) + 1
+        probabilities[order[count:]] = 0
+        probabilities /= probabilities.sum()
+    return probabilities
 
 
 # their softmax, in this order: 0.40, 0.02, 0.09, 0.25, 0.03, 0.05, 0.15, 0.01
@@ -517,19 +531,31 @@ LOGITS = torch.tensor([2.0, -0.9, 0.5, 1.5, -0.5, 0.0, 1.0, -1.2])
 )
 def test_samples_follow_the_distribution(temperature, top_k, top_p):
     """D5, D36: 5000 draws fit the softmax at the temperature, cut to top-k and then to top-p (chi-squared)."""
-    probabilities = torch.softmax(LOGITS.double() / temperature, -1)
-    if top_k:
-        probabilities[probabilities < probabilities.sort(descending=True).values[top_k - 1]] = 0
-        probabilities /= probabilities.sum()
-    if top_p < 1:
-        ordered, order = probabilities.sort(descending=True)
-        count = int((ordered.cumsum(0) < top_p).sum()) + 1
-        probabilities[order[count:]] = 0
-        probabilities /= probabilities.sum()
+    probabilities = cut_to(torch.softmax(LOGITS.double() / temperature, -1), top_k, top_p)
     counts = draws(LOGITS, 5000, temperature, top_k, top_p)
     assert p_value(counts, probabilities) > 1e-3
     if temperature == 1 and not top_k:  # the test has power: it rejects a distribution that is slightly off
         assert p_value(counts, torch.softmax(LOGITS.double() / 1.15, -1)) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.4, 0, 1.0), (1.0, 20, 1.0), (0.8, 50, 0.7)]
+)
+def test_the_decoding_loop_follows_the_distribution(tokenizer, temperature, top_k, top_p):
+    """D5, D36: first and second tokens of 20,000 responses fit the model's own softmax (chi-squared)."""
+    model = make_model(tokenizer, initializer_range=0.25)
+    ids, mask = utils.pad([PROMPTS[0]] * 20_000, 0, "left", CPU)
+    tokens, _ = utils.generate(model, ids, mask, 2, [1], 0, temperature, top_k, top_p, utils.generator(CPU, 3))
+    often = tokens[tokens[:, 0] != 1, 0].mode().values.item()
+    seconds = tokens[tokens[:, 0] == often, 1]
+    assert len(seconds) > 500
+    for prompt, seen in ((PROMPTS[0], tokens[:, 0]), ([*PROMPTS[0], often], seconds)):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt])).logits[0, -1].double() / temperature
+        counts = torch.bincount(seen, minlength=len(logits)).double()
+        assert p_value(counts, cut_to(logits.softmax(-1), top_k, top_p)) > 1e-3
+        if not top_k:  # the test has power
+            assert p_value(counts, (logits * 0.8).softmax(-1)) < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,126 @@
+"""Every family of language models that people use, as a tiny random one built from its configuration."""
+
+import pytest
+import torch
+from conftest import make_tokenizer, metrics_of, plain_lm, save_pair, summary_of
+
+import utils
+
+CPU = torch.device("cpu")
+PROMPTS = [[10, 11, 12, 13], [20, 21], [30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41], [50]]
+
+WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.1}
+ROPE = WIDTH | {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 128}
+GEMMA = {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}
+FAMILIES = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.1},
+    "gpt_neox": WIDTH | {"intermediate_size": 64, "max_position_embeddings": 128},
+    "llama": ROPE,
+    "mistral": ROPE | {"sliding_window": 4},  # shorter than the sequences
+    "qwen2": ROPE,
+    "qwen3": ROPE | {"head_dim": 8},
+    "gemma2": ROPE | GEMMA | {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 5.0},
+    "gemma3_text": ROPE | GEMMA,
+    "phi3": ROPE,
+    "opt": WIDTH | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 128, "init_std": 0.1},
+    "falcon": WIDTH | {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
+    "falcon-alibi": WIDTH | {"alibi": True, "multi_query": False, "new_decoder_architecture": False},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.1},
+    "olmo2": ROPE,
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory) -> str:
+    """The folder of a random model of the family, with a tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = make_tokenizer()
+    # untied: a random model would else repeat its last token
+    special = {
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    kind = request.param.removesuffix("-alibi")
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **special, **FAMILIES[request.param])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # some are born with the same logits everywhere
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "norm" not in name:
+                parameter.normal_(std=0.2)
+    return save_pair(tmp_path_factory.mktemp(request.param) / "model", model, tokenizer)
+
+
+@torch.no_grad()
+def test_padding_changes_nothing(family):
+    """B10: log-probabilities and scores of a sequence alone, and padded on either side beside others."""
+    model, classifier = utils.load_causal_lm(family, CPU), utils.load_classifier(family, CPU)
+    classifier.score.weight.normal_()
+    for row, prompt in enumerate(PROMPTS):
+        alone = model(input_ids=torch.tensor([prompt])).logits[0].log_softmax(-1)
+        scores = classifier.score(classifier.base_model(input_ids=torch.tensor([prompt])).last_hidden_state)[0, :, 0]
+        for side, width in (("left", 0), ("left", 30), ("right", 30)):
+            ids, mask = utils.pad(PROMPTS, 0, side, CPU, width)
+            is_target = mask.bool() & (torch.arange(len(PROMPTS)) == row)[:, None]
+            is_target[row, -len(prompt) if side == "left" else 0] = False  # the first token follows nothing
+            logits, tokens = utils.target_logits(model, ids, mask, is_target)
+            assert tokens.tolist() == prompt[1:]
+            torch.testing.assert_close(logits.log_softmax(-1), alone[:-1], rtol=0, atol=1e-5)
+            values = utils.head_outputs(classifier, ids, mask)[row][mask[row].bool()]
+            torch.testing.assert_close(values, scores, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_greedy_decoding_is_that_of_transformers(family):
+    """D2: token for token, over prompts of different lengths padded on the left."""
+    model = utils.load_causal_lm(family, CPU)
+    ids, mask = utils.pad(PROMPTS, 0, "left", CPU)
+    got, _ = utils.generate(model, ids, mask, 20, [1], 0, temperature=0)
+    flags = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": 1, "pad_token_id": 0}
+    expected = model.generate(input_ids=ids, attention_mask=mask, **flags)[:, ids.shape[1] :]
+    width = expected.shape[1]
+    assert torch.equal(got[:, :width], expected)
+    assert len(set(got[2].tolist())) > 2
+    for row, prompt in zip(got, PROMPTS, strict=True):
+        alone = model.generate(input_ids=torch.tensor([prompt]), **flags)[0, len(prompt) :]
+        assert row[: len(alone)].tolist() == alone.tolist()
+
+
+@torch.no_grad()
+def test_sampled_tokens_have_the_probabilities_of_teacher_forcing(family):
+    """B11: drawn step by step over the cache, and asked about afterwards in one forward pass."""
+    model = utils.load_causal_lm(family, CPU)
+    ids, mask = utils.pad(PROMPTS, 0, "left", CPU)
+    drawn, sample = [], utils.sample
+
+    def recorded(logits, *args):
+        token = sample(logits, *args)
+        drawn.append(logits.log_softmax(-1).gather(1, token[:, None]))
+        return token
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "sample", recorded)
+        got, got_mask = utils.generate(model, ids, mask, 15, [1], 0, rng=utils.generator(CPU, 1))
+    whole, whole_mask = torch.cat([ids, got], 1), torch.cat([mask, got_mask], 1)
+    is_target = torch.cat([torch.zeros_like(mask), got_mask], 1).bool()
+    logits, tokens = utils.target_logits(model, whole, whole_mask, is_target)
+    expected = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+    steps = torch.cat(drawn, 1)
+    torch.testing.assert_close(steps[got_mask[:, : steps.shape[1]].bool()], expected, rtol=0, atol=1e-5)
+
+
+def test_the_three_stages_run(family, sft, reward_model, ppo, tmp_path):
+    """From this model: the loss falls, the KL starts at 0, the ratio at 1."""
+    first = sft(tmp_path / "sft", model=family)
+    losses = [row["loss"] for row in metrics_of(first)]
+    assert losses[-1] < losses[0]
+    judge = reward_model(tmp_path / "reward_model", model=str(first))
+    assert summary_of(judge)["accuracy"] > 0.5
+    out = ppo(tmp_path / "ppo", model=str(first), reward_model=str(judge), gradient_checkpointing=True)
+    rows = metrics_of(out)
+    assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
+    assert max(row["val/ratio_start_error"] for row in rows) < 1e-5
+    plain_lm(out)

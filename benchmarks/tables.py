@@ -105,6 +105,20 @@ def embedded_kl() -> str:
     return table([*header, "KL from the reference, nats", "length, tokens"], rows)
 
 
+def embedded_precision() -> str:
+    """bfloat16 products against float32, seed by seed."""
+    rows = []
+    for dtype, name in (("bfloat16", "embedded.json"), ("float32", "embedded_float32.json")):
+        for seed in result(name)["seeds"]:
+            ppo = seed["ppo"]
+            row = [dtype, seed["seed"], f"{ppo['eval']['win_rate']:.3f}", f"{ppo['share_of_the_way']:.3f}"]
+            row += [f"{seed['reward_model']['accuracy']:.3f}", f"{abs(ppo['first_kl_per_token']):.1g}"]
+            seconds = sum(seed[stage]["wall_seconds"] for stage in ("sft", "reward_model", "ppo"))
+            rows.append([*row, f"{ppo['largest_ratio_start_error']:.1g}", f"{seconds:.0f}"])
+    header = ["products", "seed", "win rate", "share of the way", "reward model", "first update's KL per token"]
+    return table([*header, "ratio's largest error at the start", "seconds, three stages"], rows)
+
+
 def reviews_results() -> str:
     """What the three stages reach on the film reviews."""
     report = result("reviews.json")
@@ -149,6 +163,7 @@ TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
         embedded_samples, embedded_seeds, embedded_reward_model, embedded_parts, embedded_times, embedded_kl,
+        embedded_precision,
         reviews_results, reviews_samples,
     )
 }  # fmt: skip

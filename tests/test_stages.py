@@ -632,6 +632,15 @@ def test_ppo_prompts_are_permutations_of_the_data(ppo, data, tmp_path):
     assert seen[:12] != seen[12:]
 
 
+@pytest.mark.parametrize(("mini_batches", "micro_batch_size"), [(1, 4), (2, 4), (2, 1)])
+def test_bfloat16_starts_at_ratio_one_and_kl_zero(ppo, mini_batches, micro_batch_size, tmp_path):
+    """D26: to 1e-3, in nats per token, also where a row's neighbours in training are not those that it had before."""
+    flags = {"batch_size": 16, "num_mini_batches": mini_batches, "micro_batch_size": micro_batch_size}
+    rows = metrics_of(ppo(tmp_path / "out", dtype="bfloat16", total_episodes=48, **flags))
+    assert abs(rows[0]["objective/kl"]) < 1e-3 * rows[0]["response/length"]
+    assert max(row["val/ratio_start_error"] for row in rows) < 1e-3
+
+
 def test_the_saved_policy_generates_as_it_was_trained(ppo, tmp_path):
     """`model.generate` of plain transformers samples at the temperature of the run, and stops at its stop tokens."""
     out = ppo(tmp_path / "out", temperature=0.6, top_p=0.9, stop_token=".")

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+import transformers
 import tyro
 from torch import Tensor
 
@@ -199,7 +200,7 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------------------------- what the loop is made of
     def policy_outputs(model: Any, ids: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies in nats, both [B, R], at the last R = `length` tokens of ids [B, T]; 0 where
-        mask [B, T] is 0. Rollout and training share this forward pass, so that the ratio starts at 1 (D26).
+        they are padding. Rollout and training share this forward pass, so that the ratio starts at 1 (D26).
         """
         is_response = mask[:, -length:].bool()
         is_target = F.pad(is_response, (ids.shape[1] - length, 0))  # [B, T]
@@ -253,7 +254,8 @@ def main(args: Args) -> None:
         order = torch.tensor([len(s) for s in sequences]).argsort(stable=True)  # similar lengths, little padding
         for part in order.split(args.micro_batch_size):
             chunk = [sequences[i] for i in part]
-            score_ids, score_mask = utils.pad(chunk, reward_tokenizer.pad_token_id, "right", device)
+            most = utils.context_length(reward_model)
+            score_ids, score_mask = utils.pad(chunk, reward_tokenizer.pad_token_id, "right", device, limit=most)
             with utils.autocast(device, args.dtype):
                 raw = utils.last_token_scores(reward_model, score_ids, score_mask)
             scores[part.to(device)] = utils.normalize_scores(reward_model, raw)  # D13
@@ -301,7 +303,8 @@ def main(args: Args) -> None:
         total = torch.zeros((), device=device)
         for i in range(0, count, args.micro_batch_size):
             micro = rows[i : i + args.micro_batch_size]
-            ptx_ids, ptx_mask = utils.pad([p + c for p, c in micro], pad_id, "right", device)
+            most = utils.context_length(policy)
+            ptx_ids, ptx_mask = utils.pad([p + c for p, c in micro], pad_id, "right", device, limit=most)
             starts = torch.tensor([len(p) for p, _ in micro], device=device)
             is_target = ptx_mask.bool() & (torch.arange(ptx_ids.shape[1], device=device) >= starts[:, None])
             with utils.autocast(device, args.dtype):
@@ -555,8 +558,10 @@ def main(args: Args) -> None:
     after = evaluate(policy)
     show_samples(logger, process, num_updates, before, after, rows=8)
     if process.is_main:
-        sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}  # also in `generate`
-        policy.generation_config.update(do_sample=True, eos_token_id=stop_ids, pad_token_id=pad_id, **sampling)
+        # `model.generate` of the saved policy samples as was done here, whatever the model came with (B11)
+        sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "do_sample": True}
+        special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": stop_ids, "pad_token_id": pad_id}
+        policy.generation_config = transformers.GenerationConfig(**sampling, **special)
         utils.save_model(policy, tokenizer, out)
         with utils.writing(out), (out / "samples.jsonl").open("w", encoding="utf-8") as file:
             for b, a in zip(before, after, strict=True):

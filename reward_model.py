@@ -127,7 +127,7 @@ def main(args: Args) -> None:
 
     def score(texts: list[list[int]]) -> torch.Tensor:
         """Raw scores [B] of token ids that end with EOS, read at their last token (D10)."""
-        ids, mask = utils.pad(texts, tokenizer.pad_token_id, "right", process.device)  # [B, T]
+        ids, mask = utils.pad(texts, tokenizer.pad_token_id, "right", process.device, limit=max_length)  # [B, T]
         with utils.autocast(process.device, args.dtype):
             return utils.last_token_scores(model, ids, mask)
 

@@ -271,9 +271,11 @@ def read_rows(dataset: str, split: str) -> Data:
     if (path / f"{split}.jsonl").is_file() or (path.is_dir() and any(path.glob("*.jsonl"))):
         return read_jsonl(path / f"{split}.jsonl")
     is_file_name = path.suffix in (".json", ".csv", ".parquet", ".txt", ".arrow")  # a hub id may have a dot
-    is_path = is_file_name or dataset.startswith((".", "/", "~")) or (len(path.parts) > 1 and path.parent.is_dir())
+    is_path = is_file_name or dataset.startswith((".", "/", "~")) or len(path.parts) > 2
     if not path.exists() and is_path:
         stop(f"{dataset}: no such file or folder; check --dataset")
+    if not path.exists() and path.parent.is_dir() and len(path.parts) > 1:
+        print(f"{dataset}: there is no such folder here, so it is taken for a hub id", flush=True)
     import datasets  # takes seconds; local .jsonl files do not need it
 
     try:
@@ -457,16 +459,17 @@ def round_up(n: int, multiple: int = 8) -> int:
 
 
 def pad(
-    sequences: list[list[int]], pad_id: int, side: str, device: torch.device, width: int = 0
+    sequences: list[list[int]], pad_id: int, side: str, device: torch.device, width: int = 0, limit: int = 2**30
 ) -> tuple[Tensor, Tensor]:
     """Pad token ids to a rectangle at least `width` wide: (ids [B, T], mask [B, T] with 1 on real tokens).
 
-    Padded on the right, for training and scoring, T is rounded up to a multiple of 8. The mask comes from the lengths,
-    never from comparing ids with `pad_id`: pad may equal EOS (D3, B4, B20, B21).
+    Padded on the right, for training and scoring, T is rounded up to a multiple of 8, but not past `limit`, the model's
+    context. The mask comes from the lengths, never from comparing ids with `pad_id`: pad may equal EOS (D3, B4, B20,
+    B21).
     """
     lengths = torch.tensor([len(s) for s in sequences])
     width = max(width, int(lengths.max()))
-    width = round_up(width) if side == "right" else width
+    width = max(width, min(round_up(width), limit)) if side == "right" else width
     rows = [[pad_id] * (width - len(s)) + s if side == "left" else s + [pad_id] * (width - len(s)) for s in sequences]
     column = torch.arange(width)
     real = column >= width - lengths[:, None] if side == "left" else column < lengths[:, None]
@@ -564,7 +567,8 @@ def stop_token_ids(tokenizer: Any, stop_token: str) -> list[int]:
 def context_length(model: Any) -> int:
     """The longest sequence that the model's positions allow, in tokens; a large number where there is no limit."""
     config = model.config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**30)
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    return next((int(getattr(config, name)) for name in names if getattr(config, name, None)), 2**30)
 
 
 def set_gradient_checkpointing(model: Any, on: bool) -> None:

@@ -15,6 +15,8 @@ import transformers
 import tyro
 from measure import ROOT, machine, run_stage
 
+KINDS = ("sft", "preferences", "prompts")
+
 
 @dataclass
 class Args:
@@ -51,8 +53,8 @@ def main(args: Args) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for name, command in stages.items():
         flags = [*command.split(), "--seed", str(args.seed), "--eval-every", "0", "--save-every", "0", "--overwrite"]
-        written = " ".join(flags).replace(args.model, Args.model).replace(str(args.data), str(Args.data))
-        report[name] = run_stage(flags, args.threads) | {"command": written}  # as a user would call it
+        places = {args.model: "MODEL"} | {f"{args.data}/{kind}": f"DATA/{kind}" for kind in KINDS}
+        report[name] = run_stage(flags, args.threads) | {"command": " ".join(places.get(f, f) for f in flags)}
         (args.out / "reviews.json").write_text(json.dumps(report, indent=2) + "\n")
         print(json.dumps(report[name], indent=2), flush=True)
     first = (ROOT / ppo / "samples.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:20]

@@ -641,12 +641,20 @@ def test_bfloat16_starts_at_ratio_one_and_kl_zero(ppo, mini_batches, micro_batch
     assert max(row["val/ratio_start_error"] for row in rows) < 1e-3
 
 
-def test_the_saved_policy_generates_as_it_was_trained(ppo, tmp_path):
+def test_the_saved_policy_generates_as_it_was_trained(ppo, models, tmp_path):
     """`model.generate` of plain transformers samples at the temperature of the run, and stops at its stop tokens."""
-    out = ppo(tmp_path / "out", temperature=0.6, top_p=0.9, stop_token=".")
+    start = plain_lm(models.sft)
+    start.generation_config.update(repetition_penalty=5.0, num_beams=4)
+    start.save_pretrained(tmp_path / "start")
+    utils.load_tokenizer(str(models.sft)).save_pretrained(tmp_path / "start")
+    path = tmp_path / "start" / "generation_config.json"  # what transformers loads but refuses to save, once changed
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"output_scores": True}))
+    flags = {"temperature": 0.6, "top_p": 0.9, "stop_token": "."}
+    out = ppo(tmp_path / "out", model=str(tmp_path / "start"), **flags)
     model, tokenizer = plain_lm(out), utils.load_tokenizer(str(out))
     config = model.generation_config
     assert (config.do_sample, config.temperature, config.top_k, config.top_p) == (True, 0.6, 0, 0.9)
+    assert not (config.repetition_penalty or config.num_beams or config.output_scores)
     ids = tokenizer(["Q: two ripe plums?\nA:"] * 20, return_tensors="pt")
     responses = model.generate(**ids, max_new_tokens=20)[:, ids["input_ids"].shape[1] :]
     assert len({tuple(r.tolist()) for r in responses}) > 5

@@ -92,6 +92,7 @@ def test_pad_masks_by_length(side):
         assert mask[:, :4].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]]
         assert not mask[:, 4:].any()
     assert utils.pad([[1, 2, 3] * 8], 7, side, CPU, width=2)[0].tolist() == [[1, 2, 3] * 8]
+    assert utils.pad([[1, 2, 3]], 7, "right", CPU, limit=5)[0].shape == (1, 5)  # a context that is no multiple of 8
 
 
 def test_cycle_is_an_endless_sequence_of_permutations():

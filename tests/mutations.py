@@ -49,6 +49,12 @@ MUTATIONS = [
         "shared_tokenizer = reward_model is not None",
     ),
     Mutation(
+        f"{BUGS}b05_chats_go_through_the_reward_models_own_template",
+        "ppo_rlhf.py",
+        'pairs = [(p.row["prompt"], text) for p, text in zip(prompts, texts, strict=True)]',
+        "pairs = [(p.text, text) for p, text in zip(prompts, texts, strict=True)]",
+    ),
+    Mutation(
         f"{BUGS}b06_padding_is_not_counted_in_metrics",
         "ppo_rlhf.py",
         "sums = [utils.masked_sum(statistics[name], mb_mask).double() for name in STATISTICS]",

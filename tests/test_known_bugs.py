@@ -16,6 +16,7 @@ from conftest import (
     plain_scores,
     preference_rows,
     rollouts_of,
+    rows_of,
     save_pair,
     sft_rows,
     summary_of,
@@ -121,6 +122,26 @@ def test_b05_a_reward_model_with_another_tokenizer_reads_text(ppo, reward_model,
             for s in samples
         ]
         assert [s[f"{name}_score"] for s in samples] == pytest.approx(plain_scores(judge, sequences), abs=1e-4)
+
+
+def test_b05_chats_go_through_the_reward_models_own_template(ppo, reward_model, base, data, tmp_path):
+    """The policy's template and special tokens mean nothing to a reward model of another family."""
+    tokenizer = make_tokenizer(size=300, eos="<|end|>")
+    turn = "{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + '<|end|>' }}{% endfor %}"
+    tokenizer.chat_template = turn + "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+    other = save_pair(tmp_path / "other", make_model(tokenizer), tokenizer)
+    judge = reward_model(tmp_path / "rm", model=other, dataset=data.chat_preferences, normalize_with=data.chat_sft)
+    flags = {"model": base.chat, "dataset": data.chat_prompts, "reward_model": str(judge)}
+    out = ppo(tmp_path / "out", eval_prompts=12, **flags)
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    for name in ("reference", "policy"):
+        sequences = [
+            tokenizer(f"[user] {row['prompt'][0]['content']}<|end|>[assistant] ")["input_ids"]
+            + tokenizer(f"{s[name]}<|end|>")["input_ids"]
+            for row, s in zip(rows_of(data.chat_prompts), samples, strict=True)
+        ]
+        expected = plain_scores(judge, sequences)
+        assert [s[f"{name}_score"] for s in samples] == pytest.approx(expected, abs=1e-4)
 
 
 def test_b06_padding_is_not_counted_in_metrics(ppo, models, tmp_path):

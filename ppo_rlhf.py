@@ -177,10 +177,10 @@ def main(args: Args) -> None:
     if args.advantage == "gae":  # D15: a network of its own; a language model has no head yet, and gets one of zeros
         value_start = args.value_model or (args.reward_model if shared_tokenizer else args.model)
         value_model = utils.load_classifier(value_start, device)
-        same = utils.same_tokenizer(tokenizer, utils.load_tokenizer(value_start))
-        utils.require(
-            same, f"--value-model: {value_start} has another tokenizer than the policy; pass one with the same"
-        )
+        if args.value_model:  # the other two read the policy's tokens
+            same = utils.same_tokenizer(tokenizer, utils.load_tokenizer(args.value_model))
+            what = f"{args.value_model} has another tokenizer than the policy"
+            utils.require(same, f"--value-model: {what}; pass one with the same")
     judge_file = args.eval_reward_fn or ("data/support/gold.py:score" if args.dataset == Args.dataset else None)
     judge = utils.load_function(judge_file, "--eval-reward-fn") if judge_file else None
 
@@ -239,6 +239,7 @@ def main(args: Args) -> None:
             prompt_texts, rows = [p.text for p in prompts], [p.row for p in prompts]
             scores = utils.call_reward_function(reward_fn, args.reward_fn, prompt_texts, texts, rows, update)
             return torch.tensor(scores, device=device), texts
+        most = utils.context_length(reward_model)
         if shared_tokenizer:  # the reward model has learned on texts that end in EOS (B19)
             whole = [r if r[-1] == eos_id else [*r, eos_id] for r in responses]
             sequences = [p.ids + r for p, r in zip(prompts, whole, strict=True)]
@@ -246,7 +247,7 @@ def main(args: Args) -> None:
             pairs = [(p.row["prompt"], text) for p, text in zip(prompts, texts, strict=True)]
             encoded = utils.encode_pairs(reward_tokenizer, pairs, [p.place for p in prompts])
             sequences = [p + c for p, c in zip(*encoded, strict=True)]
-            longest, most = max(map(len, sequences)), utils.context_length(reward_model)
+            longest = max(map(len, sequences))
             if longest > most:
                 what = f"{longest} tokens exceed its context of {most}"
                 utils.stop(f"{args.reward_model}: {what}; shorten the prompts", code=1 if update else 2)
@@ -254,7 +255,6 @@ def main(args: Args) -> None:
         order = torch.tensor([len(s) for s in sequences]).argsort(stable=True)  # similar lengths, little padding
         for part in order.split(args.micro_batch_size):
             chunk = [sequences[i] for i in part]
-            most = utils.context_length(reward_model)
             score_ids, score_mask = utils.pad(chunk, reward_tokenizer.pad_token_id, "right", device, limit=most)
             with utils.autocast(device, args.dtype):
                 raw = utils.last_token_scores(reward_model, score_ids, score_mask)
@@ -300,10 +300,9 @@ def main(args: Args) -> None:
         """D31: add the gradient of ptx_coef times the loss, in nats per token, on `count` demonstrations a process."""
         rows = [ptx_rows[i] for i in torch.randint(len(ptx_rows), (count,), generator=rng).tolist()]
         num_tokens = utils.sum_over_processes(torch.tensor(sum(len(c) - (not p) for p, c in rows), device=device))
-        total = torch.zeros((), device=device)
+        total, most = torch.zeros((), device=device), utils.context_length(policy)
         for i in range(0, count, args.micro_batch_size):
             micro = rows[i : i + args.micro_batch_size]
-            most = utils.context_length(policy)
             ptx_ids, ptx_mask = utils.pad([p + c for p, c in micro], pad_id, "right", device, limit=most)
             starts = torch.tensor([len(p) for p, _ in micro], device=device)
             is_target = ptx_mask.bool() & (torch.arange(ptx_ids.shape[1], device=device) >= starts[:, None])

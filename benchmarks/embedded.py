@@ -7,18 +7,15 @@ For every seed the three stages run with their defaults; then PPO runs once more
     python benchmarks/embedded.py --dtype float32       # writes embedded_float32.json, without the run for hacking
 """
 
-import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
-from measure import ROOT, machine, run_stage
+from measure import ROOT, keep_samples, load_module, machine, run_stage
 
-spec = importlib.util.spec_from_file_location("gold", ROOT / "data/support/gold.py")
-gold = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(gold)
+gold = load_module("data/support/gold.py")
 
 
 @dataclass
@@ -61,8 +58,7 @@ def main(args: Args) -> None:
                 result[stage] |= judge_samples(out) | first_update(out)
         args.out.mkdir(parents=True, exist_ok=True)
         if default and seed == args.seeds[0]:
-            first = (ROOT / ppo / "samples.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:6]
-            (args.out / f"{name}_samples.jsonl").write_text("".join(first), encoding="utf-8")
+            keep_samples(ppo, args.out / f"{name}_samples.jsonl", 6)
         seeds.append(result)
         report = {"machine": machine(args.threads), "reward_model_ceiling": ceiling, "seeds": seeds}
         (args.out / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")

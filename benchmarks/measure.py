@@ -1,5 +1,6 @@
-"""What the benchmarks share: a stage run as a process of its own, and the name of the machine."""
+"""What the benchmarks share: a stage run as a process of its own, the machine's name, files of the project."""
 
+import importlib.util
 import json
 import os
 import platform
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,3 +36,17 @@ def machine(threads: int) -> dict:
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     return {"processor": next(names, platform.processor()), "threads": threads, "python": platform.python_version()}
+
+
+def load_module(path: str) -> ModuleType:
+    """A Python file of the project that no import reaches, by its path from the root."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def keep_samples(run: Path, out: Path, count: int) -> None:
+    """Copy the first lines of a run's samples.jsonl to the result file `out`."""
+    lines = (ROOT / run / "samples.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    out.write_text("".join(lines[:count]), encoding="utf-8")

@@ -8,7 +8,6 @@ benchmarks/embedded.py makes.
     python benchmarks/parity_trl.py          # writes benchmarks/results/parity_trl.json and parity_trl.png
 """
 
-import importlib.util
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from measure import ROOT, machine, run_stage
+from measure import ROOT, load_module, machine, run_stage
 
 # what both are given; TRL's names differ for some
 EPISODES, BATCH, MICRO_BATCH, EPOCHS, RESPONSE = 6400, 128, 32, 4, 64
@@ -98,10 +97,7 @@ def run_trl(args: Args, sft: Path, reward_model: Path, folder: Path) -> None:
 
     import utils
 
-    spec = importlib.util.spec_from_file_location("gold", ROOT / "data/support/gold.py")
-    gold = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(gold)
-
+    gold = load_module("data/support/gold.py")
     device = torch.device("cpu")
     tokenizer = utils.load_tokenizer(str(sft))
     tokenizer.padding_side = "left"

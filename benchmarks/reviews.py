@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 import tyro
-from measure import ROOT, machine, run_stage
+from measure import keep_samples, machine, run_stage
 
 KINDS = ("sft", "preferences", "prompts")
 
@@ -57,8 +57,7 @@ def main(args: Args) -> None:
         report[name] = run_stage(flags, args.threads) | {"command": " ".join(places.get(f, f) for f in flags)}
         (args.out / "reviews.json").write_text(json.dumps(report, indent=2) + "\n")
         print(json.dumps(report[name], indent=2), flush=True)
-    first = (ROOT / ppo / "samples.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:20]
-    (args.out / "reviews_samples.jsonl").write_text("".join(first), encoding="utf-8")
+    keep_samples(ppo, args.out / "reviews_samples.jsonl", 20)
 
 
 if __name__ == "__main__":

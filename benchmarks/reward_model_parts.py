@@ -6,7 +6,6 @@ product, another tone and so on. Printed: how many points each variant loses, by
     python benchmarks/reward_model_parts.py --reward-model runs/reward_model
 """
 
-import importlib.util
 import json
 import random
 import sys
@@ -15,14 +14,12 @@ from pathlib import Path
 
 import torch
 import tyro
-from measure import ROOT
+from measure import ROOT, load_module
 
 sys.path.insert(0, str(ROOT))
 import utils
 
-spec = importlib.util.spec_from_file_location("make", ROOT / "data/support/make.py")
-make = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(make)
+make = load_module("data/support/make.py")
 gold, wordings = make.gold, make.w
 
 

@@ -122,6 +122,8 @@ def rewards(tmp_path_factory) -> str:
     path.write_text(
         "def letter(prompts, completions, **columns):\n"
         "    return [c.count('e') / max(len(c), 1) for c in completions]\n"
+        "def nothing(prompts, completions, **columns):\n"
+        "    return [0.0] * len(completions)\n"
         "def length(prompts, completions, **columns):\n"
         "    return [float(len(c)) for c in completions]\n"
         "def fruit(prompts, completions, fruit, **columns):\n"

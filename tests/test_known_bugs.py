@@ -55,14 +55,6 @@ def moved(ppo, tmp_path_factory):
     return ppo(out, **flags, whiten_advantages=False)
 
 
-@pytest.fixture(scope="module")
-def functions(tmp_path_factory):
-    """A reward function that finds everything worth nothing."""
-    path = tmp_path_factory.mktemp("functions") / "functions.py"
-    path.write_text("def nothing(prompts, completions, **columns):\n    return [0.0] * len(prompts)\n")
-    return str(path)
-
-
 def test_b01_the_score_is_on_the_last_real_token(ppo, tmp_path):
     """huggingface/trl#3750, #1893, #5338: it was added on the pad token after EOS."""
     rollout = rollout_of(ppo(tmp_path / "out", save_rollouts=1, kl_coef=0.0))
@@ -72,9 +64,9 @@ def test_b01_the_score_is_on_the_last_real_token(ppo, tmp_path):
     np.testing.assert_array_equal(rollout.a["rewards"], expected)
 
 
-def test_b02_the_missing_eos_penalty_knows_the_stop_token(ppo, functions, tmp_path):
+def test_b02_the_missing_eos_penalty_knows_the_stop_token(ppo, rewards, tmp_path):
     """huggingface/trl#3750, #5338: with another stop token than EOS it hit every response, or none."""
-    flags = {"reward_fn": f"{functions}:nothing", "stop_token": ".", "missing_eos_penalty": 3.0}
+    flags = {"reward_fn": f"{rewards}:nothing", "stop_token": ".", "missing_eos_penalty": 3.0}
     out = ppo(tmp_path / "out", save_rollouts=1, batch_size=16, response_length=6, **flags)
     rollout, tokenizer = rollout_of(out), utils.load_tokenizer(str(out))
     stops = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(".")}
@@ -83,9 +75,9 @@ def test_b02_the_missing_eos_penalty_knows_the_stop_token(ppo, functions, tmp_pa
     assert rollout.a["scores"].tolist() == expected
 
 
-def test_b03_an_eos_in_the_prompt_is_no_end(ppo, base, data, functions, tmp_path):
+def test_b03_an_eos_in_the_prompt_is_no_end(ppo, base, data, rewards, tmp_path):
     """huggingface/trl#6805: a chat template puts EOS into the prompt, so no response seemed to lack it."""
-    flags = {"model": base.chat, "dataset": data.chat_prompts, "reward_fn": f"{functions}:nothing"}
+    flags = {"model": base.chat, "dataset": data.chat_prompts, "reward_fn": f"{rewards}:nothing"}
     out = ppo(tmp_path / "out", save_rollouts=1, response_length=2, missing_eos_penalty=3.0, **flags)
     rollout, eos = rollout_of(out), utils.load_tokenizer(str(out)).eos_token_id
     rows = prompts_and_responses(rollout)

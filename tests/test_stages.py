@@ -693,11 +693,9 @@ def test_reward_functions_get_texts_and_columns(ppo, tmp_path):
     assert all(s["policy_judge"] == -len(s["policy"]) for s in samples)
 
 
-def test_ptx_pulls_the_policy_to_the_demonstrations(ppo, data, tmp_path):
+def test_ptx_pulls_the_policy_to_the_demonstrations(ppo, data, rewards, tmp_path):
     """D31: with nothing else to learn from, the language-model loss falls."""
-    path = tmp_path / "zero.py"
-    path.write_text("def f(prompts, completions, **columns):\n    return [0.0] * len(prompts)\n")
-    flags = {"reward_fn": f"{path}:f", "kl_coef": 0.0, "missing_eos_penalty": 0.0, "total_episodes": 80}
+    flags = {"reward_fn": f"{rewards}:nothing", "kl_coef": 0.0, "missing_eos_penalty": 0.0, "total_episodes": 80}
     flags |= {"vf_coef": 0.0, "whiten_advantages": False, "eval_every": 0, "learning_rate": 1e-2}
     out = ppo(tmp_path / "out", ptx_coef=1.0, ptx_dataset=data.sft, **flags)
     losses = [row["loss/ptx_avg"] for row in metrics_of(out)]

@@ -21,6 +21,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -166,12 +167,12 @@ def main(args: Args) -> None:
     pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     stop_ids = utils.stop_token_ids(tokenizer, args.stop_token)
     policy = utils.load_causal_lm(args.model, device)
-    reference = utils.load_causal_lm(args.model, device).requires_grad_(False)
+    reference = utils.freeze(utils.load_causal_lm(args.model, device), args.dtype)
     reward_fn = reward_model = reward_tokenizer = value_model = None
     if args.reward_fn:
         reward_fn = utils.load_function(args.reward_fn, "--reward-fn")
     else:
-        reward_model = utils.load_classifier(args.reward_model, device, trained=True).requires_grad_(False)
+        reward_model = utils.freeze(utils.load_classifier(args.reward_model, device, trained=True), args.dtype)
         reward_tokenizer = utils.load_tokenizer(args.reward_model)
     shared_tokenizer = reward_model is not None and utils.same_tokenizer(tokenizer, reward_tokenizer)
     if args.advantage == "gae":  # D15: a network of its own; a language model has no head yet, and gets one of zeros
@@ -202,16 +203,19 @@ def main(args: Args) -> None:
         """Log-probabilities and entropies in nats, both [B, R], at the last R = `length` tokens of ids [B, T]; 0 where
         they are padding. Rollout and training share this forward pass, so that the ratio starts at 1 (D26).
         """
+
+        def of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:  # [n, V], [n] -> [n, 2]
+            distribution = (logits / args.temperature).log_softmax(-1)  # D5
+            logprobs = distribution.gather(-1, tokens[:, None]).squeeze(-1)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and args.entropy_coef > 0):
+                # a token that the model rules out has log-probability -inf and adds 0
+                entropies = -(distribution.exp() * distribution.clamp(min=-1e4)).sum(-1)
+            return torch.stack([logprobs, entropies], 1)
+
         is_response = mask[:, -length:].bool()
         is_target = F.pad(is_response, (ids.shape[1] - length, 0))  # [B, T]
         with utils.autocast(device, args.dtype):
-            logits, tokens = utils.target_logits(model, ids, mask, is_target)  # [N, V], [N]
-        logits = logits / args.temperature  # D5
-        distribution = logits.log_softmax(-1)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and args.entropy_coef > 0):
-            # a token that the model rules out has log-probability -inf and adds 0
-            entropies = -(distribution.exp() * distribution.clamp(min=-1e4)).sum(-1)
-        logprobs = distribution.gather(-1, tokens[:, None]).squeeze(-1)  # [N]
+            logprobs, entropies = utils.map_logits(of_tokens, model, ids, mask, is_target).unbind(1)  # [N], [N]
         zeros = torch.zeros(is_response.shape, device=device)
         return zeros.masked_scatter(is_response, logprobs), zeros.masked_scatter(is_response, entropies)
 
@@ -307,8 +311,8 @@ def main(args: Args) -> None:
             starts = torch.tensor([len(p) for p, _ in micro], device=device)
             is_target = ptx_mask.bool() & (torch.arange(ptx_ids.shape[1], device=device) >= starts[:, None])
             with utils.autocast(device, args.dtype):
-                logits, targets = utils.target_logits(policy, ptx_ids, ptx_mask, is_target)
-            loss = F.cross_entropy(logits, targets, reduction="sum") / num_tokens
+                cross_entropy = partial(F.cross_entropy, reduction="none")  # of logits [n, V] and tokens [n]
+                loss = utils.map_logits(cross_entropy, policy, ptx_ids, ptx_mask, is_target).sum() / num_tokens
             (args.ptx_coef * loss).backward()
             total += loss.detach()
         return utils.sum_over_processes(total)

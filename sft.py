@@ -16,6 +16,7 @@ B sequences, T tokens, V vocabulary. `D8` in a comment points to DETAILS.md.
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -114,8 +115,8 @@ def main(args: Args) -> None:
         position = torch.arange(ids.shape[1], device=process.device)
         is_target = mask.bool() & (position >= prompt_lengths[:, None])  # [B, T] D8: the completions' tokens alone
         with utils.autocast(process.device, args.dtype):
-            logits, targets = utils.target_logits(model, ids, mask, is_target)  # [N, V], [N]
-        return F.cross_entropy(logits, targets, reduction="sum")
+            cross_entropy = partial(F.cross_entropy, reduction="none")  # of logits [n, V] and tokens [n]
+            return utils.map_logits(cross_entropy, model, ids, mask, is_target).sum()
 
     @torch.no_grad()
     def evaluate() -> float:

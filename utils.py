@@ -34,6 +34,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # oneDNN keeps every kernel that it has compiled, one for each shape in bfloat16: 1,024 of them are hundreds of MB
@@ -505,6 +506,8 @@ def load_model(
     require(not lacking, f"{model}: its files lack {', '.join(lacking[:3])}; {mend or 'pass a whole model'}")
     for name in info["missing_keys"]:
         loaded.get_parameter(name).data.zero_()
+    if getattr(loaded.config.get_text_config(), "attn_logit_softcapping", None):
+        loaded.set_attn_implementation("eager")  # the others leave it out (Gemma 2)
     for module in loaded.modules():  # some layers drop out by their own flag, which checkpointing sets
         for name in ("dropout", "layerdrop"):
             if isinstance(getattr(module, name, None), float):
@@ -528,8 +531,30 @@ def from_pretrained(auto_class: Any, model: str, **kwargs: Any) -> Any:
 
 
 def load_causal_lm(model: str, device: torch.device) -> Any:
-    """A language model, as `load_model` gives it."""
-    return load_model(transformers.AutoModelForCausalLM, model, device)
+    """A language model, as `load_model` gives it; stop if its logits are not what `logits_of` takes them for."""
+    loaded = load_model(transformers.AutoModelForCausalLM, model, device)
+    given = inputs(loaded, *torch.ones(2, 1, 4, dtype=torch.long, device=device))
+    with torch.no_grad():
+        own = loaded(**given, use_cache=False).logits[0].float()
+        same = torch.allclose(own, logits_of(loaded, last_hidden(loaded, **given, use_cache=False)), rtol=1e-3, atol=1e-3)
+    require(same, f"{model}: does something unknown to its logits, as few architectures do; pass another model")
+    return loaded
+
+
+def freeze(model: Any, dtype: str) -> Any:
+    """The model without gradients; with "bfloat16", weights that only autocast's products read take half the memory.
+
+    Autocast would round them in each forward pass: the outputs are the same, bit for bit. Embeddings, also where the
+    output head shares their weights, norms and the scalar head of a classifier stay in float32.
+    """
+    model.requires_grad_(False)
+    if dtype == "bfloat16":
+        kept = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        for name, module in model.named_modules():
+            is_product = isinstance(module, nn.Linear | transformers.pytorch_utils.Conv1D) and name != "score"
+            if is_product and id(module.weight) not in kept:
+                module.to(torch.bfloat16)
+    return model
 
 
 def load_classifier(model: str, device: torch.device, trained: bool = False) -> Any:
@@ -597,22 +622,62 @@ def inputs(model: Any, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
     return given
 
 
-def target_logits(model: Any, ids: Tensor, mask: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
-    """Float32 logits [N, V] that predict the N tokens of ids [B, T] where `is_target` [B, T] is true, and those tokens.
+LOGITS_AT_A_TIME = 2**26  # 256 MB in float32
 
-    A token is predicted at the one before it, so none in the first column is. Nothing is computed for the tokens that
-    are no targets beyond their hidden states: the output head is given N of them.
+
+def map_logits(
+    function: Callable[[Tensor, Tensor], Tensor], model: Any, ids: Tensor, mask: Tensor, is_target: Tensor
+) -> Tensor:
+    """`function(logits [n, V], tokens [n])`, which gives [n, ...], for the N tokens of ids [B, T] where is_target [B, T].
+
+    Logits are float32; all results together are [N, ...]. A token is predicted at the one before it, so none in the
+    first column is. Of tokens that are no targets only hidden states are computed, and where N x V is large the
+    function is called on chunks, again in the backward pass, so that no tensor [N, V] ever exists.
     """
     is_target = is_target[:, 1:]
     index = F.pad(is_target, (0, 1)).flatten().nonzero().squeeze(1)  # [N] of the tokens before
-    padded = F.pad(index, (0, round_up(len(index), 64) - len(index)))  # with the first token, whose logits are dropped
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, given: (given[0].flatten(0, 1)[padded][None],))
+    count, head = len(index), model.get_output_embeddings()
+    chunks = max(1, math.ceil(count * head.weight.shape[0] / LOGITS_AT_A_TIME))
+    width = round_up(math.ceil(count / chunks), 64)
+    spare = (0, chunks * width - count)  # the first token fills up, what is made of it is dropped
+    hidden = last_hidden(model, **inputs(model, ids, mask), use_cache=False)[F.pad(index, spare)]
+    tokens = F.pad(ids[:, 1:][is_target], spare)
+
+    def of_chunk(hidden: Tensor, tokens: Tensor) -> Tensor:
+        return function(logits_of(model, hidden), tokens)
+
+    results = []
+    for chunk in zip(hidden.split(width), tokens.split(width), strict=True):
+        if chunks > 1 and torch.is_grad_enabled():
+            results.append(checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False))
+        else:
+            results.append(of_chunk(*chunk))
+    return torch.cat(results)[:count]
+
+
+def last_hidden(model: Any, **given: Any) -> Tensor:
+    """What a language model's output head reads, [B * T, H]: the head itself is given one token only."""
+    read: list[Tensor] = []
+
+    def keep(_: nn.Module, states: tuple[Tensor]) -> Tensor:
+        read.append(states[0].flatten(0, 1))
+        return states[0][:1, :1]
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(keep)
     try:
-        logits = model(**inputs(model, ids, mask), use_cache=False).logits[0, : len(index)]
+        model(**given)
     finally:
         hook.remove()
-    return logits.float(), ids[:, 1:][is_target]
+    return read[0]
+
+
+def logits_of(model: Any, hidden: Tensor) -> Tensor:
+    """Float32 logits [n, V] of hidden states [n, H]: the output head, and what some architectures do after it."""
+    logits, config = model.get_output_embeddings()(hidden).float(), model.config.get_text_config()
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
+    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def head_outputs(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
@@ -670,6 +735,83 @@ def warmup_cosine(peak: float, step: int, num_steps: int, warmup_steps: int) -> 
 # ------------------------------------------------------------------------------------------------------ decoding loop
 
 
+class KeyValueCache(transformers.Cache):
+    """Keys and values of all layers, [B, heads, capacity, head size] each, written in place as the sequence grows.
+
+    `slot` is the column that the next token's go to: 0 for a prompt, then a tensor [1] on the device, so that a captured
+    graph can move on. Attention reads the columns before `end`; those not yet written are 0 and masked.
+    """
+
+    def __init__(self, capacity: int):
+        super().__init__(layer_class_to_replicate=lambda: KeyValueLayer(self))
+        self.capacity, self.end = capacity, 0
+        self.slot: int | Tensor = 0
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these."""
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+
+
+class KeyValueLayer(transformers.cache_utils.DynamicLayer):
+    """One layer of a KeyValueCache."""
+
+    def __init__(self, cache: KeyValueCache):
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        rows, heads, _, size = key_states.shape
+        kind = key_states.device.type
+        cast = torch.is_autocast_enabled(kind) and kind != "cpu"  # to what attention would cast them in each step
+        dtype = torch.get_autocast_dtype(kind) if cast else torch.float32
+        self.keys = key_states.new_zeros(rows, heads, self.cache.capacity, size, dtype=dtype)
+        self.values = self.keys.new_zeros(rows, heads, self.cache.capacity, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        for stored, new in ((self.keys, key_states), (self.values, value_states)):
+            if isinstance(self.cache.slot, int):
+                stored[:, :, self.cache.slot : self.cache.slot + new.shape[2]] = new
+            else:
+                stored.index_copy_(2, self.cache.slot, new.to(stored.dtype))
+        return self.keys[:, :, : self.cache.end], self.values[:, :, : self.cache.end]
+
+    def get_seq_length(self) -> int | Tensor:
+        return self.cache.slot
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.end, 0
+
+
+def float32_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A model's own eager attention in float32, whatever autocast says."""
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    with torch.autocast(query.device.type, enabled=False):
+        return eager(module, query.float(), key.float(), value.float(), *args, **kwargs)
+
+
+transformers.AttentionInterface.register("float32", float32_attention)
+transformers.AttentionMaskInterface.register("float32", transformers.masking_utils.eager_mask)
+
+
+@contextlib.contextmanager
+def decoding_attention(model: Any) -> Iterator[None]:
+    """On a CPU under autocast, attention in float32: for one query a row, products in bfloat16 are four times slower."""
+    kind, before = model.device.type, model.config._attn_implementation
+    has_eager = hasattr(sys.modules[type(model).__module__], "eager_attention_forward")
+    change = kind == "cpu" and torch.is_autocast_enabled(kind) and before == "eager" and has_eager
+    if change:
+        model.set_attn_implementation("float32")
+    try:
+        yield
+    finally:
+        if change:
+            model.set_attn_implementation(before)
+
+
 @torch.no_grad()
 def generate(
     model: Any,
@@ -682,6 +824,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     rng: torch.Generator | None = None,
+    stride: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample responses: (response_ids [B, R], response_mask [B, R] with 1 up to and including the first of `stop_ids`).
 
@@ -689,30 +832,77 @@ def generate(
     follows a stop token is `pad_id` (D16). Logits are divided by the temperature (D5); 0 takes the most probable token.
     top_k (0: all) and top_p (1.0: all) sample among the k most probable tokens and among the fewest that hold
     probability p (D36). Each row draws its own numbers from `rng`, on the model's device, whatever the other rows do.
+
+    Every `stride` tokens (1 on a CPU, 32 elsewhere) the device is asked which rows have ended: these are dropped once
+    they are a quarter. In between it never waits for the host, and on CUDA the steps are one captured graph.
     """
-    rows, device = len(prompt_ids), prompt_ids.device
+    (rows, prompt_length), device = prompt_ids.shape, prompt_ids.device
+    stride = stride or (1 if device.type == "cpu" else 32)
     response_ids = torch.full((rows, response_length), pad_id, device=device)
     response_mask = torch.zeros_like(response_ids)
-    stops = torch.tensor(stop_ids, device=device)
     uniform = torch.rand(response_length, rows, generator=rng, device=device, dtype=torch.float64)
-    alive = torch.ones(rows, dtype=torch.bool, device=device)
-    given = inputs(model, prompt_ids, prompt_mask)
-    mask, cache, takes_positions = prompt_mask, transformers.DynamicCache(), "position_ids" in given
-    for t in range(response_length):
-        logits = model(**given, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()  # [B, V]
+    stops = torch.tensor(stop_ids, device=device)
+
+    # of the b rows that are still decoded: their numbers, whether they go on, their last token, their mask [b, P + R]
+    live = torch.arange(rows, device=device)
+    alive, token = torch.ones_like(live, dtype=torch.bool), torch.zeros_like(live)
+    mask = F.pad(prompt_mask, (0, response_length))
+    t = torch.zeros(1, dtype=torch.long, device=device)  # tokens sampled so far
+    cache = KeyValueCache(prompt_length + response_length)
+
+    def choose(logits: Tensor) -> None:
+        """Sample token t of the b rows from logits [b, V]."""
         # no minimum length, no repetition penalty: the log-probabilities that PPO computes know nothing of them (B11)
-        token = sample(logits, temperature, top_k, top_p, uniform[t])
-        response_ids[:, t] = torch.where(alive, token, pad_id)
-        response_mask[:, t] = alive
-        mask = torch.cat([mask, alive[:, None].long()], 1)
-        alive = alive & ~torch.isin(token, stops)
-        # asking the device whether all have ended makes it wait, so ask rarely
-        if (device.type == "cpu" or t % 16 == 15) and not alive.any():
-            break
-        given = {"input_ids": response_ids[:, t : t + 1], "attention_mask": mask}
+        numbers = uniform.index_select(0, t)[0, live]
+        token.copy_(torch.where(alive, sample(logits, temperature, top_k, top_p, numbers), pad_id))
+        place = live, t.expand_as(live)
+        response_ids.index_put_(place, token)
+        response_mask.index_put_(place, alive.long())
+        mask.index_copy_(1, t + prompt_length, alive[:, None].long())
+        alive.logical_and_(~torch.isin(token, stops))
+        t.add_(1)
+
+    def step() -> None:
+        """Feed the last token of the b rows and sample the next one."""
+        cache.slot = t + (prompt_length - 1)
+        given = {"input_ids": token[:, None], "attention_mask": mask[:, : cache.end]}
         if takes_positions:
             given["position_ids"] = mask.sum(1, keepdim=True) - 1
+        choose(last_logits(given))
+
+    def last_logits(given: dict[str, Tensor]) -> Tensor:
+        return model(**given, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+
+    given, cache.end = inputs(model, prompt_ids, prompt_mask), prompt_length
+    takes_positions = "position_ids" in given
+    with decoding_attention(model):
+        choose(last_logits(given))
+        for start in range(1, response_length, stride):
+            going_on = int(alive.sum())
+            if going_on == 0:
+                break
+            if going_on <= 0.75 * len(live):
+                kept = alive.nonzero().squeeze(1)
+                live, alive, token, mask = live[kept], alive[kept], token[kept], mask[kept]
+                cache.keep(kept)
+            steps = min(stride, response_length - start)
+            cache.end = prompt_length + start + steps - 1
+            repeat(step, steps, device)
     return response_ids, response_mask
+
+
+def repeat(step: Callable[[], None], times: int, device: torch.device) -> None:
+    """Call `step` so many times; on CUDA once, and then a captured graph of it."""
+    step()
+    if device.type != "cuda" or times < 4:
+        for _ in range(times - 1):
+            step()
+        return
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(times - 1):
+        graph.replay()
 
 
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ import transformers  # noqa: E402 (its log goes to the stderr of its first impor
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
+import utils  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS = ["two", "three", "four", "five", "six"]
 KINDS = ["ripe", "green", "small", "very large", "fresh"]
@@ -361,6 +363,13 @@ def plain_scores(folder: Path | str, sequences: list[list[int]]) -> np.ndarray:
     model = plain_classifier(folder)
     raw = np.array([model(input_ids=torch.tensor([ids])).logits.item() for ids in sequences])
     return (raw - model.config.reward_mean) / model.config.reward_std
+
+
+def target_logits(model, ids, mask, is_target) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `utils.map_logits` gives its function: logits [N, V] at the targets, and the tokens there [N]."""
+    given = (model, ids, mask, is_target)
+    logits, tokens = (utils.map_logits(lambda *both, i=i: both[i], *given) for i in (0, 1))
+    return logits, tokens
 
 
 class Rollout:

@@ -488,15 +488,13 @@ def test_nan_stops_the_run_and_the_checkpoint_stands(request, name, monkeypatch,
     flags = {"save_every": 1} | ({"total_episodes": 32} if name == "ppo" else {})
     logged = []
     log = utils.Logger.log
-    function = "last_token_scores" if name == "reward_model" else "target_logits"
+    function = "last_token_scores" if name == "reward_model" else "map_logits"
     original = getattr(utils, function)
 
     def spoiled(*args):
         result = original(*args)
         spoil = logged[-1:] == [2] and torch.is_grad_enabled()
-        logits, *rest = result if isinstance(result, tuple) else (result,)
-        logits = logits * float("nan") if spoil else logits
-        return (logits, *rest) if rest else logits
+        return result * float("nan") if spoil else result
 
     with monkeypatch.context() as patch:
         patch.setattr(utils.Logger, "log", lambda self, step, metrics: (logged.append(step), log(self, step, metrics)))

@@ -18,6 +18,7 @@ from conftest import (
     rollouts_of,
     rows_of,
     save_pair,
+    target_logits,
     sft_rows,
     summary_of,
     weights_of,
@@ -199,7 +200,7 @@ def test_b10_padding_changes_no_probability():
             ids, mask = utils.pad([SHORT, LONG], 0, side, CPU, width)
             is_target = mask.bool() & (torch.arange(2) == 1)[:, None]
             is_target[1, 0 if side == "right" else -len(LONG)] = False  # the first token follows nothing
-            logits, tokens = utils.target_logits(model, ids, mask, is_target)
+            logits, tokens = target_logits(model, ids, mask, is_target)
             assert tokens.tolist() == LONG[1:]
             torch.testing.assert_close(logits, alone, rtol=0, atol=1e-5)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_model, make_tokenizer, write_jsonl
+from conftest import make_model, make_tokenizer, target_logits, write_jsonl
 
 import utils
 
@@ -466,7 +466,7 @@ def test_more_left_padding_changes_nothing(model):
         ids, mask = utils.pad(PROMPTS, 0, "left", CPU, width)
         with torch.no_grad():
             whole, is_target = torch.cat([mask, a_mask], 1), torch.cat([torch.zeros_like(mask), a_mask], 1).bool()
-            logits, tokens = utils.target_logits(model, torch.cat([ids, a], 1), whole, is_target)
+            logits, tokens = target_logits(model, torch.cat([ids, a], 1), whole, is_target)
         rows.append(logits.log_softmax(-1).gather(1, tokens[:, None]))
     torch.testing.assert_close(rows[0], rows[1], rtol=0, atol=1e-5)
 
@@ -592,16 +592,18 @@ def test_temperature_zero_takes_the_most_probable():
 # ------------------------------------------------------------------------------------------------------ forward passes
 
 
+@pytest.mark.parametrize("at_a_time", [2**26, 30_000])  # whole, and in chunks of 64 tokens
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_target_logits_are_those_of_the_full_forward_pass(model, side):
+def test_target_logits_are_those_of_the_full_forward_pass(model, side, at_a_time, monkeypatch):
     """D8: of the targets alone, one position before each, and with the same gradients; none in the first column."""
-    ids, mask = utils.pad(PROMPTS, 0, side, CPU)
+    monkeypatch.setattr(utils, "LOGITS_AT_A_TIME", at_a_time)
+    ids, mask = utils.pad(PROMPTS * 20, 0, side, CPU)
     full = model(**utils.inputs(model, ids, mask)).logits
     for is_target in (mask.bool(), ids % 3 == 0, ids < 0):
         rows, columns = is_target.nonzero(as_tuple=True)
         rows, columns = rows[columns > 0], columns[columns > 0]
         expected = full[rows, columns - 1]
-        got, tokens = utils.target_logits(model, ids, mask, is_target)
+        got, tokens = target_logits(model, ids, mask, is_target)
         assert got.dtype == torch.float32
         assert tokens.tolist() == ids[rows, columns].tolist()
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)

@@ -78,8 +78,8 @@ class Args:
     """Responses per update, over all processes."""
     num_mini_batches: int = 1
     """Optimizer steps that a pass over the batch is divided into."""
-    micro_batch_size: int = 32
-    """Sequences that one device holds in one forward-backward; changes the result by rounding alone."""
+    micro_batch_size: int | Literal["auto"] = 32
+    """Sequences that one device holds in one forward-backward, auto: as many as fit; changes rounding alone."""
     num_ppo_epochs: int = 4
     """Passes over each batch."""
     samples_per_prompt: int = 1
@@ -142,6 +142,8 @@ class Args:
     """Gradients of policy and value function together are scaled down to this norm."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    compile: bool = False
+    """Compile the models (torch.compile): a minute at the start, faster training; needs a C++ compiler on CPUs."""
 
     eval_prompts: int = 200
     """Held-out prompts to compare policy and reference on."""
@@ -257,7 +259,7 @@ def main(args: Args) -> None:
                 utils.stop(f"{args.reward_model}: {what}; shorten the prompts", code=1 if update else 2)
         scores = torch.zeros(len(sequences), device=device)
         order = torch.tensor([len(s) for s in sequences]).argsort(stable=True)  # similar lengths, little padding
-        for part in order.split(args.micro_batch_size):
+        for part in order.split(micro_batch_size):
             chunk = [sequences[i] for i in part]
             score_ids, score_mask = utils.pad(chunk, reward_tokenizer.pad_token_id, "right", device, limit=most)
             with utils.autocast(device, args.dtype):
@@ -269,7 +271,7 @@ def main(args: Args) -> None:
         """(rows, columns, R') of micro-batches of similar length, with the columns that hold anything and their R'."""
         lengths, totals = response_mask.sum(1).cpu(), mask.sum(1).cpu()
         rows = rows.sort().values  # a batch is divided alike in rollout and training, so bfloat16 rounds alike (D26)
-        for part in rows[totals[rows].argsort(stable=True)].split(args.micro_batch_size):
+        for part in rows[totals[rows].argsort(stable=True)].split(micro_batch_size):
             length, prompt_length = int(lengths[part].max()), int((totals - lengths)[part].max())
             P = mask.shape[1] - R
             yield part.to(device), slice(P - prompt_length, P + length), length
@@ -305,8 +307,8 @@ def main(args: Args) -> None:
         rows = [ptx_rows[i] for i in torch.randint(len(ptx_rows), (count,), generator=rng).tolist()]
         num_tokens = utils.sum_over_processes(torch.tensor(sum(len(c) - (not p) for p, c in rows), device=device))
         total, most = torch.zeros((), device=device), utils.context_length(policy)
-        for i in range(0, count, args.micro_batch_size):
-            micro = rows[i : i + args.micro_batch_size]
+        for i in range(0, count, micro_batch_size):
+            micro = rows[i : i + micro_batch_size]
             ptx_ids, ptx_mask = utils.pad([p + c for p, c in micro], pad_id, "right", device, limit=most)
             starts = torch.tensor([len(p) for p, _ in micro], device=device)
             is_target = ptx_mask.bool() & (torch.arange(ptx_ids.shape[1], device=device) >= starts[:, None])
@@ -317,9 +319,24 @@ def main(args: Args) -> None:
             total += loss.detach()
         return utils.sum_over_processes(total)
 
+    def longest_micro_batch(count: int) -> Tensor:
+        """A loss of `count` sequences as long as they can get, to try how many fit."""
+        T = max(len(p.ids) for p in train_prompts) + R
+        ids, mask = torch.full((count, T), eos_id, device=device), torch.ones(count, T, dtype=torch.long, device=device)
+        loss = policy_outputs(policy, ids, mask, R)[0].sum()
+        return loss if value_model is None else loss + value_outputs(ids, mask, R).sum()
+
     # -------------------------------------------------------------------------------------------------- the PPO loop
     num_updates = args.total_episodes // args.batch_size
     local_batch_size = args.batch_size // process.world
+    trained = {"policy": policy} if value_model is None else {"policy": policy, "value_model": value_model}
+    if args.compile:
+        for model in (policy, reference, value_model, reward_model):
+            utils.compile_model(model)
+    micro_batch_size = args.micro_batch_size
+    if micro_batch_size == "auto":
+        most = local_batch_size // args.num_mini_batches
+        micro_batch_size = utils.largest_micro_batch(longest_micro_batch, most, *trained.values())
     prompts_per_update = args.batch_size // args.samples_per_prompt
     if process.is_main:
         size = f"policy of {sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M parameters"
@@ -328,7 +345,6 @@ def main(args: Args) -> None:
     before = evaluate(reference)
     out = utils.open_output(args, process)
 
-    trained = {"policy": policy} if value_model is None else {"policy": policy, "value_model": value_model}
     parameters = [p for model in trained.values() for p in model.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)  # D6
     kl_coef, first_update = args.kl_coef, 1
@@ -637,7 +653,7 @@ def check_flags(args: Args, world: int) -> None:
     utils.check_range(args, "gamma lam", lambda x: 0 <= x <= 1, "a number from 0 to 1")
     utils.check_range(args, "top_p", lambda x: 0 < x <= 1, "a number above 0 and up to 1")
 
-    share = args.num_mini_batches * args.micro_batch_size * world
+    share = args.num_mini_batches * world * (1 if args.micro_batch_size == "auto" else args.micro_batch_size)
     what = "does not divide --batch-size evenly over processes and micro-batches"
     utils.require(args.batch_size % share == 0, f"--num-mini-batches: {what}; make --batch-size a multiple of {share}")
     share = args.samples_per_prompt * world

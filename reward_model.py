@@ -54,8 +54,8 @@ class Args:
     """Passes over the pairs; more than one overfits (D12)."""
     batch_size: int = 32
     """Pairs per optimizer step, over all processes."""
-    micro_batch_size: int = 32
-    """Pairs that one device holds in one forward-backward; changes the result by rounding alone."""
+    micro_batch_size: int | Literal["auto"] = 32
+    """Pairs that one device holds in one forward-backward, auto: as many as fit; changes rounding alone."""
     max_length: int = 512
     """Tokens of prompt and response; longer pairs are left out."""
     learning_rate: float = 5e-4
@@ -70,6 +70,8 @@ class Args:
     """Set the scores' standard deviation on them to 1 too."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    compile: bool = False
+    """Compile the models (torch.compile): a minute at the start, faster training; needs a C++ compiler on CPUs."""
     save_every: int = 200
     """Steps between checkpoints for --resume; 0 saves none."""
     eval_every: int = 100
@@ -111,6 +113,8 @@ def main(args: Args) -> None:
         encoded = utils.encode_pairs(tokenizer, utils.demonstrations(sft_data), sft_data.places)
         sft_texts = [p + c for p, c in zip(*encoded, strict=True) if len(p) + len(c) <= max_length]
         utils.require(bool(sft_texts), f"{args.normalize_with}: no text is short enough; raise --max-length")
+    if args.compile:
+        utils.compile_model(model)
     out = utils.open_output(args, process)
 
     # D6: AdamW without weight decay, warmup, cosine to 0
@@ -131,14 +135,20 @@ def main(args: Args) -> None:
         with utils.autocast(process.device, args.dtype):
             return utils.last_token_scores(model, ids, mask)
 
+    micro_batch_size = args.micro_batch_size
+    if micro_batch_size == "auto":
+        longest = max((text for p in train_pairs for text in (p.chosen, p.rejected)), key=len)
+        most = args.batch_size // process.world
+        micro_batch_size = utils.largest_micro_batch(lambda n: score([longest] * 2 * n).sum(), most, model)
+
     @torch.no_grad()
     def score_all(texts: list[list[int]]) -> np.ndarray:
         """Raw scores of many texts, in their order, each process scoring its share."""
         mine = texts[process.rank :: process.world]
         order = sorted(range(len(mine)), key=lambda i: len(mine[i]))
         scores = torch.zeros(len(mine))
-        for i in range(0, len(mine), 2 * args.micro_batch_size):
-            part = order[i : i + 2 * args.micro_batch_size]
+        for i in range(0, len(mine), 2 * micro_batch_size):
+            part = order[i : i + 2 * micro_batch_size]
             scores[part] = score([mine[j] for j in part]).cpu()
         return np.array(utils.gather(scores.tolist()))
 
@@ -162,8 +172,8 @@ def main(args: Args) -> None:
         batch = [train_pairs[i] for i in indices]
         mine = sorted(batch[process.rank :: process.world], key=lambda p: len(p.chosen) + len(p.rejected))
         totals = torch.zeros(3, device=process.device)  # loss, right pairs, margin
-        for i in range(0, len(mine), args.micro_batch_size):
-            micro = mine[i : i + args.micro_batch_size]
+        for i in range(0, len(mine), micro_batch_size):
+            micro = mine[i : i + micro_batch_size]
             # D11: both sides in one forward pass
             chosen, rejected = score([p.chosen for p in micro] + [p.rejected for p in micro]).chunk(2)  # [B], [B]
             losses = -F.logsigmoid(chosen - rejected)

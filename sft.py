@@ -54,8 +54,8 @@ class Args:
     """Passes over the training rows."""
     batch_size: int = 16
     """Sequences per optimizer step, over all processes."""
-    micro_batch_size: int = 16
-    """Sequences that one device holds in one forward-backward; changes the result by rounding alone."""
+    micro_batch_size: int | Literal["auto"] = 16
+    """Sequences that one device holds in one forward-backward, auto: as many as fit; changes rounding alone."""
     max_length: int = 512
     """Tokens of a sequence, prompt and completion; longer completions are cut."""
     learning_rate: float = 3e-3
@@ -66,6 +66,8 @@ class Args:
     """Gradients are scaled down to this norm."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    compile: bool = False
+    """Compile the models (torch.compile): a minute at the start, faster training; needs a C++ compiler on CPUs."""
     save_every: int = 200
     """Steps between checkpoints for --resume; 0 saves none."""
     eval_every: int = 200
@@ -92,6 +94,8 @@ def main(args: Args) -> None:
     max_length = min(args.max_length, utils.context_length(model))
     train_rows = encode(tokenizer, train_data, max_length)
     eval_rows = encode(tokenizer, eval_data, max_length)
+    if args.compile:
+        utils.compile_model(model)
     out = utils.open_output(args, process)
 
     # D6: AdamW without weight decay, warmup, cosine to 0
@@ -118,13 +122,19 @@ def main(args: Args) -> None:
             cross_entropy = partial(F.cross_entropy, reduction="none")  # of logits [n, V] and tokens [n]
             return utils.map_logits(cross_entropy, model, ids, mask, is_target).sum()
 
+    micro_batch_size = args.micro_batch_size
+    if micro_batch_size == "auto":
+        longest = max(train_rows, key=lambda r: len(r[0]))
+        most = args.batch_size // process.world
+        micro_batch_size = utils.largest_micro_batch(lambda n: sum_of_losses([longest] * n), most, model)
+
     @torch.no_grad()
     def evaluate() -> float:
         """Cross-entropy per completion token of the held-out rows, in nats."""
         mine = sorted(eval_rows[process.rank :: process.world], key=lambda r: len(r[0]))
         total = torch.zeros(2, dtype=torch.float64, device=process.device)
-        for i in range(0, len(mine), args.micro_batch_size):
-            rows = mine[i : i + args.micro_batch_size]
+        for i in range(0, len(mine), micro_batch_size):
+            rows = mine[i : i + micro_batch_size]
             total += torch.stack([sum_of_losses(rows).double(), torch.tensor(count_targets(rows)).to(total)])
         total = utils.sum_over_processes(total)
         return (total[0] / total[1]).item()
@@ -138,9 +148,9 @@ def main(args: Args) -> None:
         num_tokens = count_targets(batch)  # over all processes: every process knows the whole batch
         mine = sorted(batch[process.rank :: process.world], key=lambda r: len(r[0]))  # similar lengths, little padding
         loss = torch.zeros((), device=process.device)
-        for i in range(0, len(mine), args.micro_batch_size):
+        for i in range(0, len(mine), micro_batch_size):
             # D9: a sum over tokens divided by the whole batch's count, never a mean of means (B12, B22)
-            micro_loss = sum_of_losses(mine[i : i + args.micro_batch_size]) / num_tokens
+            micro_loss = sum_of_losses(mine[i : i + micro_batch_size]) / num_tokens
             micro_loss.backward()
             loss += micro_loss.detach()
         loss = utils.sum_over_processes(loss).item()

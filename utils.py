@@ -172,14 +172,15 @@ def check_range(args: Any, names: str, allowed: Callable[[float], bool], wanted:
 
 def check_common_flags(args: Any, world: int) -> None:
     """Check the flags that stages share; `args` is a stage's dataclass."""
-    check_range(args, "batch_size micro_batch_size", lambda n: n > 0, "1 or more")
+    automatic = args.micro_batch_size == "auto"
+    check_range(args, "batch_size" if automatic else "batch_size micro_batch_size", lambda n: n > 0, "1 or more")
     check_range(args, "save_every eval_every seed", lambda n: n >= 0, "0 or more")
     check_range(args, "learning_rate max_grad_norm", lambda x: x > 0, "a number above 0")
     if hasattr(args, "epochs"):  # sft.py and reward_model.py, which pass over a fixed set of rows
         check_range(args, "epochs", lambda n: n > 0, "1 or more")
         check_range(args, "max_length", lambda n: n > 1, "2 or more")
         check_range(args, "warmup_ratio", lambda x: 0 <= x < 1, "0 to below 1")
-    share = args.micro_batch_size * world
+    share = (1 if automatic else args.micro_batch_size) * world
     what = f"{args.batch_size} is not divisible by the micro-batch size times the processes ({share})"
     mend = f"pass a multiple of {share}, or another --micro-batch-size"
     require(args.batch_size % share == 0, f"--batch-size: {what}; {mend}")
@@ -536,7 +537,8 @@ def load_causal_lm(model: str, device: torch.device) -> Any:
     given = inputs(loaded, *torch.ones(2, 1, 4, dtype=torch.long, device=device))
     with torch.no_grad():
         own = loaded(**given, use_cache=False).logits[0].float()
-        same = torch.allclose(own, logits_of(loaded, last_hidden(loaded, **given, use_cache=False)), rtol=1e-3, atol=1e-3)
+        ours = logits_of(loaded, last_hidden(loaded, **given, use_cache=False))
+    same = torch.allclose(own, ours, rtol=1e-3, atol=1e-3)
     require(same, f"{model}: does something unknown to its logits, as few architectures do; pass another model")
     return loaded
 
@@ -614,6 +616,51 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
+def compile_model(model: Any) -> None:
+    """Compile what comes before a model's head, on its first use; None is left alone. Decoding does without."""
+    if model is not None:
+        model.base_model.compile(dynamic=True)
+
+
+def largest_micro_batch(loss_of: Callable[[int], Tensor], most: int, *models: Any) -> int:
+    """The largest divisor of `most` sequences that fit in memory, in all processes, found by trying.
+
+    `loss_of(count)` is a loss of so many of the longest sequences. Its backward pass is tried with more and more, until
+    memory runs out or, by what the last trial took, would run out of 90% of what is free.
+    """
+    device = models[0].device
+    moments = sum(8 * p.numel() for model in models for p in model.parameters())  # of AdamW, which come later
+    fits, each, divisors = 1, 0.0, [n for n in range(1, most + 1) if most % n == 0]
+    for count in divisors:
+        free, before = free_memory(device) - moments, peak_memory_gb() * 1e9
+        if count * each > 0.9 * free:
+            break
+        try:
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+                before = torch.cuda.memory_allocated(device)
+            loss_of(count).backward()
+        except torch.OutOfMemoryError:
+            break
+        finally:
+            for model in models:
+                model.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        fits, each = count, max(each, (peak_memory_gb() * 1e9 - before) / count)
+    return min(gather([fits]))
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are still to be had on a device, roughly."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    if info.exists():
+        return next(1024.0 * int(line.split()[1]) for line in info.open() if line.startswith("MemAvailable"))
+    return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def inputs(model: Any, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """Arguments of a forward pass over ids and mask [B, T]; positions count real tokens, not padding (D2, B10)."""
     given = {"input_ids": ids, "attention_mask": mask}
@@ -628,11 +675,11 @@ LOGITS_AT_A_TIME = 2**26  # 256 MB in float32
 def map_logits(
     function: Callable[[Tensor, Tensor], Tensor], model: Any, ids: Tensor, mask: Tensor, is_target: Tensor
 ) -> Tensor:
-    """`function(logits [n, V], tokens [n])`, which gives [n, ...], for the N tokens of ids [B, T] where is_target [B, T].
+    """What `function(logits [n, V], tokens [n])` says of the N tokens of ids [B, T] where is_target [B, T] is true.
 
-    Logits are float32; all results together are [N, ...]. A token is predicted at the one before it, so none in the
-    first column is. Of tokens that are no targets only hidden states are computed, and where N x V is large the
-    function is called on chunks, again in the backward pass, so that no tensor [N, V] ever exists.
+    Logits are float32; the function gives [n, ...], and all its results together are [N, ...]. A token is predicted at
+    the one before it, so none in the first column is. Of tokens that are no targets only hidden states are computed, and
+    where N x V is large the function is called on chunks, again in the backward pass: no tensor [N, V] ever exists.
     """
     is_target = is_target[:, 1:]
     index = F.pad(is_target, (0, 1)).flatten().nonzero().squeeze(1)  # [N] of the tokens before
@@ -738,8 +785,8 @@ def warmup_cosine(peak: float, step: int, num_steps: int, warmup_steps: int) -> 
 class KeyValueCache(transformers.Cache):
     """Keys and values of all layers, [B, heads, capacity, head size] each, written in place as the sequence grows.
 
-    `slot` is the column that the next token's go to: 0 for a prompt, then a tensor [1] on the device, so that a captured
-    graph can move on. Attention reads the columns before `end`; those not yet written are 0 and masked.
+    `slot` is where the next token's go: 0 for a prompt, then a tensor [1] on the device, so that a captured graph can
+    move on. Attention reads the columns before `end`; those not yet written are 0 and masked.
     """
 
     def __init__(self, capacity: int):
@@ -799,7 +846,7 @@ transformers.AttentionMaskInterface.register("float32", transformers.masking_uti
 
 @contextlib.contextmanager
 def decoding_attention(model: Any) -> Iterator[None]:
-    """On a CPU under autocast, attention in float32: for one query a row, products in bfloat16 are four times slower."""
+    """On a CPU under autocast, attention in float32: for one query a row, bfloat16 is four times slower."""
     kind, before = model.device.type, model.config._attn_implementation
     has_eager = hasattr(sys.modules[type(model).__module__], "eager_attention_forward")
     change = kind == "cpu" and torch.is_autocast_enabled(kind) and before == "eager" and has_eager
@@ -853,8 +900,8 @@ def generate(
     def choose(logits: Tensor) -> None:
         """Sample token t of the b rows from logits [b, V]."""
         # no minimum length, no repetition penalty: the log-probabilities that PPO computes know nothing of them (B11)
-        numbers = uniform.index_select(0, t)[0, live]
-        token.copy_(torch.where(alive, sample(logits, temperature, top_k, top_p, numbers), pad_id))
+        sampled = sample(logits, temperature, top_k, top_p, uniform.index_select(0, t)[0, live])
+        token.copy_(torch.where(alive, sampled, pad_id))
         place = live, t.expand_as(live)
         response_ids.index_put_(place, token)
         response_mask.index_put_(place, alive.long())
@@ -875,7 +922,7 @@ def generate(
 
     given, cache.end = inputs(model, prompt_ids, prompt_mask), prompt_length
     takes_positions = "position_ids" in given
-    with decoding_attention(model):
+    with decoding_attention(model), torch.compiler.set_stance("force_eager"):
         choose(last_logits(given))
         for start in range(1, response_length, stride):
             going_on = int(alive.sum())

@@ -87,15 +87,15 @@ MUTATIONS = [
     Mutation(
         f"{BUGS}b11_samples_come_from_the_distribution_that_is_scored",
         "utils.py",
-        "token = sample(logits, temperature, top_k, top_p, uniform[t])",
-        "token = sample(logits.index_fill(1, stops, -torch.inf), temperature, top_k, top_p, uniform[t])",
+        "sampled = sample(logits, temperature, top_k, top_p, ",
+        "sampled = sample(logits.index_fill(1, stops, -torch.inf), temperature, top_k, top_p, ",
     ),
     Mutation(
         f"{BUGS}b12_accumulation_is_exact[sft]",
         "sft.py",
-        "sum_of_losses(mine[i : i + args.micro_batch_size]) / num_tokens",
-        "sum_of_losses(mine[i : i + args.micro_batch_size]) / count_targets(mine[i : i + args.micro_batch_size])"
-        " * args.micro_batch_size / len(mine)",
+        "sum_of_losses(mine[i : i + micro_batch_size]) / num_tokens",
+        "sum_of_losses(mine[i : i + micro_batch_size]) / count_targets(mine[i : i + micro_batch_size])"
+        " * micro_batch_size / len(mine)",
     ),
     Mutation(
         f"{BUGS}b12_accumulation_is_exact[reward_model]",
@@ -202,8 +202,8 @@ MUTATIONS = [
     Mutation(
         f"{DETAILS}d03_masks_come_from_lengths",
         "utils.py",
-        "response_mask[:, t] = alive",
-        "response_mask[:, t] = token != pad_id",
+        "response_mask.index_put_(place, alive.long())",
+        "response_mask.index_put_(place, (token != pad_id).long())",
     ),
     Mutation(
         f"{DETAILS}d04_dropout_is_off",
@@ -214,8 +214,8 @@ MUTATIONS = [
     Mutation(
         f"{DETAILS}d05_log_probabilities_are_divided_by_the_temperature",
         "ppo_rlhf.py",
-        "logits = logits / args.temperature  # D5",
-        "# D5",
+        "distribution = (logits / args.temperature).log_softmax(-1)  # D5",
+        "distribution = logits.log_softmax(-1)  # D5",
     ),
     Mutation(
         f"{DETAILS}d06_optimizer_and_schedule[sft]",
@@ -250,8 +250,8 @@ MUTATIONS = [
     Mutation(
         f"{DETAILS}d09_a_batch_is_a_mean_over_its_tokens",
         "sft.py",
-        "sum_of_losses(mine[i : i + args.micro_batch_size]) / num_tokens",
-        "sum_of_losses(mine[i : i + args.micro_batch_size]) / count_targets(mine[i : i + args.micro_batch_size]) / 3",
+        "sum_of_losses(mine[i : i + micro_batch_size]) / num_tokens",
+        "sum_of_losses(mine[i : i + micro_batch_size]) / count_targets(mine[i : i + micro_batch_size]) / 3",
     ),
     Mutation(
         f"{DETAILS}d10_the_head_starts_small_and_random",
@@ -292,8 +292,8 @@ MUTATIONS = [
     Mutation(
         f"{DETAILS}d16_responses_end_with_the_first_stop_token",
         "utils.py",
-        "response_ids[:, t] = torch.where(alive, token, pad_id)",
-        "response_ids[:, t] = token",
+        "token.copy_(torch.where(alive, sampled, pad_id))",
+        "token.copy_(sampled)",
     ),
     Mutation(
         f"{DETAILS}d17_the_score_is_added_at_the_last_real_token",

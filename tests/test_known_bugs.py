@@ -18,9 +18,9 @@ from conftest import (
     rollouts_of,
     rows_of,
     save_pair,
-    target_logits,
     sft_rows,
     summary_of,
+    target_logits,
     weights_of,
     write_data,
 )

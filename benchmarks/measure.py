@@ -13,11 +13,8 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_stage(command: list[str], threads: int) -> dict:
-    """Run a stage, such as ["sft.py", "--output-dir", "runs/sft"].
-
-    Returns its summary.json with wall seconds, start-up included, and peak resident memory in GB.
-    """
+def run_process(command: list[str], threads: int) -> dict:
+    """Run a script of the project with its flags; wall seconds, start-up included, and peak resident memory in GB."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     started = time.time()
     pid = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment).pid
@@ -25,7 +22,12 @@ def run_stage(command: list[str], threads: int) -> dict:
     if status:
         sys.exit(f"{command[0]} failed")
     unit = 1 if sys.platform == "darwin" else 1024
-    measured = {"wall_seconds": time.time() - started, "peak_memory_gb": usage.ru_maxrss * unit / 1e9}
+    return {"wall_seconds": time.time() - started, "peak_memory_gb": usage.ru_maxrss * unit / 1e9}
+
+
+def run_stage(command: list[str], threads: int) -> dict:
+    """Run a stage, such as ["sft.py", "--output-dir", "runs/sft"]: its summary.json and what `run_process` measures."""
+    measured = run_process(command, threads)
     folder = command[command.index("--output-dir") + 1]
     return json.loads((ROOT / folder / "summary.json").read_text()) | measured
 

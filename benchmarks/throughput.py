@@ -1,0 +1,339 @@
+"""Seconds per update of ppo_rlhf.py and of TRL 1.11.0 on identical work, and what each part of it comes to.
+
+Each run is a process of its own with one update to warm up and then measured ones; the two take turns, A B A B. Beside
+that: rollouts against `model.generate`, the train step against the machine's matrix product, start-up, and how the cost
+of an update grows with the batch and with the response. Needs `pip install -r requirements-bench.txt`; W3 the models
+that benchmarks/embedded.py makes, W4 SmolLM2-135M.
+
+    python benchmarks/throughput.py              # writes benchmarks/results/throughput.json and scaling.png
+    python benchmarks/throughput.py --parts W2 rollout --rounds 3
+
+| | model | batch | prompt, response tokens | |
+|---|---|---|---|---|
+| W1 | Llama of 2.75M parameters, random | 64 | 16, 48 | no response ends early |
+| W2 | the same | 64 | 16, 48 | responses end at random, at 40% of the maximum on average |
+| W3 | the embedded task's | 128 | the task's, 64 at most | its defaults |
+| W4 | SmolLM2-135M | 32 | film reviews, 24 | |
+| W5 | Pythia-1B's shape, random, on a GPU | 512 | 512, 53 | |
+| W6 | Qwen2.5-0.5B's shape, random, on a GPU | 256 | 64, 512 | |
+
+All have 4 epochs and 1 mini-batch. The learning rate is next to 0, so that models, and with them lengths, stay as they
+are. TRL gets the attention that is the faster one on CPUs, as ppo_rlhf.py does.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import tyro
+from measure import ROOT, machine, run_process
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+sys.path.insert(0, str(ROOT))
+import utils
+
+PARTS = ("W1", "W2", "W3", "W4", "rollout", "ceiling", "scaling", "startup")
+GPU_PARTS = ("W5", "W6")
+PHASES = ("rollout", "score", "train")
+PAD, EOS = 0, 1
+
+
+@dataclass
+class Args:
+    parts: tuple[str, ...] = PARTS
+    """What to measure; W5 and W6 need a GPU and are not among the defaults."""
+    rounds: int = 2
+    """Turns of each side."""
+    updates: int = 3
+    """Updates measured in each turn."""
+    threads: int = 2
+    """Threads of each process."""
+    models: Path = Path("runs/embedded/seed1")
+    """Folder with the sft and reward_model of the embedded task."""
+    smollm2: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """SmolLM2-135M: a hub id or a folder."""
+    reviews: Path = Path("data/reviews")
+    """What examples/reviews/prepare.py wrote."""
+    runs: Path = Path("runs/throughput")
+    """Where models and runs go."""
+    out: Path = Path("benchmarks/results")
+    """Folder of the result files."""
+
+
+def main(args: Args) -> None:
+    torch.set_num_threads(args.threads)
+    path = args.out / "throughput.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = json.loads(path.read_text()) if path.exists() else {}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    report["machine"] = machine(args.threads) | versions
+    for part in args.parts:
+        if part.startswith("W"):
+            for dtype in ("bfloat16",) if part in ("W4", *GPU_PARTS) else ("float32", "bfloat16"):
+                report[f"{part} {dtype}"] = compare(args, part, dtype)
+                print(part, dtype, json.dumps(report[f"{part} {dtype}"]["medians"]), flush=True)
+        else:
+            report[part] = {"rollout": rollout, "ceiling": ceiling, "scaling": scaling, "startup": startup}[part](args)
+            print(part, json.dumps(report[part]), flush=True)
+        path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------------- workloads
+
+
+def random_model(folder: Path, config: Any, prompt_tokens: int, mean_length: float | None, most: int) -> None:
+    """Write policy, reward model and prompts: random weights, and a word for each token.
+
+    Responses are `mean_length` tokens long on average where the maximum is `most`; None: none ends early. Embeddings
+    have a large first number, which the output head reads for the EOS token alone: its logit is nearly constant.
+    """
+    words = {"<pad>": PAD, "<eos>": EOS} | {f"w{i}": i for i in range(2, config.vocab_size)}
+    bare = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="<pad>", eos_token="<eos>")
+    torch.manual_seed(1)
+    config.num_labels = 1
+    classifier = transformers.AutoModelForSequenceClassification.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(2, config.vocab_size, (8, 64))
+    with torch.no_grad():
+        head = model.get_output_embeddings()
+        model.get_input_embeddings().weight[:, 0] = 1.0
+        head.weight[:, 0] = head.weight[EOS] = 0.0
+        given = utils.inputs(model, ids, torch.ones_like(ids))
+        others = model(**given).logits.logsumexp(-1).mean()
+        low, high = 1e-12, 1.0 - 1e-6  # probability of EOS at each step
+        while mean_length and high - low > 1e-6:
+            middle = (low + high) / 2
+            longer = (1 - (1 - middle) ** most) / middle > mean_length
+            low, high = (middle, high) if longer else (low, middle)
+        logit = others + torch.logit(torch.tensor(low, dtype=torch.float64))
+        head.weight[EOS, 0] = logit / utils.last_hidden(model, **given)[:, 0].mean()
+    for each, name in ((model, "model"), (classifier, "reward_model")):
+        utils.save_model(each, tokenizer, ROOT / folder / name)
+    rng = torch.Generator().manual_seed(1)
+    (ROOT / folder / "prompts").mkdir(parents=True, exist_ok=True)
+    for split, rows in (("train", 1024), ("validation", 8)):
+        ids = torch.randint(2, config.vocab_size, (rows, prompt_tokens), generator=rng).tolist()
+        lines = (json.dumps({"prompt": " ".join(f"w{i}" for i in row)}) + "\n" for row in ids)
+        (ROOT / folder / "prompts" / f"{split}.jsonl").write_text("".join(lines))
+
+
+def small_llama() -> Any:
+    """2.75M parameters."""
+    sizes = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 6}
+    special = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None, "tie_word_embeddings": False}
+    return transformers.LlamaConfig(vocab_size=2048, max_position_embeddings=1024, **sizes, **special)
+
+
+def workload(args: Args, name: str) -> dict[str, Any]:
+    """Flags of a workload; what it needs is made on the first call."""
+    folder = args.runs / name
+    flags: dict[str, Any] = {"model": folder / "model", "reward-model": folder / "reward_model"}
+    flags |= {"dataset": folder / "prompts", "temperature": 1.0, "kl-coef": 0.05, "missing-eos-penalty": 1.0}
+    flags |= {"num-ppo-epochs": 4, "learning-rate": 1e-12, "micro-batch-size": 32}
+    special = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None, "tie_word_embeddings": False}
+    if name in ("W1", "W2"):
+        flags |= {"batch-size": 64, "response-length": 48}
+        random_model(folder, small_llama(), 16, 19.2 if name == "W2" else None, 48)
+    elif name == "W3":
+        flags |= {"model": args.models / "sft", "reward-model": args.models / "reward_model", "kl-coef": 0.1}
+        flags |= {"dataset": "data/support/prompts", "batch-size": 128, "response-length": 64, "temperature": 0.5}
+    elif name == "W4":
+        flags |= {"model": args.smollm2, "dataset": args.reviews / "prompts", "batch-size": 32, "response-length": 24}
+        torch.manual_seed(1)
+        judge = utils.load_classifier(args.smollm2, torch.device("cpu"))
+        judge.score.weight.data.normal_(std=0.02)
+        utils.save_model(judge, utils.load_tokenizer(args.smollm2), ROOT / folder / "reward_model")
+    elif name == "W5":
+        sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 8}
+        config = transformers.GPTNeoXConfig(vocab_size=50304, max_position_embeddings=2048, **sizes, **special)
+        random_model(folder, config, 512, None, 53)
+        flags |= {"batch-size": 512, "response-length": 53, "micro-batch-size": 64, "device": "cuda"}
+    else:
+        sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
+        sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 2048}
+        random_model(folder, transformers.Qwen2Config(vocab_size=151936, **sizes, **special), 64, None, 512)
+        flags |= {"batch-size": 256, "response-length": 512, "micro-batch-size": 16, "device": "cuda"}
+    return flags
+
+
+# ---------------------------------------------------------------------------------------------------- against another
+
+
+def compare(args: Args, name: str, dtype: str) -> dict[str, Any]:
+    """Updates by ppo_rlhf.py and by TRL in turn: medians of their seconds and phases, tokens per second, memory."""
+    flags = workload(args, name) | {"dtype": dtype}
+    flags["total-episodes"] = flags["batch-size"] * (1 + args.updates)
+    own = {
+        "ppo_rlhf.py": ["--save-every", "0", "--eval-every", "0", "--eval-prompts", "8", "--overwrite"],
+        "benchmarks/trl_ppo.py": [],
+    }
+    rows: dict[str, list[dict]] = {script: [] for script in own}
+    memory: dict[str, list[float]] = {script: [] for script in own}
+    for _ in range(args.rounds):
+        for script, extra in own.items():
+            out = args.runs / name / Path(script).stem
+            given = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+            measured = run_process([script, *given, *extra, "--output-dir", str(out)], args.threads)
+            memory[script].append(measured["peak_memory_gb"])
+            lines = (ROOT / out / "metrics.jsonl").read_text().splitlines()
+            rows[script] += [json.loads(line) for line in lines][1:]  # the first one warms up
+    medians: dict[str, Any] = {}
+    for script, measured in rows.items():
+        seconds = [sum(row[f"time/{phase}"] for phase in PHASES) for row in measured]
+        medians[script] = {"update": statistics.median(seconds)}
+        medians[script] |= {p: statistics.median(row[f"time/{p}"] for row in measured) for p in PHASES}
+        medians[script]["peak_memory_gb"] = max(memory[script])
+    ours, theirs = medians.values()
+    ours["tokens_per_second"] = statistics.median(row["tokens_per_second"] for row in rows["ppo_rlhf.py"])
+    ours["response_length"] = statistics.mean(row["response/length"] for row in rows["ppo_rlhf.py"])
+    ours["train_gflops"] = train_gflop(flags, rows["ppo_rlhf.py"]) / ours["train"]
+    medians["speedup"] = theirs["update"] / ours["update"]
+    runs = {
+        script: [[row[f"time/{phase}"] for phase in PHASES] for row in measured] for script, measured in rows.items()
+    }
+    shown = {flag: str(value) for flag, value in flags.items() if flag not in ("model", "reward-model", "dataset")}
+    return {"flags": shown, "medians": medians, "seconds": runs}
+
+
+def train_gflop(flags: dict[str, Any], rows: list[dict]) -> float:
+    """Matrix products of an update's training, in 10^9 operations, padding not counted: six for each weight and token.
+
+    Each epoch passes prompt and response through policy and value model; the output head sees the responses alone.
+    """
+    model = transformers.AutoModelForCausalLM.from_pretrained(ROOT / flags["model"])
+    products = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()]
+    body, head = sum(m.weight.numel() for m in products), model.get_output_embeddings().weight.numel()
+    tokens = statistics.mean(row["tokens_per_second"] * sum(row[f"time/{p}"] for p in PHASES) for row in rows)
+    responses = statistics.mean(row["response/length"] for row in rows) * flags["batch-size"]
+    return 6 * flags["num-ppo-epochs"] * (2 * body * tokens + head * responses) / 1e9
+
+
+def rollout(args: Args) -> dict[str, Any]:
+    """Tokens per second, up to EOS, of the decoding loop and of `model.generate`, in turn in one process."""
+    report = {}
+    for name in ("W1", "W3"):
+        flags = workload(args, name)
+        model = utils.load_causal_lm(str(ROOT / flags["model"]), torch.device("cpu"))
+        tokenizer = utils.load_tokenizer(str(ROOT / flags["model"]))
+        prompts = utils.load_prompts(tokenizer, str(ROOT / flags["dataset"]), "train", 512)[: flags["batch-size"]]
+        pad, stop = tokenizer.pad_token_id, tokenizer.eos_token_id
+        ids, mask = utils.pad([p.ids for p in prompts], pad, "left", model.device)
+        R, temperature = flags["response-length"], flags["temperature"]
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        sampling |= {"max_new_tokens": R, "eos_token_id": stop, "pad_token_id": pad}
+        for dtype in ("float32", "bfloat16"):
+            rates: dict[str, list[float]] = {"generate": [], "model.generate": []}
+            for turn in range(12):
+                with torch.no_grad(), utils.autocast(model.device, dtype):
+                    started = time.perf_counter()
+                    rng = utils.generator("cpu", turn)
+                    _, real = utils.generate(model, ids, mask, R, [stop], pad, temperature, rng=rng)
+                    seconds = time.perf_counter() - started
+                    rates["generate"].append(real.sum().item() / seconds)
+                    torch.manual_seed(turn)
+                    started = time.perf_counter()
+                    texts = model.generate(input_ids=ids, attention_mask=mask, **sampling)[:, ids.shape[1] :]
+                    seconds = time.perf_counter() - started
+                    ended = (texts == stop).cumsum(1)
+                    rates["model.generate"].append(((ended == 0).sum() + (ended[:, -1] > 0).sum()).item() / seconds)
+            medians = {who: statistics.median(rate[3:]) for who, rate in rates.items()}  # the first ones warm up
+            ratio = medians["generate"] / medians["model.generate"]
+            report[f"{name} {dtype}"] = {"tokens_per_second": medians, "ratio": ratio}
+    return report
+
+
+# ------------------------------------------------------------------------------------------------------ by themselves
+
+
+def ceiling(args: Args) -> dict[str, float]:
+    """10^9 operations per second of a product of two matrices of 2048 x 2048: the best of 20."""
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+        seconds = []
+        for _ in range(20):
+            started = time.perf_counter()
+            a @ b
+            seconds.append(time.perf_counter() - started)
+        rates[str(dtype).removeprefix("torch.")] = 2 * 2048**3 / min(seconds) / 1e9
+    return rates
+
+
+def scaling(args: Args) -> dict[str, Any]:
+    """Seconds per update of W1 as the batch and as the response grow 2 and 4 times, float32; also drawn."""
+    base = workload(args, "W1") | {"dtype": "float32"}
+    report: dict[str, Any] = {}
+    own = ["--save-every", "0", "--eval-every", "0", "--eval-prompts", "8", "--overwrite"]
+    for flag in ("batch-size", "response-length"):
+        for factor in (1, 2, 4):
+            flags = base | {flag: base[flag] * factor}
+            flags["total-episodes"] = flags["batch-size"] * (1 + args.updates)
+            out, given = args.runs / "W1/scaling", [w for f, v in flags.items() for w in (f"--{f}", str(v))]
+            seconds = []
+            for _ in range(args.rounds):
+                run_process(["ppo_rlhf.py", *given, *own, "--output-dir", str(out)], args.threads)
+                rows = [json.loads(line) for line in (ROOT / out / "metrics.jsonl").read_text().splitlines()][1:]
+                seconds += [sum(row[f"time/{phase}"] for phase in PHASES) for row in rows]
+            report.setdefault(flag, {})[str(flags[flag])] = statistics.median(seconds)
+    for by_size in report.values():
+        times = list(by_size.values())
+        by_size["growth"] = times[2] / times[0]
+    plot_scaling(report, args.out / "scaling.png")
+    return report
+
+
+def plot_scaling(report: dict[str, Any], path: Path) -> None:
+    """Seconds against size, and the line of proportional growth."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.4))
+    for axis, (flag, by_size) in zip(axes, report.items(), strict=True):
+        points = [(int(size), seconds) for size, seconds in by_size.items() if size != "growth"]
+        sizes, seconds = zip(*points, strict=True)
+        axis.plot(sizes, seconds, "o-", label="measured")
+        axis.plot(sizes, [seconds[0] * size / sizes[0] for size in sizes], "--", color="gray", label="proportional")
+        axis.set(xlabel=f"--{flag}", ylabel="seconds per update", ylim=(0, None), xlim=(0, None))
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def startup(args: Args) -> dict[str, float]:
+    """Seconds of `ppo_rlhf.py --help`, and until the first update of the embedded task is in metrics.jsonl."""
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "ppo_rlhf.py", "--help"], cwd=ROOT, capture_output=True, check=True)
+        seconds.append(time.perf_counter() - started)
+    report = {"help": statistics.median(seconds)}
+    out, seconds = args.runs / "startup", []
+    flags = ["--model", args.models / "sft", "--reward-model", args.models / "reward_model", "--output-dir", out]
+    for _ in range(5):
+        metrics = ROOT / out / "metrics.jsonl"
+        metrics.unlink(missing_ok=True)
+        started = time.perf_counter()
+        command = [sys.executable, "ppo_rlhf.py", *map(str, flags), "--overwrite"]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+            while not (metrics.exists() and metrics.stat().st_size):
+                if run.poll() is not None:
+                    sys.exit("ppo_rlhf.py ended before its first update")
+                time.sleep(0.05)
+            seconds.append(time.perf_counter() - started)
+            run.kill()
+    return report | {"first_update": statistics.median(seconds)}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,149 @@
+"""PPO by TRL 1.11.0, the last release that has it, with the flags and the record of ppo_rlhf.py.
+
+Not a benchmark by itself: parity_trl.py and throughput.py run it as a process of its own. Needs
+`pip install -r requirements-bench.txt`.
+"""
+
+import json
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from datasets import Dataset
+from measure import ROOT, load_module
+from transformers import TrainerCallback
+from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+
+sys.path.insert(0, str(ROOT))
+import utils
+
+
+@dataclass
+class Args:
+    """Names and meanings as in ppo_rlhf.py."""
+
+    model: str
+    reward_model: str
+    dataset: str
+    output_dir: Path
+    total_episodes: int
+    batch_size: int
+    micro_batch_size: int
+    num_ppo_epochs: int
+    response_length: int
+    learning_rate: float
+    temperature: float
+    kl_coef: float
+    missing_eos_penalty: float
+    num_mini_batches: int = 1
+    eval_every: int = 0
+    seed: int = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+def main(args: Args) -> None:
+    gold = load_module("data/support/gold.py")
+    device = torch.device(args.device)
+    tokenizer = utils.load_tokenizer(args.model)
+    tokenizer.padding_side = "left"
+    policy, reference = (utils.load_causal_lm(args.model, device) for _ in range(2))
+    value_model, judge = (utils.load_classifier(args.reward_model, device, trained=True) for _ in range(2))
+    train, held_out = (
+        utils.load_prompts(tokenizer, args.dataset, s, utils.context_length(policy) - args.response_length)
+        for s in ("train", "validation")
+    )
+    held_out = held_out[:200]
+    datasets = [Dataset.from_list([{"input_ids": p.ids} for p in prompts]) for prompts in (train, held_out)]
+    config = PPOConfig(
+        output_dir=str(args.output_dir / "trl"),
+        per_device_train_batch_size=args.micro_batch_size,
+        gradient_accumulation_steps=args.batch_size // args.num_mini_batches // args.micro_batch_size,
+        num_mini_batches=args.num_mini_batches,
+        num_ppo_epochs=args.num_ppo_epochs,
+        total_episodes=args.total_episodes,
+        learning_rate=args.learning_rate,
+        adam_epsilon=1e-5,
+        weight_decay=0.0,
+        lr_scheduler_type="linear",
+        response_length=args.response_length,
+        temperature=args.temperature,
+        stop_token="eos",
+        missing_eos_penalty=args.missing_eos_penalty,
+        kl_coef=args.kl_coef,
+        local_rollout_forward_batch_size=args.batch_size,
+        num_sample_generations=0,
+        bf16=args.dtype == "bfloat16",
+        use_cpu=args.device == "cpu",
+        gradient_checkpointing=False,
+        eval_strategy="no",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        report_to=[],
+        seed=args.seed,
+    )
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+
+    def labeler() -> float:
+        """Mean score by the embedded task's labeler of replies to the held-out prompts."""
+        ids, mask = utils.pad([p.ids for p in held_out], tokenizer.pad_token_id, "left", device)
+        rng, stops, pad = utils.generator(device, args.seed), [tokenizer.eos_token_id], tokenizer.pad_token_id
+        replies, real = utils.generate(policy, ids, mask, args.response_length, stops, pad, args.temperature, rng=rng)
+        texts = [tokenizer.decode(r[m.bool()], skip_special_tokens=True) for r, m in zip(replies, real, strict=True)]
+        return statistics.mean(gold.score([p.text for p in held_out], texts))
+
+    clock: dict[str, float] = {}
+    generate, forward = ppo_trainer.batch_generation, ppo_trainer.forward
+
+    def timed_generation(*given):
+        clock["start"] = utils.now(device)
+        result = generate(*given)
+        clock["generated"] = utils.now(device)
+        return result
+
+    def timed_forward(*given):
+        if torch.is_grad_enabled() and "scored" not in clock:
+            clock["scored"] = utils.now(device)
+        return forward(*given)
+
+    ppo_trainer.batch_generation, ppo_trainer.forward = timed_generation, timed_forward
+
+    class Record(TrainerCallback):
+        """Writes what TRL logs after each update, its times, and every few updates what the labeler says."""
+
+        def __init__(self):
+            self.file, self.update = (args.output_dir / "metrics.jsonl").open("w", buffering=1), 0
+
+        def on_log(self, config, state, control, logs=None, **kwargs):
+            if "objective/kl" not in logs:
+                return
+            self.update += 1
+            end = utils.now(device)
+            row = {"update": self.update, "time/rollout": clock["generated"] - clock["start"]}
+            row |= {"time/score": clock["scored"] - clock["generated"], "time/train": end - clock.pop("scored")}
+            row |= {name: value for name, value in logs.items() if isinstance(value, float | int)}
+            if args.eval_every and self.update % args.eval_every == 0:
+                row["eval/judge"] = labeler()
+            self.file.write(json.dumps(row) + "\n")
+
+    trainer = PPOTrainer(
+        args=config,
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=reference,
+        reward_model=judge,
+        value_model=value_model,
+        train_dataset=datasets[0],
+        eval_dataset=datasets[1],
+        callbacks=[Record()],
+    )
+    trainer.train()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -28,8 +28,6 @@ FAMILIES = {
     "falcon-alibi": WIDTH | {"alibi": True, "multi_query": False, "new_decoder_architecture": False},
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.1},
     "olmo2": ROPE,
-    "granite": ROPE | {"logits_scaling": 3.0},
-    "cohere": ROPE | {"logit_scale": 0.25},
 }
 
 
@@ -172,3 +170,41 @@ def test_the_three_stages_run(family, sft, reward_model, ppo, tmp_path):
     assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
     assert max(row["val/ratio_start_error"] for row in rows) < 1e-5
     plain_lm(out)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, flags", [("granite", {"logits_scaling": 3.0}), ("cohere", {"logit_scale": 0.25})])
+def test_what_some_do_after_the_output_head(kind, flags, tmp_path, capsys, monkeypatch):
+    """D8: logits at the targets are the model's own; one that does something unknown is refused."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        kind, vocab_size=400, pad_token_id=0, eos_token_id=1, bos_token_id=None, **ROPE | flags
+    )
+    folder = save_pair(tmp_path / "model", AutoModelForCausalLM.from_config(config), make_tokenizer())
+    model = utils.load_causal_lm(folder, CPU)
+    ids, mask = utils.pad(PROMPTS, 0, "right", CPU)
+    logits, _ = target_logits(model, ids, mask, mask.bool())
+    own = model(input_ids=ids, attention_mask=mask).logits[:, :-1][mask[:, 1:].bool()]
+    torch.testing.assert_close(logits, own, rtol=0, atol=1e-5)
+    monkeypatch.setattr(utils, "logits_of", lambda model, hidden: model.get_output_embeddings()(hidden).float())
+    with pytest.raises(SystemExit) as exit_:
+        utils.load_causal_lm(folder, CPU)
+    assert exit_.value.code == 2
+    assert "does something unknown to its logits" in capsys.readouterr().err
+
+
+def test_attention_with_capped_logits_is_eager_everywhere(tmp_path, monkeypatch):
+    """Gemma 2: the fused kernels that GPUs are given otherwise leave the cap out."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    original = utils.from_pretrained
+
+    def as_on_a_gpu(auto_class, model, **kwargs):
+        return original(auto_class, model, **kwargs | {"attn_implementation": "sdpa"})
+
+    monkeypatch.setattr(utils, "from_pretrained", as_on_a_gpu)
+    for kind, expected in (("gemma2", "eager"), ("llama", "sdpa")):
+        config = AutoConfig.for_model(kind, vocab_size=400, pad_token_id=0, **ROPE | GEMMA)
+        folder = save_pair(tmp_path / kind, AutoModelForCausalLM.from_config(config), make_tokenizer())
+        assert utils.load_causal_lm(folder, CPU).config._attn_implementation == expected

@@ -251,6 +251,35 @@ def test_the_micro_batch_size_changes_nothing(stage, size, tmp_path):
 
 
 @pytest.mark.parametrize("stage", STAGES, indirect=True)
+def test_auto_is_the_largest_micro_batch_that_fits(stage, monkeypatch, tmp_path):
+    """All 8 where there is room, and where there is next to none 1."""
+    a, b = (
+        stage(tmp_path / "a", batch_size=8, micro_batch_size="auto"),
+        stage(tmp_path / "b", batch_size=8, micro_batch_size=8),
+    )
+    assert_same_run(a, b)
+    found = []
+    search = utils.largest_micro_batch
+
+    def recorded(*args):
+        found.append(search(*args))
+        return found[-1]
+
+    monkeypatch.setattr(utils, "largest_micro_batch", recorded)
+    monkeypatch.setattr(utils, "free_memory", lambda device: 0)
+    stage(tmp_path / "c", batch_size=8, micro_batch_size="auto")
+    assert found == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES, indirect=True)
+def test_compiling_changes_rounding_alone(stage, tmp_path):
+    """--compile: the same numbers in float32; the saved model is an ordinary one."""
+    a, b = stage(tmp_path / "a"), stage(tmp_path / "b", compile=True)
+    assert_same_run(a, b, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("stage", STAGES, indirect=True)
 def test_gradient_checkpointing_changes_nothing(stage, tmp_path):
     """Less memory, the same numbers."""
     a, b = stage(tmp_path / "a"), stage(tmp_path / "b", gradient_checkpointing=True)

@@ -829,3 +829,37 @@ def test_peak_memory_is_plausible():
 def test_stop_prints_one_line(capsys):
     """WHERE, WHAT and HOW TO MEND on one line, whatever the message holds."""
     assert error_of(capsys, utils.stop, "a:1: is\nbroken; mend it") == "error: a:1: is broken; mend it"
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_largest_micro_batch_stops_where_memory_ends(model):
+    """The largest divisor before the first that fails; no gradient is left."""
+    tried = []
+
+    def loss_of(count):
+        tried.append(count)
+        if count > 4:
+            raise torch.OutOfMemoryError
+        return model(torch.zeros(count, 3, dtype=torch.long)).logits.sum()
+
+    assert utils.largest_micro_batch(loss_of, 24, model) == 4
+    assert tried == [1, 2, 3, 4, 6]
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_largest_micro_batch_reckons_with_what_the_last_one_took(model, monkeypatch):
+    """Each sequence takes 1 GB of 10; AdamW's moments come on top."""
+    used = [0.0]
+
+    def loss_of(count):
+        used[0] = max(used[0], float(count))
+        return model(torch.zeros(1, 3, dtype=torch.long)).logits.sum()
+
+    monkeypatch.setattr(utils, "peak_memory_gb", lambda: used[0])
+    moments = 8 * sum(p.numel() for p in model.parameters())
+    for gb, fits in ((10, 8), (4, 2), (0.5, 1)):
+        used[0] = 0.0
+        monkeypatch.setattr(utils, "free_memory", lambda device, gb=gb: gb * 1e9 + moments)
+        assert utils.largest_micro_batch(loss_of, 32, model) == fits

@@ -1,0 +1,149 @@
+"""What PPO needs of memory, by a formula, and beside it what runs took: which model fits which GPU.
+
+Runs are of random Llamas on the CPU with --gradient-checkpointing; what a process needs without any model, mostly the
+libraries, is measured with a minimal one and taken off. tests/test_memory.py compares formula and run once more.
+
+    python benchmarks/memory.py                  # writes benchmarks/results/memory.json
+"""
+
+import json
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+import tyro
+from measure import ROOT, machine, run_process
+from throughput import random_model
+
+sys.path.insert(0, str(ROOT))
+import utils
+
+GPUS = (24, 40, 80, 141)  # GB
+MODELS = {  # what the formula needs of well-known ones: vocabulary, hidden, intermediate, layers, key-value width, tied
+    "SmolLM2-135M": (49152, 576, 1536, 30, 192, True),
+    "Qwen2.5-0.5B": (151936, 896, 4864, 24, 128, True),
+    "Pythia-1B": (50304, 2048, 8192, 16, 2048, False),
+    "Llama-3.2-1B": (128256, 2048, 8192, 16, 512, True),
+    "Qwen2.5-1.5B": (151936, 1536, 8960, 28, 256, True),
+    "Llama-3.2-3B": (128256, 3072, 8192, 28, 1024, True),
+    "Qwen2.5-7B": (152064, 3584, 18944, 28, 512, False),
+}
+
+
+@dataclass
+class Shape:
+    """Sizes of a language model."""
+
+    vocabulary: int
+    hidden: int
+    intermediate: int
+    layers: int
+    key_value: int
+    tied: bool
+    gated: bool = True
+    """Whether the MLP has a gate, three matrices instead of two."""
+
+    @property
+    def products(self) -> int:
+        """Weights of the layers' matrix products."""
+        attention = 2 * self.hidden**2 + 2 * self.hidden * self.key_value
+        return self.layers * (attention + (3 if self.gated else 2) * self.hidden * self.intermediate)
+
+    @property
+    def embedding(self) -> int:
+        return self.vocabulary * self.hidden
+
+
+def needed(
+    shape: Shape,
+    batch: int,
+    micro_batch: int,
+    prompt: int,
+    response: int,
+    advantage: str = "gae",
+    reward_model: bool = True,
+) -> float:
+    """Bytes that ppo_rlhf.py needs with bfloat16 and --gradient-checkpointing, the largest of its phases."""
+    head = 0 if shape.tied else shape.embedding
+    lm, classifier = shape.products + shape.embedding + head, shape.products + shape.embedding
+    # float32: weights 4, gradient 4, Adam's moments 8
+    trained = 16 * (lm + (classifier if advantage == "gae" else 0))
+    # products in bfloat16, embeddings (and a tied head) in float32
+    frozen = 2 * (shape.products + head) + 4 * shape.embedding
+    frozen += 2 * shape.products + 4 * shape.embedding if reward_model else 0
+    # autocast's bfloat16 copies of the weights that are trained, kept during a pass through policy or value model
+    copies = 2 * (shape.products + shape.embedding)
+    length = prompt + response
+    tokens = micro_batch * length
+    # checkpointed: a float32 hidden state for each layer, and all that one layer makes, forward and backward
+    layer = 4 * shape.hidden * 14 + 2 * (4 * shape.hidden + 2 * shape.key_value) + 10 * shape.intermediate
+    activations = tokens * (4 * shape.hidden * shape.layers + layer)
+    logits = 4 * 4 * min(utils.LOGITS_AT_A_TIME, micro_batch * response * shape.vocabulary)
+    cache = 2 * 2 * shape.layers * shape.key_value * batch * length
+    sampling = batch * shape.vocabulary * (4 * 3 + 8)  # one step's logits, probabilities, cumulative sum
+    return trained + frozen + copies + max(activations + logits, cache + sampling)
+
+
+def llama(shape: Shape) -> transformers.LlamaConfig:
+    """A Llama of these sizes, with heads of 64."""
+    return transformers.LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.hidden // 64,
+        num_key_value_heads=shape.key_value // 64,
+        max_position_embeddings=512,
+        tie_word_embeddings=shape.tied,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+
+
+def measured(shape: Shape, batch: int, micro_batch: int, prompt: int, response: int, advantage: str = "gae") -> float:
+    """Peak resident bytes of a run of two updates."""
+    with tempfile.TemporaryDirectory() as folder:
+        random_model(Path(folder), llama(shape), prompt, None, response)
+        flags = f"--model {folder}/model --reward-model {folder}/reward_model --dataset {folder}/prompts"
+        flags += f" --output-dir {folder}/out --batch-size {batch} --micro-batch-size {micro_batch}"
+        flags += f" --total-episodes {2 * batch} --response-length {response} --advantage {advantage}"
+        flags += " --gradient-checkpointing --eval-prompts 8 --eval-every 0 --save-every 0 --learning-rate 1e-9"
+        run = run_process(["ppo_rlhf.py", *flags.split()], 2)
+    return run["peak_memory_gb"] * 1e9
+
+
+MINIMAL = Shape(2048, 64, 128, 1, 64, tied=False)
+TRIED = {  # shape, batch, micro-batch, prompt, response, advantage
+    "29M, gae": (Shape(8192, 512, 2048, 6, 512, tied=False), 16, 8, 32, 32, "gae"),
+    "29M, batch_mean": (Shape(8192, 512, 2048, 6, 512, tied=False), 16, 8, 32, 32, "batch_mean"),
+    "71M, gae": (Shape(16384, 768, 3072, 6, 256, tied=False), 16, 8, 32, 32, "gae"),
+}
+
+
+def predicted_and_measured(name: str, libraries: float) -> tuple[float, float]:
+    """Bytes beyond those of the libraries: by the formula, and of a run."""
+    shape, *work = TRIED[name]
+    return needed(shape, *work), measured(shape, *work) - libraries
+
+
+def main(out: Path = Path("benchmarks/results")) -> None:
+    libraries = measured(MINIMAL, 16, 8, 32, 32)
+    report = {"machine": machine(2), "libraries_gb": libraries / 1e9, "runs": {}, "largest": {}}
+    for name in TRIED:
+        predicted, took = predicted_and_measured(name, libraries)
+        report["runs"][name] = {"predicted_gb": predicted / 1e9, "measured_gb": took / 1e9}
+        print(name, report["runs"][name], flush=True)
+    for name, sizes in MODELS.items():
+        for advantage in ("gae", "rloo"):
+            gb = needed(Shape(*sizes, gated="Pythia" not in name), 64, 8, 512, 128, advantage) / 1e9
+            fits = [gpu for gpu in GPUS if gb < 0.9 * gpu]  # a tenth for CUDA itself and for fragments
+            report["largest"].setdefault(name, {})[advantage] = {"needs_gb": gb, "fits_gb": min(fits, default=None)}
+    (ROOT / out / "memory.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report["largest"], indent=1))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,57 @@
+"""What only a CUDA device can show; skipped where there is none (`pytest -m gpu`)."""
+
+import pytest
+import torch
+from conftest import metrics_of, target_logits
+
+import utils
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+PROMPTS = [[10, 11, 12, 13], [20, 21], [30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41], [50]] * 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_captured_graph_decodes_what_single_steps_do(base, dtype):
+    """Token for token in float32; greedy, and sampled with the same numbers."""
+    device = torch.device("cuda")
+    model = utils.load_causal_lm(base.plain, device)
+    ids, mask = utils.pad(PROMPTS, 0, "left", device)
+    for temperature in (0, 1.0):
+        results = []
+        for stride in (1, 32):  # 1: no graph
+            with utils.autocast(device, dtype):
+                rng = utils.generator(device, 1)
+                given = (ids, mask, 70, [1, 2, 3], 0, temperature)
+                results.append(utils.generate(model, *given, rng=rng, stride=stride))
+        (a, a_mask), (b, b_mask) = results
+        if dtype == "float32":
+            assert torch.equal(a, b) and torch.equal(a_mask, b_mask)
+        else:
+            assert (a == b).all(1).float().mean() > 0.5
+
+
+@torch.no_grad()
+def test_log_probabilities_are_those_of_the_cpu(base):
+    """Padding and fused attention: to 1e-4 in float32."""
+    logits = []
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        model = utils.load_causal_lm(base.plain, device)
+        ids, mask = utils.pad(PROMPTS, 0, "left", device)
+        logits.append(target_logits(model, ids, mask, mask.bool())[0].cpu())
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_three_stages_run(sft, reward_model, ppo, dtype, tmp_path):
+    """From one to the next; the KL starts at 0 and the ratio at 1."""
+    flags = {"device": "cuda", "dtype": dtype}
+    first = sft(tmp_path / "sft", **flags)
+    judge = reward_model(tmp_path / "reward_model", model=str(first), **flags)
+    out = ppo(tmp_path / "ppo", model=str(first), reward_model=str(judge), micro_batch_size="auto", **flags)
+    rows = metrics_of(out)
+    assert abs(rows[0]["objective/kl"]) < 1e-3
+    assert max(row["val/ratio_start_error"] for row in rows) < 1e-3

@@ -4,6 +4,7 @@ The three stages import this file and never each other. Shapes in comments: B se
 tokens, T = P + R, V vocabulary, H hidden size. `D17` and `B14` in comments point to DETAILS.md.
 """
 
+import codecs
 import contextlib
 import dataclasses
 import difflib
@@ -227,25 +228,16 @@ def check_range(args: Any, names: str, allowed: Callable[[float], bool], wanted:
         require(ok, f"{flag(name)}: {value} is out of range; pass {wanted}")
 
 
-def read_path(value: str, name: str) -> Path:
-    """The path that a flag holds; stop if the system cannot even look whether it is there."""
-    try:
-        path = Path(value).expanduser()
-        path.exists()
-    except (OSError, RuntimeError) as error:  # a name of thousands of characters, a user who has no home
-        stop(f"{flag(name)}: {value:.60} is no path ({first_line(error):.80}); check it")
-    return path
-
-
 def check_common_flags(args: Any, world: int) -> None:
     """Check the flags that stages share; `args` is a stage's dataclass."""
     for name, value in vars(args).items():
         require(value != "" or name == "stop_token", f"{flag(name)}: is empty; pass a value or leave it out")
-    out = read_path(args.output_dir, "output_dir").resolve()
-    for name in ("model", "reward_model", "value_model", "dataset", "normalize_with", "ptx_dataset"):
-        if value := getattr(args, name, None):
-            apart = read_path(value, name).resolve() != out
-            require(apart, f"--output-dir: is the folder of {flag(name)}; pass another, a run would overwrite it")
+    for name in ("model", "reward_model", "value_model", "dataset", "normalize_with", "ptx_dataset", "output_dir"):
+        value = getattr(args, name, None) or ""
+        try:
+            Path(value).expanduser().exists()
+        except (OSError, RuntimeError) as error:  # a name of thousands of characters, a user who has no home
+            stop(f"{flag(name)}: {value:.60} cannot be a path ({first_line(error):.80}); check it")
     check_range(args, "batch_size micro_batch_size", lambda n: n > 0, "1 or more")
     check_range(args, "save_every eval_every seed", lambda n: n >= 0, "0 or more")
     check_range(args, "learning_rate max_grad_norm", lambda x: x > 0, "a number above 0")
@@ -376,6 +368,7 @@ def read_rows(dataset: str, split: str) -> Data:
     require(known, f"{dataset}: is no file of a known kind; pass one that ends in .jsonl, .{', .'.join(kinds)}")
     import datasets  # takes seconds; local .jsonl files do not need it
 
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it would log, it raises too
     try:
         if path.is_file():
             kind = path.suffix[1:].replace("txt", "text")
@@ -383,7 +376,8 @@ def read_rows(dataset: str, split: str) -> Data:
             return hold_out(Data(rows, [f"{path} (row {i + 1})" for i in range(len(rows))]), split)
         rows = datasets.load_dataset(str(path) if path.exists() else dataset, split=split).to_list()
     except Exception as error:
-        stop(f"{dataset} ({split}): cannot be read ({first_line(error)}); check the path or id and the split")
+        why = first_line(error.__cause__ or error)  # "an error occurred" says less than its cause
+        stop(f"{dataset} ({split}): cannot be read ({why}); check the path or id and the split")
     return Data(rows, [f"{dataset}/{split} (row {i + 1})" for i in range(len(rows))])
 
 
@@ -399,10 +393,11 @@ def read_jsonl(path: Path) -> Data:
     places: list[str] = []
     for number, line in enumerate(lines, 1):
         place = f"{path}:{number}"
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if not line.strip():
             continue
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            text = line.decode()
             require("\0" not in text, f"{place}: holds NUL bytes; save the file as text in UTF-8")
             row = json.loads(text)
         except UnicodeDecodeError:

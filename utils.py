@@ -372,10 +372,10 @@ def read_rows(dataset: str, split: str) -> Data:
     try:
         if path.is_file():
             kind = path.suffix[1:].replace("txt", "text")
-            rows = datasets.load_dataset(kind, data_files=str(path.resolve()), split="train").to_list()
+            file = str(path.resolve())  # here, for `datasets` takes `link/..` for nothing
+            rows = datasets.load_dataset(kind, data_files=file, split="train").to_list()
             return hold_out(Data(rows, [f"{path} (row {i + 1})" for i in range(len(rows))]), split)
-        # resolved here, for `datasets` would take `link/..` for nothing
-        rows = datasets.load_dataset(str(path.resolve()) if path.exists() else dataset, split=split).to_list()
+        rows = datasets.load_dataset(str(path) if path.exists() else dataset, split=split).to_list()
     except Exception as error:
         why = first_line(error.__cause__ or error)  # "an error occurred" says less than its cause
         stop(f"{dataset} ({split}): cannot be read ({why}); check the path or id and the split")

@@ -27,7 +27,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 import transformers
-import tyro
 from torch import Tensor
 
 import utils
@@ -69,6 +68,8 @@ class Args:
     """Seed of prompt order and sampling."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
+    trust_remote_code: bool = False
+    """Execute Python code that comes with a model, where it needs that; whoever wrote it can do what you can."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of matrix products; weights, losses and optimizer stay in float32."""
 
@@ -159,7 +160,7 @@ class Args:
 
 def main(args: Args) -> None:
     started = time.time()
-    process = utils.start_process(args.device, args.seed)
+    process = utils.start_process(args.device, args.seed, args.trust_remote_code)
     device = process.device
     check_flags(args, process.world)
     utils.check_output(args)
@@ -679,4 +680,4 @@ def check_flags(args: Args, world: int) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(utils.parse_flags(Args))

@@ -23,7 +23,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 
 import utils
 
@@ -48,6 +47,8 @@ class Args:
     """Seed of the head's initialization and of the data order."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
+    trust_remote_code: bool = False
+    """Execute Python code that comes with a model, where it needs that; whoever wrote it can do what you can."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of matrix products; weights, losses and optimizer stay in float32."""
     epochs: int = 1
@@ -82,12 +83,14 @@ class Args:
 
 def main(args: Args) -> None:
     started = time.time()
-    process = utils.start_process(args.device, args.seed)
+    process = utils.start_process(args.device, args.seed, args.trust_remote_code)
     utils.check_common_flags(args, process.world)
     utils.check_output(args)
     other_data = args.dataset != Args.dataset and args.normalize_with == Args.normalize_with
     what = "still names the embedded task's demonstrations; pass your own task's, or none"
     utils.require(not other_data, f"--normalize-with: {what}")
+    idle = args.normalize_std and args.normalize_with == "none"
+    utils.require(not idle, "--normalize-std: goes with --normalize-with; name demonstrations, or leave it out")
 
     # --------------------------------------------------------------------------------------------- data and model
     formats = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]
@@ -268,4 +271,4 @@ def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(utils.parse_flags(Args))

@@ -22,7 +22,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import transformers  # which loads a model's code when it is first named
-import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import utils
@@ -48,6 +47,8 @@ class Args:
     """Seed of initialization and data order."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
+    trust_remote_code: bool = False
+    """Execute Python code that comes with a model, where it needs that; whoever wrote it can do what you can."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of matrix products; weights, losses and optimizer stay in float32."""
     epochs: int = 4
@@ -78,7 +79,7 @@ class Args:
 
 def main(args: Args) -> None:
     started = time.time()
-    process = utils.start_process(args.device, args.seed)
+    process = utils.start_process(args.device, args.seed, args.trust_remote_code)
     utils.check_common_flags(args, process.world)
     utils.check_output(args)
 
@@ -243,4 +244,4 @@ def count_targets(rows: list[tuple[list[int], int]]) -> int:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(utils.parse_flags(Args))

@@ -4,12 +4,14 @@ The three stages import this file and never each other. Shapes in comments: B se
 tokens, T = P + R, V vocabulary, H hidden size. `D17` and `B14` in comments point to DETAILS.md.
 """
 
+import codecs
 import contextlib
 import dataclasses
 import difflib
 import html
 import importlib.util
 import inspect
+import io
 import json
 import logging
 import math
@@ -18,6 +20,7 @@ import re
 import shutil
 import sys
 import time
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -29,6 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -48,13 +52,20 @@ huggingface_hub.utils.enable_progress_bars()  # which that has switched off too:
 # ------------------------------------------------------------------------------------------------------------- errors
 
 open_bars: list[tqdm] = []
+# what a terminal obeys, or shows in another order than it is read; and line ends other than \n
+CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """The text with control characters, such as those of ANSI colors, spelled out: `\\x1b`."""
+    return CONTROL_CHARACTERS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def stop(message: str, code: int = 2) -> NoReturn:
     """Print `error: WHERE: WHAT; HOW TO MEND` on one line of stderr and exit: 2 for wrong input, 1 for a failed run."""
     while open_bars:
         open_bars.pop().close()  # ends its line, so that the error starts one of its own
-    print(f"error: {message}".replace("\n", " "), file=sys.stderr, flush=True)
+    print(visible(f"error: {message}".replace("\n", " ")), file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
@@ -85,14 +96,19 @@ class Process(NamedTuple):
         return self.rank == 0
 
 
-def start_process(device: str, seed: int) -> Process:
+remote_code = False  # whether a model may bring Python code of its own; `start_process` sets it
+
+
+def start_process(device: str, seed: int, trust_remote_code: bool = False) -> Process:
     """Join the other processes if torchrun started several, choose the device, seed what must agree (D7)."""
+    global remote_code
+    require(0 <= seed < 2**63, f"--seed: {seed} is out of range; pass 0 or more, below 2**63")
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(f"cuda:{local}" if device == "cuda" else device)
-        torch.empty(1, device=chosen)
+        torch.zeros(1, device=chosen).item()
     except (RuntimeError, AssertionError) as error:
         stop(f"--device: {device!r} cannot be used ({first_line(error)}); pass --device cpu, or leave it out")
     if chosen.type == "cuda":
@@ -101,7 +117,16 @@ def start_process(device: str, seed: int) -> Process:
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     torch.manual_seed(seed)  # model heads and tiny models start alike in every process
+    remote_code = trust_remote_code
+    if remote_code:
+        say("--trust-remote-code: Python code that comes with a model is executed, with all that your account may do")
     return Process(rank, world, chosen)
+
+
+def say(line: str) -> None:
+    """Print a line once, however many processes come by."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(visible(line), flush=True)
 
 
 def generator(device: torch.device | str, *numbers: int) -> torch.Generator:
@@ -155,11 +180,45 @@ def end_process() -> None:
 
 OWN_FILES = ("args.json", "metrics.jsonl", "summary.json", "samples.jsonl", "checkpoint", "rollouts")
 FREE_ON_RESUME = {"resume", "overwrite", "device", "micro_batch_size", "save_every", "eval_every", "track"}
+FREE_ON_RESUME |= {"trust_remote_code"}
 
 
 def flag(name: str) -> str:
     """The command-line spelling of an argument."""
     return "--" + name.replace("_", "-")
+
+
+def parse_flags(args_class: Any, given: list[str] | None = None) -> Any:
+    """The command line as an `args_class`, by tyro, but with errors of one line."""
+    given = sys.argv[1:] if given is None else given
+    flags = {flag(field.name): field.type for field in dataclasses.fields(args_class)}
+    known = [*flags, *(f"--no-{name[2:]}" for name, kind in flags.items() if kind is bool)]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            args, unknown = tyro.cli(args_class, args=given, return_unknown_args=True)
+    except SystemExit as exit_:
+        if not exit_.code:  # after --help
+            raise
+        args, unknown = None, []
+    for word in unknown:
+        name = word.partition("=")[0].replace("_", "-")
+        near = difflib.get_close_matches(name, known, 1)
+        mend = f"did you mean {near[0]}?" if near else "--help lists the flags"
+        stop(f"{word}: {'is no flag' if word.startswith('-') else 'belongs to no flag'}; {mend}")
+    if args is not None:
+        return args
+    starts = [i for i, word in enumerate(given) if word.startswith("--")]
+    for start, end in zip(starts, [*starts[1:], len(given)], strict=True):  # which of them is it?
+        name, *values = [*given[start].split("=", 1), *given[start + 1 : end]]
+        name = name.replace("_", "-")
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                tyro.cli(args_class, args=given[start:end], return_unknown_args=True)
+        except SystemExit:
+            kinds = {int: "a whole number", float: "a number", str: "a text", type(None): "None"}
+            wanted = " or ".join(kinds.get(kind, str(kind)) for kind in typing.get_args(flags[name]) or [flags[name]])
+            stop(f"{name}: {f'{values[0]!r} does not fit' if values else 'has no value'}; pass {wanted}")
+    stop(f"{' '.join(given)}: cannot be understood; --help lists the flags")
 
 
 def check_range(args: Any, names: str, allowed: Callable[[float], bool], wanted: str) -> None:
@@ -172,6 +231,14 @@ def check_range(args: Any, names: str, allowed: Callable[[float], bool], wanted:
 
 def check_common_flags(args: Any, world: int) -> None:
     """Check the flags that stages share; `args` is a stage's dataclass."""
+    for name, value in vars(args).items():
+        require(value != "" or name == "stop_token", f"{flag(name)}: is empty; pass a value or leave it out")
+    for name in ("model", "reward_model", "value_model", "dataset", "normalize_with", "ptx_dataset", "output_dir"):
+        value = getattr(args, name, None) or ""
+        try:
+            Path(value).expanduser().exists()
+        except (OSError, RuntimeError) as error:  # a name of thousands of characters, a user who has no home
+            stop(f"{flag(name)}: {value:.60} cannot be a path ({first_line(error):.80}); check it")
     automatic = args.micro_batch_size == "auto"
     check_range(args, "batch_size" if automatic else "batch_size micro_batch_size", lambda n: n > 0, "1 or more")
     check_range(args, "save_every eval_every seed", lambda n: n >= 0, "0 or more")
@@ -215,8 +282,9 @@ def open_output(args: Any, process: Process) -> Path:
     if process.is_main:
         try:
             if args.overwrite and out.exists():
-                for path in [out / name for name in OWN_FILES] + list(out.glob("events.out.tfevents.*")):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                links = [path for path in out.iterdir() if path.is_symlink()]  # what is written must not go through
+                for path in [out / name for name in OWN_FILES] + list(out.glob("events.out.tfevents.*")) + links:
+                    remove(path)
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / "args.json", dataclasses.asdict(args))
         except OSError as error:
@@ -224,6 +292,14 @@ def open_output(args: Any, process: Process) -> Path:
     if dist.is_initialized():
         dist.barrier()
     return out
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder if it is there; of a link the link alone, never what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -246,6 +322,8 @@ class Data(NamedTuple):
 def load_data(dataset: str, split: str, formats: list[tuple[str, ...]]) -> Data:
     """Read a split; stop unless every row has the columns of one of `formats`, texts or chats and none of them empty.
 
+    A chosen response that equals the rejected one is refused; rows that stand there twice are counted on the terminal.
+
     Local .jsonl files are read here so that an error can name the line; everything else (a hub id, .parquet, .csv,
     a folder of such files) goes through `datasets.load_dataset`. A single file has one split, `train`: its last
     twentieth (500 rows at most) serves as the other one. The first of `formats`, sets of columns, that fits wins.
@@ -256,12 +334,21 @@ def load_data(dataset: str, split: str, formats: list[tuple[str, ...]]) -> Data:
     columns = next((f for f in formats if {*f} <= {*found}), None)
     if columns is None:
         wanted, known = " or ".join(",".join(f) for f in formats), {c for f in formats for c in f}
-        near = [m for c in found if c not in known for m in difflib.get_close_matches(c, known.difference(found), 1)]
+        lost, free = [c.lower() for c in found if c not in known], known.difference(found)
+        near = [match for c in lost for match in difflib.get_close_matches(c, free, 1)]
         hint = f"rename it to {near[0]!r}" if near else f"the columns must be {wanted}"
         stop(f"{data.places[0]}: columns {','.join(found)} found, {wanted} wanted; {hint}")
     for row, place in zip(data.rows, data.places, strict=True):
         for column in columns:
             check_field(row.get(column), column, place)
+        if "chosen" in columns:
+            chosen, rejected = row["chosen"], row["rejected"]
+            require(chosen != rejected, f"{place}: chosen and rejected are equal, which teaches nothing; drop the row")
+            both = isinstance(chosen, str) == isinstance(rejected, str)
+            require(both, f"{place}: of chosen and rejected one is a text, the other a chat; write both alike")
+    different = len({json.dumps(row, sort_keys=True, default=str) for row in data.rows})
+    if different < len(data.rows):
+        say(f"{dataset} ({split}): {len(data.rows) - different} of {len(data.rows)} rows repeat another one")
     return data
 
 
@@ -277,38 +364,54 @@ def read_rows(dataset: str, split: str) -> Data:
     if not path.exists() and is_path:
         stop(f"{dataset}: no such file or folder; check --dataset")
     if not path.exists() and path.parent.is_dir() and len(path.parts) > 1:
-        print(f"{dataset}: there is no such folder here, so it is taken for a hub id", flush=True)
+        say(f"{dataset}: there is no such folder here, so it is taken for a hub id")
+    kinds = ("json", "csv", "parquet", "txt", "arrow")
+    known = not path.is_file() or path.suffix[1:] in kinds
+    require(known, f"{dataset}: is no file of a known kind; pass one that ends in .jsonl, .{', .'.join(kinds)}")
     import datasets  # takes seconds; local .jsonl files do not need it
 
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it would log, it raises too
     try:
         if path.is_file():
-            kind = path.suffix.lstrip(".")
-            rows = datasets.load_dataset(kind, data_files=str(path), split="train").to_list()
+            kind = path.suffix[1:].replace("txt", "text")
+            file = str(path.resolve())  # here, for `datasets` takes `link/..` for nothing
+            rows = datasets.load_dataset(kind, data_files=file, split="train").to_list()
             return hold_out(Data(rows, [f"{path} (row {i + 1})" for i in range(len(rows))]), split)
-        rows = datasets.load_dataset(dataset, split=split).to_list()
+        rows = datasets.load_dataset(str(path) if path.exists() else dataset, split=split).to_list()
     except Exception as error:
-        stop(f"{dataset} ({split}): cannot be read ({first_line(error)}); check the path or id and the split")
+        why = first_line(error.__cause__ or error)  # "an error occurred" says less than its cause
+        stop(f"{dataset} ({split}): cannot be read ({why}); check the path or id and the split")
     return Data(rows, [f"{dataset}/{split} (row {i + 1})" for i in range(len(rows))])
 
 
 def read_jsonl(path: Path) -> Data:
     """One JSON object a line, empty lines skipped."""
     require(path.is_file(), f"{path}: no such file; check --dataset and the names of the splits")
-    rows, places = [], []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            place = f"{path}:{number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError:
-                stop(f"{place}: is not UTF-8; save the file as UTF-8")
-            except json.JSONDecodeError as error:
-                stop(f"{place}: is not JSON ({error.msg} at column {error.colno}); write one JSON object a line")
-            require(isinstance(row, dict), f'{place}: is not a JSON object; write one a line, as {{"prompt": …}}')
-            rows.append(row)
-            places.append(place)
+    try:
+        with path.open("rb") as file:
+            lines = file.readlines()
+    except OSError as error:
+        stop(f"{path}: cannot be read ({first_line(error)}); check the file and its permissions")
+    rows: list[dict[str, Any]] = []
+    places: list[str] = []
+    for number, line in enumerate(lines, 1):
+        place = f"{path}:{number}"
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if not line.strip():
+            continue
+        try:
+            text = line.decode()
+            require("\0" not in text, f"{place}: holds NUL bytes; save the file as text in UTF-8")
+            row = json.loads(text)
+        except UnicodeDecodeError:
+            stop(f"{place}: is not UTF-8; save the file as UTF-8")
+        except json.JSONDecodeError as error:
+            stop(f"{place}: is not JSON ({error.msg} at column {error.colno}); write one JSON object a line")
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
+            stop(f"{place}: is JSON that cannot be read ({first_line(error)}); mend or drop the line")
+        require(isinstance(row, dict), f'{place}: is not a JSON object; write one a line, as {{"prompt": …}}')
+        rows.append(row)
+        places.append(place)
     return Data(rows, places)
 
 
@@ -319,23 +422,46 @@ def hold_out(data: Data, split: str) -> Data:
     return Data(data.rows[part], data.places[part])
 
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MOST_CHARACTERS = 2**22  # of a field; more than any context holds, and minutes of a tokenizer's time
+
+
 def check_field(value: Any, column: str, place: str) -> None:
     """A field is a non-empty string or a non-empty list of chat messages."""
     where = f"{place}: {column}"
     if isinstance(value, str) and column != "messages":
         require(bool(value.strip()), f"{where}: is empty; fill it in or drop the row")
     elif isinstance(value, list):
-        require(bool(value), f"{where}: is an empty chat; fill it in or drop the row")
-        for message in value:
-            ok = isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
-            mend = 'write {"role": …, "content": …} with strings'
-            require(ok, f"{where}: {message!r:.60} is not a chat message; {mend}")
-        require(bool(value[-1]["content"].strip()), f"{where}: its last message is empty; fill it in or drop the row")
+        check_chat(value, column, where)
     else:
-        kind = "missing" if value is None else f"a {type(value).__name__}"
+        kind = "missing" if value is None else f"of type {type(value).__name__}"
         stop(f"{where}: is {kind}; make it a string or a list of chat messages")
-    if re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)):
-        stop(f"{where}: holds half a surrogate pair; mend the text's encoding")
+    for text in [value] if isinstance(value, str) else [message["content"] for message in value]:
+        short = len(text) <= MOST_CHARACTERS
+        require(short, f"{where}: has {len(text):,} characters, too many for any model; split it or drop the row")
+        require("\0" not in text, f"{where}: holds a NUL character; take it out or drop the row")
+        whole = not re.search("[\ud800-\udfff]", text)
+        require(whole, f"{where}: holds half a surrogate pair; mend the text's encoding")
+
+
+def check_chat(messages: list[Any], column: str, where: str) -> None:
+    """Messages have a known role and a text; a prompt asks for a reply, and any other chat ends with one."""
+    require(bool(messages), f"{where}: is an empty chat; fill it in or drop the row")
+    for message in messages:
+        ok = isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
+        mend = 'write {"role": …, "content": …} with strings'
+        require(ok, f"{where}: {message!r:.60} is not a chat message; {mend}")
+        known = message["role"] in ROLES  # a chat template may take any role and write nonsense
+        require(known, f"{where}: has the role {message['role']!r:.30}; make it one of {', '.join(ROLES)}")
+    last = messages[-1]
+    require(bool(last["content"].strip()), f"{where}: its last message is empty; fill it in or drop the row")
+    if column == "prompt":
+        asks = not {message["role"] for message in messages} <= {"system", "developer"}
+        require(asks, f"{where}: holds system messages alone; add the user's")
+        require(last["role"] != "assistant", f"{where}: its last message is the assistant's; end it with the user's")
+    else:
+        replies = last["role"] == "assistant"
+        require(replies, f"{where}: its last message is not the assistant's; end it with a reply")
 
 
 def render(tokenizer: Any, prompt: Any, completion: Any, place: str) -> tuple[str, str]:
@@ -364,13 +490,11 @@ SFT_FORMATS = [("prompt", "completion"), ("messages",), ("text",)]
 def demonstrations(data: Data) -> list[tuple[Any, Any]]:
     """Rows of one of SFT_FORMATS as (prompt, completion). A chat's completion is its last message, the assistant's."""
     pairs: list[tuple[Any, Any]] = []
-    for row, place in zip(data.rows, data.places, strict=True):
+    for row in data.rows:
         if "prompt" in row and "completion" in row:
             pairs.append((row["prompt"], row["completion"]))
         elif "messages" in row:
             *before, last = row["messages"]
-            ok = last["role"] == "assistant"
-            require(ok, f"{place}: the last message is not the assistant's; end chats with a reply")
             pairs.append((before, [last]))
         else:
             pairs.append(("", row["text"]))
@@ -427,6 +551,7 @@ def load_prompts(tokenizer: Any, dataset: str, split: str, room: int) -> list[Pr
     for row, place, ids in zip(data.rows, data.places, encoded, strict=True):
         what = f"the prompt's {len(ids)} tokens exceed the {room} that the context leaves beside the response"
         require(len(ids) <= room, f"{place}: {what}; shorten it or lower --response-length")
+        require(bool(ids), f"{place}: the prompt has no token that the model's tokenizer knows; drop the row")
         prompts.append(Prompt(ids, render(tokenizer, row["prompt"], None, place)[0], row, place))
     return prompts
 
@@ -488,6 +613,11 @@ def load_tokenizer(model: str) -> Any:
     require(has_eos, f"{model}: its tokenizer has no EOS token; set one in tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    config = from_pretrained(transformers.AutoConfig, model).get_text_config()
+    last, rows = max(tokenizer.get_vocab().values()), getattr(config, "vocab_size", None)
+    what = f"its tokenizer has ids up to {last}, but its embedding {rows} rows"
+    fits = rows is None or last < rows
+    require(fits, f"{model}: {what}; call model.resize_token_embeddings(len(tokenizer)) and save both again")
     return tokenizer
 
 
@@ -516,18 +646,33 @@ def load_model(
     return loaded.to(device).eval()
 
 
+PICKLED = (
+    "has its weights as pytorch_model.bin alone, a pickle, which may run code when it is read; "
+    "convert it where you trust it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+)
+
+
 def from_pretrained(auto_class: Any, model: str, **kwargs: Any) -> Any:
-    """`auto_class.from_pretrained` with errors of one line."""
+    """`auto_class.from_pretrained` with errors of one line; reads safetensors alone, for a pickle may run code."""
     path = Path(model).expanduser()
     if path.is_dir():
         has_config = (path / "config.json").is_file()
         require(has_config, f"{model}: holds no model (config.json is missing); pass a model's folder")
+        pickled = any(path.glob("pytorch_model*.bin")) and not any(path.glob("*.safetensors"))
+        require(not pickled, f"{model}: {PICKLED}")
     else:
         local = model.startswith((".", "/", "~", "runs/")) or model.count("/") > 1 or path.exists()
         require(not local, f"{model}: no such model folder; run the stage that makes it first, or pass another path")
+    if hasattr(auto_class, "from_config"):  # a model's class, and no tokenizer's or configuration's
+        kwargs["use_safetensors"] = True
     try:
-        return auto_class.from_pretrained(str(path) if path.is_dir() else model, **kwargs)
+        folder = str(path) if path.is_dir() else model
+        return auto_class.from_pretrained(folder, trust_remote_code=remote_code, **kwargs)
     except Exception as error:  # libraries raise anything here, from ImportError to SafetensorError
+        needs_code = "trust_remote_code" in str(error) and not remote_code
+        what = "runs Python code that comes with it; read that code, and pass --trust-remote-code if you trust it"
+        require(not needs_code, f"{model}: {what}")
+        require("cannot be loaded with `safetensors`" not in str(error), f"{model}: {PICKLED}")
         stop(f"{model}: no model could be loaded from it ({first_line(error)}); check the name and its files")
 
 
@@ -565,10 +710,14 @@ def load_classifier(model: str, device: torch.device, trained: bool = False) -> 
     A head that its files lack is set to zero, where transformers makes a random one; with `trained` it must be there.
     """
     auto_class = transformers.AutoModelForSequenceClassification
+    config = from_pretrained(transformers.AutoConfig, model)
+    is_classifier = any("SequenceClassification" in name for name in config.architectures or [])
+    labels = config.num_labels if is_classifier else 1  # a language model's configuration says 2, which means nothing
+    what = f"is a classifier with {labels} labels, and a reward is one number"
+    require(labels == 1, f"{model}: {what}; pass a model with num_labels=1, as reward_model.py makes")
     new = () if trained else ("score.", "classifier.")
     mend = "pass a reward model, which reward_model.py makes" if trained else ""
     loaded = load_model(auto_class, model, device, new=new, mend=mend, num_labels=1)
-    is_classifier = any("SequenceClassification" in name for name in loaded.config.architectures or [])
     untrained = trained and not is_classifier
     require(not untrained, f"{model}: is no reward model, its head is untrained; run reward_model.py first")
     has_score = hasattr(loaded, "score")
@@ -1052,8 +1201,8 @@ def save_checkpoint(out: Path, step: int, models: dict[str, nn.Module], optimize
         shutil.rmtree(final, ignore_errors=True)
         os.replace(part, final)
         for old in sorted(final.parent.iterdir()):
-            if old != final:
-                shutil.rmtree(old)
+            if old != final and re.fullmatch(r"\d{6,}(\.part)?", old.name):  # `checkpoint` may lead to a shared folder
+                remove(old)
 
 
 def load_checkpoint(out: Path, models: dict[str, nn.Module], optimizer: Any) -> dict[str, Any] | None:
@@ -1152,8 +1301,14 @@ def now(device: torch.device) -> float:
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; texts are escaped, for TensorBoard renders them as HTML."""
-    cells = [[html.escape(c).replace("|", "\\|").replace("\n", "<br>") for c in row] for row in [header, *rows]]
+    """A Markdown table whose texts are shown as they are: TensorBoard would make HTML, links and images of them."""
+
+    def escape(text: str) -> str:
+        text = html.escape(visible(text))
+        # as a character reference, for a backslash before another one would be none
+        return re.sub(r"[\\`*_\[\]!|]", lambda match: f"&#{ord(match[0])};", text).replace("\n", "<br>")
+
+    cells = [[escape(cell) for cell in row] for row in [header, *rows]]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
 
@@ -1164,7 +1319,7 @@ def print_samples(title: str, header: list[str], rows: list[list[str]]) -> None:
     for name in header:
         table.add_column(name, no_wrap=name == "score")
     for row in rows:
-        table.add_row(*[Text(cell) for cell in row])
+        table.add_row(*[Text(visible(cell)) for cell in row])
     Console().print(table)
 
 

@@ -7,7 +7,10 @@ layers of width 32; the tokenizer is a byte-level BPE with about 400 tokens.
 import itertools
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +21,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "HF_DATASETS_CACHE": CACHE,
+    "HF_MODULES_CACHE": CACHE,
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -236,6 +240,7 @@ def base(tmp_path_factory) -> SimpleNamespace:
 
 # -------------------------------------------------------------------------------------------------------------- stages
 
+STAGES = ["sft", "reward_model", "ppo"]
 Stage = Callable[..., Path]
 
 
@@ -424,3 +429,44 @@ def sequences_of(out: Path, pairs: list[tuple[str, str]]) -> list[list[int]]:
 
 def scores_of(out: Path, update: int = 1) -> torch.Tensor:
     return load_file(out / "rollouts" / f"{update:06d}.safetensors")["scores"]
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file in a folder with its bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def error_line(text: str) -> str:
+    """The only error line in what went to stderr; progress bars and warnings of libraries may stand on other lines."""
+    lines = [line for line in text.splitlines() if "error:" in line]
+    assert "Traceback" not in text
+    assert len(lines) == 1, text
+    assert re.fullmatch("error: .+: .+; .+", lines[0]), lines[0]
+    return lines[0]
+
+
+@pytest.fixture
+def refused(request, capsys, tmp_path):
+    """`refused(stage, *parts, **flags)`: the stage stops with code 2, a line that holds `parts`, and writes nothing."""
+
+    def check(name: str, *parts: str, **flags) -> None:
+        stage, out = request.getfixturevalue(name), tmp_path / "out"
+        before = snapshot(out) if out.is_dir() else out.exists()
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            stage(out, **flags)
+        line = error_line(capsys.readouterr().err)
+        assert exit_.value.code == 2
+        for part in parts:
+            assert part in line, line
+        assert (snapshot(out) if out.is_dir() else out.exists()) == before
+
+    return check
+
+
+def command(*args: str) -> subprocess.CompletedProcess:
+    """A script as one runs it."""
+    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=120)

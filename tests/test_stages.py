@@ -1,6 +1,7 @@
 """The three stages through `main(args)`, on a model small enough that a run takes a fraction of a second."""
 
 import ast
+import html
 import importlib
 import json
 import math
@@ -85,7 +86,7 @@ def assert_board_has_metrics(out: Path, step_name: str) -> dict[str, str]:
 
 FLAGS = {
     "all": """model dataset train_split eval_split output_dir overwrite resume seed device dtype learning_rate
-        micro_batch_size max_grad_norm gradient_checkpointing save_every eval_every track""",
+        micro_batch_size max_grad_norm gradient_checkpointing save_every eval_every track trust_remote_code""",
     "sft": "epochs batch_size max_length warmup_ratio",
     "reward_model": "epochs batch_size max_length normalize_with",
     "ppo_rlhf": """reward_model reward_fn eval_reward_fn total_episodes batch_size num_mini_batches num_ppo_epochs
@@ -187,7 +188,7 @@ def test_tensorboard_holds_the_metrics(chain):
     """The same names and values as metrics.jsonl, and the flags as text."""
     for out, step_name in ((chain.sft, "step"), (chain.reward_model, "step"), (chain.ppo, "update")):
         texts = assert_board_has_metrics(out, step_name)
-        assert "batch_size" in texts["args"]
+        assert "batch_size" in html.unescape(texts["args"])
 
 
 def test_tensorboard_holds_sample_texts(chain):

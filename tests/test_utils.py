@@ -239,10 +239,12 @@ def test_demonstrations_of_the_three_formats():
     assert utils.demonstrations(utils.Data([{"text": "a"}], places)) == [("", "a")]
 
 
-def test_demonstrations_refuse_a_chat_that_the_user_ends(capsys):
-    """Nothing is learned from a user's last word."""
-    data = utils.Data([{"messages": [{"role": "user", "content": "hi"}]}], ["f:1"])
-    assert "f:1" in error_of(capsys, utils.demonstrations, data)
+@pytest.mark.parametrize("column", ["messages", "completion", "chosen", "rejected"])
+def test_a_chat_that_the_user_ends_is_refused(capsys, column):
+    """Nothing is learned from a user's last word; a prompt, though, ends with it."""
+    chat = [{"role": "user", "content": "hi"}]
+    assert f"f:1: {column}: its last message" in error_of(capsys, utils.check_field, chat, column, "f:1")
+    utils.check_field(chat, "prompt", "f:1")
 
 
 # -------------------------------------------------------------------------------------------------------------- encode
@@ -808,7 +810,7 @@ def test_call_reward_function_refuses_what_is_no_score(capsys, result, what):
 def test_markdown_table_escapes_what_would_break_it():
     """TensorBoard renders text as Markdown and HTML; a response may hold either."""
     table = utils.markdown_table(["a", "b"], [["<script>x</script>", "1 | 2\n3"]])
-    assert table.splitlines() == ["| a | b |", "|---|---|", "| &lt;script&gt;x&lt;/script&gt; | 1 \\| 2<br>3 |"]
+    assert table.splitlines() == ["| a | b |", "|---|---|", "| &lt;script&gt;x&lt;/script&gt; | 1 &#124; 2<br>3 |"]
 
 
 def test_write_json_is_whole_or_not_there(tmp_path):

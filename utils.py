@@ -827,8 +827,8 @@ def map_logits(
     """What `function(logits [n, V], tokens [n])` says of the N tokens of ids [B, T] where is_target [B, T] is true.
 
     Logits are float32; the function gives [n, ...], and all its results together are [N, ...]. A token is predicted at
-    the one before it, so none in the first column is. Of tokens that are no targets only hidden states are computed, and
-    where N x V is large the function is called on chunks, again in the backward pass: no tensor [N, V] ever exists.
+    the one before it, so none in the first column is. Of tokens that are no targets hidden states alone are computed,
+    and where N x V is large the function is called on chunks, again in the backward pass: no [N, V] ever exists.
     """
     is_target = is_target[:, 1:]
     index = F.pad(is_target, (0, 1)).flatten().nonzero().squeeze(1)  # [N] of the tokens before

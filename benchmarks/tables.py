@@ -159,12 +159,110 @@ def reviews_samples() -> str:
     return table(["#", "prompt", "SFT model", "VADER", "PPO", "VADER"], rows)
 
 
+def parity_trl() -> str:
+    """Where both PPOs end from the same start."""
+    rows = []
+    for by in ("ppo_rlhf.py", "TRL 1.11.0"):
+        runs = [run for run in result("parity_trl.json")["runs"] if run["by"] == by]
+        for run in runs:
+            ends = [f"{run['ends'][name]:.2f}" for name in ("score", "kl", "labeler")]
+            rows.append([by, run["seed"], *ends, f"{run['update_seconds']:.1f}"])
+    return table(["by", "seed", "score", "KL, nats", "labeler", "seconds per update"], rows)
+
+
+def throughput() -> str:
+    """Seconds per update beside TRL's."""
+    report, rows = result("throughput.json"), []
+    for name, entry in report.items():
+        if not name.startswith("W"):
+            continue
+        medians = entry["medians"]
+        ours, theirs = medians["ppo_rlhf.py"], medians["benchmarks/trl_ppo.py"]
+        row = [*name.split(), *(f"{ours[p]:.2f}" for p in ("rollout", "score", "train", "update"))]
+        row += [f"{theirs['update']:.2f}", f"**{medians['speedup']:.1f}x**", f"{ours['tokens_per_second']:,.0f}"]
+        rows.append([*row, f"{ours['peak_memory_gb']:.2f}", f"{theirs['peak_memory_gb']:.2f}"])
+    header = ["", "products", "rollout, s", "score, s", "train, s", "update, s", "TRL 1.11.0, s", "faster"]
+    machine = report["machine"]
+    where = f"On {machine['threads']} threads of an {machine['processor']}, torch {machine['torch']}."
+    return table([*header, "tokens/s", "peak GB", "TRL's peak GB"], rows) + f"\n\n{where}"
+
+
+def rollouts() -> str:
+    """The decoding loop beside model.generate."""
+    rows = []
+    for name, entry in result("throughput.json")["rollout"].items():
+        rates = entry["tokens_per_second"]
+        row = [*name.split(), f"{rates['generate']:,.0f}", f"{rates['model.generate']:,.0f}"]
+        rows.append([*row, f"**{entry['ratio']:.2f}x**"])
+    return table(["", "products", "tokens/s", "`model.generate`, tokens/s", "faster"], rows)
+
+
+def machine_share() -> str:
+    """The train step beside the machine's matrix product."""
+    report, rows = result("throughput.json"), []
+    for name in ("W1", "W3"):
+        rates, train = {}, {}
+        for dtype in ("float32", "bfloat16"):
+            ours = report[f"{name} {dtype}"]["medians"]["ppo_rlhf.py"]
+            rates[dtype], train[dtype] = ours["train_gflops"], ours["train"]
+        shares = [
+            f"{rates[d]:.0f} of {report['ceiling'][d]:.0f} ({rates[d] / report['ceiling'][d]:.0%})" for d in rates
+        ]
+        rows.append([name, *shares, f"{train['float32'] / train['bfloat16']:.2f}x"])
+    return table(["", "float32, GFLOP/s", "bfloat16, GFLOP/s", "train step, bfloat16 against float32"], rows)
+
+
+def scaling() -> str:
+    """How the cost of an update of W1 grows."""
+    rows = []
+    for flag, by_size in result("throughput.json")["scaling"].items():
+        growth = by_size["growth"]
+        sizes = [f"{size}: {seconds:.2f} s" for size, seconds in by_size.items() if size != "growth"]
+        rows.append([f"`--{flag}`", *sizes, f"{growth:.2f}x for 4x"])
+    return table(["", "1x", "2x", "4x", "growth"], rows)
+
+
+def memory() -> str:
+    """Which model fits which GPU, by the formula."""
+    report, rows = result("memory.json"), []
+    for name, by_advantage in report["largest"].items():
+        row: list[object] = [name]
+        for needs in by_advantage.values():
+            fits = needs["fits_gb"]
+            row += [f"{needs['needs_gb']:.1f}", f"{fits} GB" if fits else "none of these"]
+        rows.append(row)
+    return table(["model", "`gae` needs, GB", "fits", "`rloo` needs, GB", "fits"], rows)
+
+
+def memory_runs() -> str:
+    """The formula beside measured runs."""
+    rows = []
+    for name, run in result("memory.json")["runs"].items():
+        predicted, took = run["predicted_gb"], run["measured_gb"]
+        rows.append([name, f"{predicted:.2f}", f"{took:.2f}", f"{predicted / took - 1:+.0%}"])
+    return table(["run", "formula, GB", "measured, GB", "off by"], rows)
+
+
+def soak() -> str:
+    """What many updates leave behind."""
+    report = result("soak.json")
+    early, late = report["early"], report["late"]
+    rows = [
+        ["resident memory, MB", *(f"{x['memory_mb']:.0f}" for x in (early, late)), f"{report['memory_ratio']:.3f}x"]
+    ]
+    rows += [
+        [f"open {name}" if name == "files" else name, early[name], late[name], ""] for name in ("files", "threads")
+    ]
+    return table(["", f"update {report['settled']}", f"update {report['updates']}", ""], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
         embedded_samples, embedded_seeds, embedded_reward_model, embedded_parts, embedded_times, embedded_kl,
         embedded_precision,
-        reviews_results, reviews_samples,
+        reviews_results, reviews_samples, parity_trl, throughput, rollouts, machine_share, scaling, memory, memory_runs,
+        soak,
     )
 }  # fmt: skip
 

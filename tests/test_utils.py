@@ -729,7 +729,9 @@ def test_only_the_newest_whole_checkpoint_counts(tokenizer, tmp_path):
     for step, keep, left in ((8, 2, [8]), (90, 2, [90, 8]), (100, 2, [100, 90]), (1000000, 3, [1000000, 100, 90])):
         utils.save_checkpoint(tmp_path, step, {"policy": model}, optimizer, {}, keep)
         assert [int(p.name) for p in utils.checkpoints(tmp_path)] == left
-    utils.save_checkpoint(tmp_path, 100, {"policy": model}, optimizer, {}, 1)  # whole already: nothing is written or goes
+    utils.save_checkpoint(
+        tmp_path, 100, {"policy": model}, optimizer, {}, 1
+    )  # whole already: nothing is written or goes
     assert len(utils.checkpoints(tmp_path)) == 3
     utils.save_checkpoint(tmp_path, 110, {"policy": model}, optimizer, {}, 1)
     assert [p.name for p in (tmp_path / "checkpoint").iterdir()] == ["000110"]

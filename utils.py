@@ -253,7 +253,7 @@ MODEL_FILES = (  # what `save_pretrained` of models and tokenizers may leave
     *("chat_template*", "additional_chat_templates"),
 )
 FREE_ON_RESUME = {"resume", "overwrite", "device", "micro_batch_size", "save_every", "eval_every", "track"}
-FREE_ON_RESUME |= {"keep_checkpoints", "reward_timeout"}
+FREE_ON_RESUME |= {"output_dir", "keep_checkpoints", "reward_timeout"}
 
 
 def flag(name: str) -> str:
@@ -1106,7 +1106,8 @@ def save_checkpoint(
     with writing(final, part):
         if final.exists() and not damage(final, models):  # a run that is interrupted right after it was saved
             return
-        shutil.rmtree(part, ignore_errors=True)
+        for path in (final, part):  # a damaged one, and what was left when it was being written
+            discard(path)
         part.mkdir(parents=True)
         for name, model in models.items():
             safetensors.torch.save_model(model, str(part / f"{name}.safetensors"))
@@ -1118,7 +1119,6 @@ def save_checkpoint(
         write_text(part / CHECKSUMS, "".join(sums))
         if (out / "metrics.jsonl").exists():  # a checkpoint is never ahead of its records
             sync(out / "metrics.jsonl")
-        discard(final)
         move(part, final)
         kept = [path for path in checkpoints(out) if int(path.name) <= step][:keep]
         for path in final.parent.iterdir():

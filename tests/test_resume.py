@@ -516,8 +516,9 @@ def spoil(monkeypatch, function: str, after: int, when=lambda: True, value: floa
     ("name", "function", "in_training", "value", "quantity"),
     [
         ("sft", "target_logits", True, float("nan"), "nan in the loss"),
-        ("reward_model", "last_token_scores", True, float("inf"), "inf in the loss"),
-        ("ppo", "last_token_scores", False, float("inf"), "inf in the scores"),
+        ("reward_model", "last_token_scores", True, float("nan"), "nan in the loss"),
+        ("reward_model", "last_token_scores", True, float("inf"), "nan in the gradient norm"),  # the loss is 0
+        ("ppo", "last_token_scores", False, float("nan"), "nan in the scores"),
         ("ppo", "target_logits", False, float("nan"), "nan in the logprobs"),
         ("ppo", "head_outputs", False, float("nan"), "nan in the values"),
         ("ppo", "target_logits", True, float("nan"), "nan in the policy_loss"),

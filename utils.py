@@ -389,7 +389,7 @@ def open_lock(path: Path, kind: int) -> Any:
     file.seek(0)
     pid, _, host = file.read().strip().partition(" ")
     here = host == socket.gethostname()
-    if taken or (host and not here) or (lockless and here and is_running(int(pid))):
+    if taken or (host and not here) or (lockless and here and pid.isdigit() and is_running(int(pid))):
         file.close()
         mend = "stop it" if here or taken else f"stop it or, if it has ended, remove {path}"
         stop(f"{path.parent}: is in use by process {pid or 'unknown'} on {host or 'unknown'}; {mend}")
@@ -1174,8 +1174,12 @@ def load_checkpoint(out: Path, models: dict[str, nn.Module], optimizer: Any) -> 
     if not dist.is_initialized() or dist.get_rank() == 0:
         for name, what in damaged.items():
             print(f"checkpoint/{name} is damaged ({what}); going on from checkpoint/{folder.name}", flush=True)
-    for name, model in models.items():
-        safetensors.torch.load_model(model, str(folder / f"{name}.safetensors"))
+    try:
+        for name, model in models.items():
+            safetensors.torch.load_model(model, str(folder / f"{name}.safetensors"))
+    except RuntimeError as error:
+        mend = "resume with the models and data of that run"
+        stop(f"{folder}: does not fit the model that is trained ({first_line(error)}); {mend}")
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in safetensors.torch.load_file(folder / "optimizer.safetensors").items():
         index, name = key.split(".", 1)
@@ -1224,6 +1228,7 @@ class Logger:
         if not self.active:
             return
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
+        threading.excepthook = print_thread_error
         from torch.utils.tensorboard import SummaryWriter
 
         with writing(self.path):
@@ -1271,6 +1276,12 @@ class Logger:
             self.board.close()
             if self.wandb:
                 self.wandb.finish()
+
+
+def print_thread_error(args: Any) -> None:
+    """A thread's traceback, but for TensorBoard's: `flush` raises its errors again where they become one line."""
+    if not type(args.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(args)
 
 
 def save_rollout(out: Path, process: Process, update: int, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:

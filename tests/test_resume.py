@@ -267,6 +267,16 @@ def test_damaged_checkpoints_alone_are_no_reason_to_start_again(sft, saved, dama
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "args.json"} == before
 
 
+def test_a_checkpoint_of_another_model_is_refused(sft, base, saved, capsys, tmp_path):
+    """The folder that --model names may hold another model by now; one line says so."""
+    out = Path(shutil.copytree(saved, tmp_path / "out"))
+    (out / "args.json").write_text("{}")  # as if the flags were the same
+    with pytest.raises(SystemExit) as exit_:
+        sft(out, **FLAGS["sft"], model=base.other, resume=True)
+    assert exit_.value.code == 2
+    assert f"{out / 'checkpoint' / '000008'}: does not fit" in error_line(capsys.readouterr().err)
+
+
 def test_checksums_are_those_of_sha256sum(saved):
     """Anybody can check a checkpoint without this code."""
     folder = saved / "checkpoint" / "000008"
@@ -402,6 +412,17 @@ def test_a_full_disk_leaves_the_last_checkpoint(sft, saved, small_disk, room, ca
     moved = Path(shutil.copytree(out, tmp_path / "roomy"))
     sft(moved, **FLAGS["sft"], resume=True)
     assert_same_records(saved, moved)
+
+
+@pytest.mark.parametrize("kilobytes", [8, 12, 16, 100, 160])
+def test_a_disk_that_is_full_before_the_first_checkpoint(sft, small_disk, kilobytes, capfd):
+    """No room for events, metrics or the model: one line, and no traceback of the thread that writes events."""
+    out = small_disk(kilobytes) / "out"
+    with pytest.raises(SystemExit) as exit_:
+        sft(out, batch_size=4, micro_batch_size=4, save_every=0)
+    assert exit_.value.code == 1
+    assert "No space left" in error_line(capfd.readouterr().err)
+    assert not (out / "config.json").exists()
 
 
 # ------------------------------------------------------------------------------------------------ two runs, one folder

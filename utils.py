@@ -238,14 +238,8 @@ class Interruption:
 # --------------------------------------------------------------------------------------------------- flags and folders
 
 OWN_FILES = (
-    "args.json",
-    "metrics.jsonl",
-    "summary.json",
-    "samples.jsonl",
-    "checkpoint",
-    "rollouts",
-    "debug",
-    "run.lock",
+    *("args.json", "metrics.jsonl", "summary.json", "samples.jsonl"),
+    *("checkpoint", "rollouts", "debug", "run.lock"),
 )
 MODEL_FILES = (  # what `save_pretrained` of models and tokenizers may leave
     *("*.part", "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
@@ -312,10 +306,8 @@ def check_output(args: Any) -> None:
         lost = args.resume and (out / "summary.json").exists() and not checkpoints(out)
         require(not lost, f"{out}: is finished and has no checkpoint; pass --overwrite to start again")
     elif out.exists():
-        rest = {path.name for path in out.iterdir()} - {
-            "run.lock",
-            "args.json.part",
-        }  # of a run killed in its first moment
+        # a run that was killed in its first moment may have left these
+        rest = {path.name for path in out.iterdir()} - {"run.lock", "args.json.part"}
         require(not rest, f"{out}: is not empty and holds no run; pass another --output-dir")
 
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,8 @@ import transformers  # noqa: E402 (its log goes to the stderr of its first impor
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
+import utils  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS = ["two", "three", "four", "five", "six"]
 KINDS = ["ripe", "green", "small", "very large", "fresh"]
@@ -50,6 +53,14 @@ def deterministic():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_ends_the_tests():
+    """A run that a test lets fail leaves its signal handlers behind, as it may where its process ends with it."""
+    yield
+    while utils.handlers_before:
+        signal.signal(*utils.handlers_before.popitem())
 
 
 # ---------------------------------------------------------------------------------------------------------------- data

@@ -50,6 +50,8 @@ class Args:
     """Where the value function starts, a hub id or a folder; none: the reward model, or else --model (D15)."""
     reward_fn: str | None = None
     """FILE.py:FUNCTION that scores instead of the reward model: f(prompts, completions, **columns) -> list[float]."""
+    reward_timeout: float = 600.0
+    """Seconds that a call of --reward-fn or --eval-reward-fn may take before the run stops; 0: any time."""
     dataset: str = "data/support/prompts"
     """Prompts: a hub id, a folder with train.jsonl and validation.jsonl, or a .jsonl, .parquet or .csv file."""
     train_split: str = "train"
@@ -151,7 +153,9 @@ class Args:
     eval_every: int = 10
     """Updates between evaluations; 0 evaluates at the end alone."""
     save_every: int = 20
-    """Updates between checkpoints for --resume; 0 saves none."""
+    """Updates between checkpoints for --resume; 0 saves one only when the run is interrupted."""
+    keep_checkpoints: int = 2
+    """The newest checkpoints to keep, 1 or more; should one be damaged, --resume goes on from the one before."""
     save_rollouts: int = 0
     """Updates between saved rollouts (rollouts/000010.safetensors); 0 saves none."""
     track: bool = False
@@ -244,7 +248,8 @@ def main(args: Args) -> None:
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         if reward_fn is not None:
             prompt_texts, rows = [p.text for p in prompts], [p.row for p in prompts]
-            scores = utils.call_reward_function(reward_fn, args.reward_fn, prompt_texts, texts, rows, update)
+            given = prompt_texts, texts, rows, update, args.reward_timeout
+            scores = utils.call_reward_function(reward_fn, args.reward_fn, *given)
             return torch.tensor(scores, device=device), texts
         most = utils.context_length(reward_model)
         if shared_tokenizer:  # the reward model has learned on texts that end in EOS (B19)
@@ -291,7 +296,8 @@ def main(args: Args) -> None:
             judged = [None] * len(prompts)
             if judge is not None:
                 prompt_texts, rows = [p.text for p in prompts], [p.row for p in prompts]
-                judged = utils.call_reward_function(judge, judge_file, prompt_texts, texts, rows, update)
+                given = prompt_texts, texts, rows, update, args.reward_timeout
+                judged = utils.call_reward_function(judge, judge_file, *given)
             kl = torch.zeros(len(prompts), device=device)
             for part, columns, length in micro_batches(torch.arange(len(prompts)), mask, response_mask):
                 logprobs, _ = policy_outputs(model, ids[part, columns], mask[part, columns], length)
@@ -327,6 +333,12 @@ def main(args: Args) -> None:
         loss = policy_outputs(policy, ids, mask, R)[0].sum()
         return loss if value_model is None else loss + value_outputs(ids, mask, R).sum()
 
+    def leave_if_interrupted(last_update: int) -> None:
+        """On SIGTERM or Ctrl-C save the state after `last_update`, in which the models are where this is called."""
+        if interruption.anywhere():
+            state = {"kl_coef": kl_coef, "processes": process.world}
+            interruption.leave(out, last_update, logger, trained, optimizer, state, keep=args.keep_checkpoints)
+
     # -------------------------------------------------------------------------------------------------- the PPO loop
     num_updates = args.total_episodes // args.batch_size
     local_batch_size = args.batch_size // process.world
@@ -355,6 +367,7 @@ def main(args: Args) -> None:
         utils.require(same, f"--resume: the run had {state['processes']} processes; start as many")
     logger = utils.Logger(out, args, process, "update", first_update - 1)
     progress = utils.progress_bar("ppo_rlhf", num_updates, first_update - 1, process)
+    interruption = utils.Interruption(process)
     for update in range(first_update, num_updates + 1):
         clock = [utils.now(device)]
 
@@ -376,6 +389,9 @@ def main(args: Args) -> None:
                 if value_model is not None:
                     real = response_mask[part, :length].bool()
                     values[part, :length] = torch.where(real, value_outputs(*inputs), 0.0)  # D21: 0 after the end
+                if interruption.here():
+                    break
+        leave_if_interrupted(update - 1)
         clock.append(utils.now(device))
 
         # 3. score them, at the sequence's end
@@ -387,6 +403,10 @@ def main(args: Args) -> None:
         scores = torch.where(ended, scores, scores - args.missing_eos_penalty)  # D18, B2
         if args.reward_clip is not None:
             scores = scores.clamp(-args.reward_clip, args.reward_clip)  # D30
+        leave_if_interrupted(update - 1)
+        numbers = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "scores": scores}
+        rollout = {"ids": ids, "mask": mask, "response_mask": response_mask} | numbers
+        utils.check_finite(out, process, f"update {update}", numbers, rollout)
         clock.append(utils.now(device))
 
         # 4. KL penalty: per-token reward = -beta * KL estimate, plus the score at the last real token
@@ -429,6 +449,7 @@ def main(args: Args) -> None:
             returns = episode_rewards[:, None] * response_mask
         if args.whiten_advantages:
             advantages = utils.whiten(advantages, response_mask)  # D22, over the batch of all processes (B7, B8)
+        rollout |= {"rewards": rewards, "advantages": advantages, "returns": returns}
 
         # 6. PPO update
         lr = args.learning_rate * (1 - (update - 1) / num_updates)  # D6
@@ -486,13 +507,17 @@ def main(args: Args) -> None:
                         epoch_totals += torch.stack(sums)
                         if epoch == 0 and not grad_norms:
                             ratio_error = torch.max(ratio_error, (ratio - 1).abs().max())
+                    if interruption.here() and not grad_norms:
+                        break
+                if not grad_norms:  # after the first optimizer step an update is finished: it cannot be saved half done
+                    leave_if_interrupted(update - 1)
                 if args.ptx_coef and update > args.critic_warmup_updates:  # D31: as many demonstrations as responses
                     ptx_losses.append(ptx_backward(len(minibatch), ptx_rng))
                 utils.sum_gradients(parameters)
                 grad_norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm))  # D29
-                if not torch.isfinite(grad_norms[-1]):
-                    what = f"the gradient norm is {grad_norms[-1].item()}"
-                    utils.stop(f"update {update}: {what}; lower --learning-rate and start again", code=1)
+                numbers = {name: epoch_totals[STATISTICS.index(name)] for name in ("policy_loss", "value_loss")}
+                numbers["gradient norm"] = grad_norms[-1]
+                utils.check_finite(out, process, f"update {update}", numbers, rollout)
                 optimizer.step()
                 optimizer.zero_grad()
             epoch_totals = utils.sum_over_processes(epoch_totals)
@@ -560,9 +585,7 @@ def main(args: Args) -> None:
         progress.set_postfix({name: f"{metrics[key]:.2f}" for name, key in shown.items()}, refresh=False)
         if args.save_rollouts and update % args.save_rollouts == 0:
             tensors = {"prompt_ids": ids[:, :-R], "prompt_mask": mask[:, :-R], "response_ids": ids[:, -R:]}
-            tensors |= {"response_mask": response_mask, "logprobs": logprobs, "ref_logprobs": ref_logprobs}
-            tensors |= {"values": values, "rewards": rewards, "advantages": advantages, "returns": returns}
-            tensors["scores"] = scores
+            tensors |= {name: x for name, x in rollout.items() if name not in ("ids", "mask")}
             names = "gamma lam temperature whiten_rewards whiten_advantages advantage samples_per_prompt kl_estimator"
             numbers = {name: getattr(args, name) for name in [*names.split(), "missing_eos_penalty", "reward_clip"]}
             utils.save_rollout(out, process, update, tensors, numbers | {"kl_coef": kl_coef, "update": update})
@@ -571,7 +594,8 @@ def main(args: Args) -> None:
             kl_coef *= 1 + error * args.batch_size / args.kl_horizon
         if args.save_every and update % args.save_every == 0 and update < num_updates and process.is_main:
             state = {"kl_coef": kl_coef, "processes": process.world}
-            utils.save_checkpoint(out, update, trained, optimizer, state)
+            utils.save_checkpoint(out, update, trained, optimizer, state, args.keep_checkpoints)
+        leave_if_interrupted(update)
     progress.close()
 
     # ------------------------------------------------------------------------------------------------- what it leaves
@@ -583,12 +607,14 @@ def main(args: Args) -> None:
         special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": stop_ids, "pad_token_id": pad_id}
         policy.generation_config = transformers.GenerationConfig(**sampling, **special)
         utils.save_model(policy, tokenizer, out)
-        with utils.writing(out), (out / "samples.jsonl").open("w", encoding="utf-8") as file:
-            for b, a in zip(before, after, strict=True):
-                row = {"prompt": b["prompt"], "reference": b["response"], "policy": a["response"]}
-                row |= {"reference_score": b["score"], "policy_score": a["score"]}
-                row |= {"reference_judge": b["judge"], "policy_judge": a["judge"]}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        samples = ""
+        for b, a in zip(before, after, strict=True):
+            row = {"prompt": b["prompt"], "reference": b["response"], "policy": a["response"]}
+            row |= {"reference_score": b["score"], "policy_score": a["score"]}
+            row |= {"reference_judge": b["judge"], "policy_judge": a["judge"]}
+            samples += json.dumps(row, ensure_ascii=False) + "\n"
+        with utils.writing(out):
+            utils.write_text(out / "samples.jsonl", samples)
         seconds = time.time() - started
         evaluation = compare(before, after)
         summary = {"updates": num_updates, "episodes": num_updates * args.batch_size, "seconds": seconds}
@@ -647,6 +673,7 @@ def check_flags(args: Args, world: int) -> None:
     utils.check_common_flags(args, world)
     counts = "total_episodes num_mini_batches num_ppo_epochs samples_per_prompt response_length eval_prompts kl_horizon"
     positive = "temperature cliprange cliprange_value kl_target reward_clip target_kl"
+    utils.check_range(args, "reward_timeout", lambda x: x >= 0, "0 or more")
     weights = "top_k missing_eos_penalty kl_coef vf_coef entropy_coef critic_warmup_updates ptx_coef save_rollouts"
     utils.check_range(args, counts, lambda n: n > 0, "1 or more")
     utils.check_range(args, positive, lambda x: x > 0, "a number above 0")

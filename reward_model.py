@@ -74,7 +74,9 @@ class Args:
     compile: bool = False
     """Compile the models (torch.compile): a minute at the start, faster training; needs a C++ compiler on CPUs."""
     save_every: int = 200
-    """Steps between checkpoints for --resume; 0 saves none."""
+    """Steps between checkpoints for --resume; 0 saves one only when the run is interrupted."""
+    keep_checkpoints: int = 2
+    """The newest checkpoints to keep, 1 or more; should one be damaged, --resume goes on from the one before."""
     eval_every: int = 100
     """Steps between evaluations; 0 evaluates at the end alone."""
     track: bool = False
@@ -170,6 +172,7 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------------------------------------------- train
     utils.set_gradient_checkpointing(model, args.gradient_checkpointing)
     progress = utils.progress_bar("reward_model", num_steps, start, process)
+    interruption = utils.Interruption(process)
     for step, indices in utils.batches(len(train_pairs), args.batch_size, args.epochs, args.seed, start):
         step_started = time.time()
         batch = [train_pairs[i] for i in indices]
@@ -182,12 +185,16 @@ def main(args: Args) -> None:
             losses = -F.logsigmoid(chosen - rejected)
             (losses.sum() / len(batch)).backward()  # D9: divided by the pairs of the whole batch (B12, B22)
             totals += torch.stack([losses.sum(), (chosen > rejected).sum(), (chosen - rejected).sum()]).detach()
+            if interruption.here():
+                break
+        if interruption.anywhere():  # the model is as the last step left it
+            interruption.leave(out, step - 1, logger, {"model": model}, optimizer, {}, keep=args.keep_checkpoints)
         loss, accuracy, margin = (utils.sum_over_processes(totals) / len(batch)).tolist()
         utils.sum_gradients(list(model.parameters()))
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()  # D29
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            what = f"the loss is {loss}, the gradient norm {grad_norm}"
-            utils.stop(f"step {step}: {what}; lower --learning-rate and start again", code=1)
+        numbers = {"loss": loss, "gradient norm": grad_norm}
+        pairs = {"chosen": [p.chosen for p in mine], "rejected": [p.rejected for p in mine]}
+        utils.check_finite(out, process, f"step {step}", numbers, pairs)
         lr = utils.warmup_cosine(args.learning_rate, step, num_steps, warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -204,7 +211,7 @@ def main(args: Args) -> None:
         shown = {"loss": f"{loss:.3f}", "accuracy": f"{accuracy:.2f}", "tok_s": f"{tokens_per_second:,.0f}"}
         progress.set_postfix(shown, refresh=False)
         if args.save_every and step % args.save_every == 0 and step < num_steps and process.is_main:
-            utils.save_checkpoint(out, step, {"model": model}, optimizer, {})
+            utils.save_checkpoint(out, step, {"model": model}, optimizer, {}, args.keep_checkpoints)
     progress.close()
 
     # --------------------------------------------------------------------------------------------------- normalize

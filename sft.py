@@ -70,7 +70,9 @@ class Args:
     compile: bool = False
     """Compile the models (torch.compile): a minute at the start, faster training; needs a C++ compiler on CPUs."""
     save_every: int = 200
-    """Steps between checkpoints for --resume; 0 saves none."""
+    """Steps between checkpoints for --resume; 0 saves one only when the run is interrupted."""
+    keep_checkpoints: int = 2
+    """The newest checkpoints to keep, 1 or more; should one be damaged, --resume goes on from the one before."""
     eval_every: int = 200
     """Steps between evaluations; 0 evaluates at the end alone."""
     track: bool = False
@@ -143,6 +145,7 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------------------------------------------- train
     utils.set_gradient_checkpointing(model, args.gradient_checkpointing)
     progress = utils.progress_bar("sft", num_steps, start, process)
+    interruption = utils.Interruption(process)
     for step, indices in utils.batches(len(train_rows), args.batch_size, args.epochs, args.seed, start):
         step_started = time.time()
         batch = [train_rows[i] for i in indices]
@@ -154,12 +157,16 @@ def main(args: Args) -> None:
             micro_loss = sum_of_losses(mine[i : i + micro_batch_size]) / num_tokens
             micro_loss.backward()
             loss += micro_loss.detach()
+            if interruption.here():
+                break
+        if interruption.anywhere():  # the model is as the last step left it
+            interruption.leave(out, step - 1, logger, {"model": model}, optimizer, {}, keep=args.keep_checkpoints)
         loss = utils.sum_over_processes(loss).item()
         utils.sum_gradients(list(model.parameters()))
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()  # D29
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            what = f"the loss is {loss}, the gradient norm {grad_norm}"
-            utils.stop(f"step {step}: {what}; lower --learning-rate and start again", code=1)
+        numbers = {"loss": loss, "gradient norm": grad_norm}
+        rows = {"ids": [ids for ids, _ in mine], "prompt_lengths": [length for _, length in mine]}
+        utils.check_finite(out, process, f"step {step}", numbers, rows)
         lr = utils.warmup_cosine(args.learning_rate, step, num_steps, warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -175,7 +182,7 @@ def main(args: Args) -> None:
         shown = {"loss": f"{loss:.3f}", "lr": f"{lr:.1e}", "tok_s": f"{tokens_per_second:,.0f}"}
         progress.set_postfix(shown, refresh=False)
         if args.save_every and step % args.save_every == 0 and step < num_steps and process.is_main:
-            utils.save_checkpoint(out, step, {"model": model}, optimizer, {})
+            utils.save_checkpoint(out, step, {"model": model}, optimizer, {}, args.keep_checkpoints)
     progress.close()
 
     # ------------------------------------------------------------------------------------------------- what it leaves

@@ -4,10 +4,14 @@ The three stages import this file and never each other. Shapes in comments: B se
 tokens, T = P + R, V vocabulary, H hidden size. `D17` and `B14` in comments point to DETAILS.md.
 """
 
+import atexit
 import codecs
 import contextlib
 import dataclasses
 import difflib
+import errno
+import fcntl
+import hashlib
 import html
 import importlib.util
 import inspect
@@ -18,8 +22,12 @@ import math
 import os
 import re
 import shutil
+import signal
+import socket
 import sys
+import threading
 import time
+import traceback
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,10 +71,15 @@ def visible(text: str) -> str:
 
 def stop(message: str, code: int = 2) -> NoReturn:
     """Print `error: WHERE: WHAT; HOW TO MEND` on one line of stderr and exit: 2 for wrong input, 1 for a failed run."""
-    while open_bars:
-        open_bars.pop().close()  # ends its line, so that the error starts one of its own
-    print(visible(f"error: {message}".replace("\n", " ")), file=sys.stderr, flush=True)
+    print_line(f"error: {message}")
     raise SystemExit(code)
+
+
+def print_line(message: str) -> None:
+    """Print a message on a line of its own on stderr."""
+    while open_bars:
+        open_bars.pop().close()  # ends its line
+    print(visible(message.replace("\n", " ")), file=sys.stderr, flush=True)
 
 
 def require(condition: bool, message: str) -> None:
@@ -116,6 +129,7 @@ def start_process(device: str, seed: int, trust_remote_code: bool = False) -> Pr
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    catch_signals(quit_at_once)  # before training there is nothing to save
     torch.manual_seed(seed)  # model heads and tiny models start alike in every process
     remote_code = trust_remote_code
     if remote_code:
@@ -170,17 +184,96 @@ def gather(rows: list[Any]) -> list[Any]:
 
 
 def end_process() -> None:
-    """Leave the process group, after everything is written."""
+    """Leave output folder and process group, after everything is written."""
+    unlock_output()
+    while handlers_before:
+        signal.signal(*handlers_before.popitem())
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
+handlers_before: dict[int, Any] = {}
+
+
+def catch_signals(handler: Callable[[int, Any], None]) -> None:
+    """Have SIGTERM and Ctrl-C call `handler` until `end_process`."""
+    owner = os.getpid()
+
+    def caught(number: int, frame: Any) -> None:
+        if os.getpid() != owner:  # a fork, of a reward function's pool of workers for one: it ends as it would without
+            os._exit(128 + number)
+        handler(number, frame)
+
+    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before = signal.signal(number, caught)
+            handlers_before.setdefault(number, before)
+
+
+def quit_at_once(number: int, frame: Any = None) -> NoReturn:
+    """End the process as it is; what a kill leaves is whole, for everything is written beside first."""
+    # no print: the signal may have come in the middle of one
+    os.write(2, b"\ninterrupted: quit at once; the same flags with --resume go on from the last checkpoint, if any\n")
+    unlock_output()
+    os._exit(128 + number)
+
+
+class Interruption:
+    """SIGTERM or Ctrl-C: noted when it comes, acted on where the loop asks; a second one quits at once."""
+
+    def __init__(self, process: Process):
+        self.process, self.signal, self.time, self.agreed = process, 0, 0.0, 0
+        catch_signals(self.note)
+
+    def note(self, number: int, frame: Any) -> None:
+        # torchrun passes on a signal that its processes may have got by themselves: that is not a second one
+        again = self.signal and not (dist.is_initialized() and time.monotonic() - self.time < 1)
+        if again:
+            quit_at_once(number)
+        if not self.signal:
+            self.signal, self.time = number, time.monotonic()
+
+    def here(self) -> bool:
+        """Whether a signal has come to this process: what it is computing will not be used."""
+        return self.signal != 0
+
+    def anywhere(self) -> bool:
+        """Whether a signal has come to any process. All have to ask at the same place, and get the same answer."""
+        self.agreed = self.signal
+        if dist.is_initialized():
+            number = torch.tensor(self.agreed, device=self.process.device)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            self.agreed = int(number)
+        return self.agreed != 0
+
+    def leave(self, out: Path, step: int, logger: Any, *checkpoint: Any, **options: Any) -> NoReturn:
+        """Save the models, which are in the state after `step`, say how to go on, exit with 128 + the signal's number.
+
+        What follows `logger` is passed on to `save_checkpoint`.
+        """
+        if self.process.is_main:
+            if step:  # the state before the first step is where a run without checkpoints starts
+                save_checkpoint(out, step, *checkpoint, **options)
+            print_line(f"interrupted after {logger.step_name} {step}: the same flags with --resume go on from there")
+        logger.close()
+        end_process()  # which waits for the main process
+        raise SystemExit(128 + self.agreed)
+
+
 # --------------------------------------------------------------------------------------------------- flags and folders
 
-OWN_FILES = ("args.json", "metrics.jsonl", "summary.json", "samples.jsonl", "checkpoint", "rollouts")
+OWN_FILES = (
+    *("args.json", "metrics.jsonl", "summary.json", "samples.jsonl"),
+    *("checkpoint", "rollouts", "debug", "run.lock"),
+)
+MODEL_FILES = (  # what `save_pretrained` of models and tokenizers may leave
+    *("*.part", "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
+    *("chat_template*", "additional_chat_templates"),
+)
 FREE_ON_RESUME = {"resume", "overwrite", "device", "micro_batch_size", "save_every", "eval_every", "track"}
-FREE_ON_RESUME |= {"trust_remote_code"}
+FREE_ON_RESUME |= {"trust_remote_code", "output_dir", "keep_checkpoints", "reward_timeout"}
 
 
 def flag(name: str) -> str:
@@ -242,6 +335,7 @@ def check_common_flags(args: Any, world: int) -> None:
     automatic = args.micro_batch_size == "auto"
     check_range(args, "batch_size" if automatic else "batch_size micro_batch_size", lambda n: n > 0, "1 or more")
     check_range(args, "save_every eval_every seed", lambda n: n >= 0, "0 or more")
+    check_range(args, "keep_checkpoints", lambda n: n > 0, "1 or more")
     check_range(args, "learning_rate max_grad_norm", lambda x: x > 0, "a number above 0")
     if hasattr(args, "epochs"):  # sft.py and reward_model.py, which pass over a fixed set of rows
         check_range(args, "epochs", lambda n: n > 0, "1 or more")
@@ -263,15 +357,36 @@ def check_output(args: Any) -> None:
     out = Path(args.output_dir).expanduser()
     require(not (args.resume and args.overwrite), "--resume: contradicts --overwrite; pass one of the two")
     require(not out.exists() or out.is_dir(), f"{out}: is a file; pass another --output-dir")
+    for name in ("model", "reward_model", "value_model"):
+        start = getattr(args, name, None)
+        same = start and out.is_dir() and Path(start).expanduser().resolve() == out.resolve()
+        require(not same, f"--output-dir: {out} is also {flag(name)}, which must stay; pass another --output-dir")
+    if (out / "run.lock").exists() and out / "run.lock" not in locks:
+        with contextlib.suppress(OSError):  # a folder that cannot be written is for `open_output` to name
+            open_lock(out / "run.lock", fcntl.LOCK_SH).close()
     if (out / "args.json").exists():
         again = args.resume or args.overwrite
         require(again, f"{out}: already holds a run; pass --resume to go on or --overwrite to start again")
-        before = json.loads((out / "args.json").read_text()) if args.resume else {}
+        before = flags_of(out) if args.resume else {}
         for name, value in json.loads(json.dumps(dataclasses.asdict(args))).items():
-            same = not args.resume or name in FREE_ON_RESUME or before.get(name) == value
+            same = not before or name in FREE_ON_RESUME or before.get(name) == value
             require(same, f"{flag(name)}: was {before.get(name)!r} in {out}; resume with the flags of that run")
+        lost = args.resume and (out / "summary.json").exists() and not checkpoints(out)
+        require(not lost, f"{out}: is finished and has no checkpoint; pass --overwrite to start again")
     elif out.exists():
-        require(not any(out.iterdir()), f"{out}: is not empty and holds no run; pass another --output-dir")
+        # a run that was killed in its first moment may have left these
+        rest = {path.name for path in out.iterdir()} - {"run.lock", "args.json.part"}
+        require(not rest, f"{out}: is not empty and holds no run; pass another --output-dir")
+
+
+def flags_of(out: Path) -> dict[str, Any]:
+    """The flags of the run in a folder; none where args.json is illegible and nothing has been saved with them yet."""
+    try:
+        return dict(json.loads((out / "args.json").read_text(encoding="utf-8")))
+    except ValueError:
+        mend = "write {} into it to go on with the flags given now, or pass --overwrite"
+        require(not checkpoints(out), f"{out / 'args.json'}: is illegible; {mend}")
+        return {}
 
 
 def open_output(args: Any, process: Process) -> Path:
@@ -281,12 +396,20 @@ def open_output(args: Any, process: Process) -> Path:
         dist.barrier()  # nobody may find the folder that the main process makes here
     if process.is_main:
         try:
-            if args.overwrite and out.exists():
-                links = [path for path in out.iterdir() if path.is_symlink()]  # what is written must not go through
-                for path in [out / name for name in OWN_FILES] + list(out.glob("events.out.tfevents.*")) + links:
-                    remove(path)
             out.mkdir(parents=True, exist_ok=True)
+            lock_output(out)
+            check_output(args)  # another run may have come and gone since
+            if args.overwrite:  # first what would make the old run look like this one, if this is killed in between
+                discard(out / "summary.json")
+                discard(out / "checkpoint")
             write_json(out / "args.json", dataclasses.asdict(args))
+            if not checkpoints(out):
+                own = [out / name for name in OWN_FILES if name not in ("args.json", "run.lock", "checkpoint")]
+                own += [path for glob in ("events.out.tfevents.*", *MODEL_FILES) for path in out.glob(glob)]
+                if args.overwrite:  # what is written must not go through a link
+                    own += [path for path in out.iterdir() if path.is_symlink()]
+                for path in own:
+                    discard(path)
         except OSError as error:
             stop(f"{out}: cannot be written ({first_line(error)}); pass another --output-dir")
     if dist.is_initialized():
@@ -294,19 +417,119 @@ def open_output(args: Any, process: Process) -> Path:
     return out
 
 
-def remove(path: Path) -> None:
-    """Remove a file or a folder if it is there; of a link the link alone, never what it leads to."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+locks: dict[Path, tuple[int, Any]] = {}  # `run.lock`: the process that took it, not a fork of it, and the open file
+
+
+def lock_output(out: Path) -> None:
+    """Keep other runs out of a folder until `unlock_output`, by `run.lock`, which names process and host."""
+    unlock_output()  # of a run that failed before in this process
+    path = out / "run.lock"
+    while path not in locks:
+        file = open_lock(path, fcntl.LOCK_EX)
+        if is_file(path, file):
+            locks[path] = os.getpid(), file
+        else:  # its run removed it in the meantime
+            file.close()
+    file.truncate(0)
+    file.write(f"{os.getpid()} {socket.gethostname()}\n")
+    file.flush()
+    atexit.register(unlock_output)
+
+
+def open_lock(path: Path, kind: int) -> Any:
+    """Open and lock `run.lock`; stop with code 2 if another run has it. However a process ends, its lock does too.
+
+    On a network folder the other run may be on a host whose locks are not seen here: what the file says counts then.
+    """
+    file = path.open("a+")
+    taken = lockless = False
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        taken = True
+    except OSError:  # a file system without locks
+        lockless = True
+    file.seek(0)
+    pid, _, host = file.read().strip().partition(" ")
+    here = host == socket.gethostname()
+    if taken or (host and not here) or (lockless and here and pid.isdigit() and is_running(int(pid))):
+        file.close()
+        mend = "stop it" if here or taken else f"stop it or, if it has ended, remove {path}"
+        stop(f"{path.parent}: is in use by process {pid or 'unknown'} on {host or 'unknown'}; {mend}")
+    return file
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is a process of this number on this host."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def is_file(path: Path, file: Any) -> bool:
+    """Whether an open file is the one that has this name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def unlock_output() -> None:
+    """Remove this process's `run.lock`."""
+    while locks:
+        path, (owner, file) = locks.popitem()
+        with contextlib.suppress(OSError):
+            if owner == os.getpid() and is_file(path, file):
+                path.unlink()
+        file.close()
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, beside the target first, so that a reader never sees half a file."""
+    """Write `value` as indented JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its target first: nobody finds half of it, whenever process or machine stop."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
+    move(part, path)
+
+
+def move(part: Path, path: Path) -> None:
+    """Give a written file or folder its name, once all that it holds is on the disk."""
+    for written in [*part.rglob("*"), part]:
+        sync(written)
     os.replace(part, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems cannot do it for folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder, if it is there; a folder is renamed first, so that half of it is never taken for it."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    part = path.with_name(path.name.removesuffix(".part") + ".part")
+    if part != path:
+        shutil.rmtree(part, ignore_errors=True)
+        os.replace(path, part)
+    shutil.rmtree(part)
 
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -1143,20 +1366,29 @@ def load_function(spec: str, where: str) -> Callable[..., list[float]]:
 
 
 def call_reward_function(
-    function: Callable, where: str, prompts: list[str], completions: list[str], rows: list[dict], update: int = 0
+    function: Callable,
+    where: str,
+    prompts: list[str],
+    completions: list[str],
+    rows: list[dict],
+    update: int = 0,
+    timeout: float = 0,
 ) -> list[float]:
     """Scores of `function(prompts, completions, **columns)`; columns are the other columns of the data set, by name.
 
-    Stop if it raises or does not return one finite number for each: with code 2, or 1 once training is at an update.
+    Stop if it raises, takes longer than `timeout` seconds (0: as long as it likes) or does not return one finite number
+    for each: with code 2, or 1 once training is at an update.
     """
     code = 1 if update else 2
     where = f"update {update}: {where}" if update else where
     names = {name for row in rows for name in row} - {"prompt", "prompts", "completions"}
     columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
     try:
-        scores = [float(s) for s in function(prompts, completions, **columns)]
+        with time_limit(timeout, f"{where}: has not returned {len(prompts)} scores, {prompts[0]!r:.60} first,", code):
+            scores = [float(s) for s in function(prompts, completions, **columns)]
     except Exception as error:
-        stop(f"{where}: raised {first_line(error)}; mend it, it is called as f(prompts, completions, **columns)", code)
+        place = f"{prompt_of(error, prompts, completions)}; mend it, it is called as f(prompts, completions, **columns)"
+        stop(f"{where}: raised {first_line(error)}, {place}", code)
     if len(scores) != len(prompts):
         stop(f"{where}: returned {len(scores)} values for {len(prompts)} prompts; return one each", code)
     for prompt, score in zip(prompts, scores, strict=True):
@@ -1165,32 +1397,88 @@ def call_reward_function(
     return scores
 
 
+@contextlib.contextmanager
+def time_limit(seconds: float, what: str, code: int) -> Iterator[None]:
+    """End the process with `code` if what is within takes longer; 0 sets no limit.
+
+    The function stays in the main thread, as signals and a GPU's choice may need it to; nothing can stop it there but
+    the end of the process.
+    """
+
+    def end() -> None:
+        print_line(f"error: {what} within {seconds:g} seconds; mend it or raise --reward-timeout")
+        sys.stdout.flush()
+        unlock_output()
+        os._exit(code)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    if seconds:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def prompt_of(error: Exception, prompts: list[str], completions: list[str]) -> str:
+    """Which prompt a reward function failed on: the one that its variables held; where none did, the batch's first."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][1:]  # without the caller's own
+    held = [v for frame in reversed(frames) for v in frame.f_locals.values() if isinstance(v, str)]
+    for texts in (prompts, completions):
+        found = next((prompts[texts.index(v)] for v in held if v in texts), None)
+        if found is not None:
+            return f"at the prompt {found!r:.60}"
+    return f"for {len(prompts)} prompts, {prompts[0]!r:.60} first"
+
+
 # --------------------------------------------------------------------------------------- checkpoints and model folders
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write model and tokenizer as an ordinary Hugging Face folder."""
-    with writing(folder):
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    """Write model and tokenizer as an ordinary Hugging Face folder: config.json last, without which it is none."""
+    part = folder / "model.part"
+    with writing(folder, part):
+        discard(part)
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        files = [path for path in part.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path.name == "config.json"):
+            target = folder / path.relative_to(part)
+            target.parent.mkdir(exist_ok=True)
+            move(path, target)
+        discard(part)
 
 
 @contextlib.contextmanager
-def writing(where: Path) -> Iterator[None]:
-    """Turns a failure to write, a full disk for one, into one line and exit code 1."""
+def writing(where: Path, part: Path | None = None) -> Iterator[None]:
+    """Turns a failure to write, a full disk for one, into one line and exit code 1, and removes `part` if given."""
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
         mend = "make room; then --resume goes on from the last checkpoint"
         stop(f"{where}: cannot be written ({first_line(error)}); {mend}", code=1)
 
 
-def save_checkpoint(out: Path, step: int, models: dict[str, nn.Module], optimizer: Any, state: dict[str, Any]) -> None:
-    """Write `checkpoint/STEP`: weights and optimizer as safetensors, `state` as JSON; the older one goes after it."""
+CHECKSUMS = "SHA256SUMS"  # as `sha256sum --check` reads it
+
+
+def save_checkpoint(
+    out: Path, step: int, models: dict[str, nn.Module], optimizer: Any, state: dict[str, Any], keep: int = 2
+) -> None:
+    """Write `checkpoint/STEP`: weights and optimizer as safetensors, `state` as JSON, checksums of all files.
+
+    It gets its name once it is whole and on the disk; then all but the newest `keep` go.
+    """
     final = out / "checkpoint" / f"{step:06d}"
     part = final.with_name(final.name + ".part")
-    with writing(final):
-        shutil.rmtree(part, ignore_errors=True)
+    with writing(final, part):
+        if final.exists() and not damage(final, models):  # a run that is interrupted right after it was saved
+            return
+        for path in (final, part):  # a damaged one, and what was left when it was being written
+            discard(path)
         part.mkdir(parents=True)
         for name, model in models.items():
             safetensors.torch.save_model(model, str(part / f"{name}.safetensors"))
@@ -1198,26 +1486,104 @@ def save_checkpoint(out: Path, step: int, models: dict[str, nn.Module], optimize
         flat = {f"{i}.{k}": v for i, s in moments.items() for k, v in s.items()}
         safetensors.torch.save_file(flat, part / "optimizer.safetensors")
         write_json(part / "state.json", {"step": step, **state})
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(part, final)
-        for old in sorted(final.parent.iterdir()):
-            if old != final and re.fullmatch(r"\d{6,}(\.part)?", old.name):  # `checkpoint` may lead to a shared folder
-                remove(old)
+        sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(part.iterdir())]
+        write_text(part / CHECKSUMS, "".join(sums))
+        if (out / "metrics.jsonl").exists():  # a checkpoint is never ahead of its records
+            sync(out / "metrics.jsonl")
+        move(part, final)
+        kept = [path for path in checkpoints(out) if int(path.name) <= step][:keep]
+        for path in final.parent.iterdir():
+            # `checkpoint` may be a link to a folder that holds other things
+            if path not in kept and re.fullmatch(r"\d{6,}(\.part)?", path.name):
+                discard(path)
+
+
+def sha256(path: Path) -> str:
+    """A file's SHA-256 checksum in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """A run's checkpoints, the newest first; what was still being written when it ended (.part) is none."""
+    found = [path for path in (out / "checkpoint").glob("*") if path.name.isdigit()]
+    return sorted(found, key=lambda path: int(path.name), reverse=True)
+
+
+def damage(folder: Path, models: dict[str, nn.Module]) -> str | None:
+    """What is wrong with a checkpoint of `models`; None if it is whole."""
+    name = CHECKSUMS
+    try:
+        lines = (folder / name).read_text().splitlines()
+        sums = {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
+        for name in [*(f"{model}.safetensors" for model in models), "optimizer.safetensors", "state.json"]:
+            if sha256(folder / name) != sums.get(name):
+                return f"{name}: checksum differs"
+    except FileNotFoundError:
+        return f"{name}: is missing"
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{name}: {first_line(error)}"
+    return None
 
 
 def load_checkpoint(out: Path, models: dict[str, nn.Module], optimizer: Any) -> dict[str, Any] | None:
-    """Restore the newest checkpoint into models and optimizer and return its state; None where there is none."""
-    whole = sorted(p for p in (out / "checkpoint").glob("[0-9]*") if p.suffix != ".part")
-    if not whole:
+    """Restore the newest whole checkpoint into models and optimizer and return its state; None where there is none.
+
+    Damaged ones are named and passed over; stop with code 1 if all of them are.
+    """
+    damaged, found = {}, checkpoints(out)
+    for folder in found:
+        what = damage(folder, models)
+        if not what:
+            break
+        damaged[folder.name] = what
+    else:
+        if found:
+            what = ", ".join(f"{name}: {what}" for name, what in damaged.items())
+            mend = "restore one from a copy, or pass --overwrite to start again"
+            stop(f"{out / 'checkpoint'}: no checkpoint is whole ({what}); {mend}", code=1)
         return None
-    for name, model in models.items():
-        safetensors.torch.load_model(model, str(whole[-1] / f"{name}.safetensors"))
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        for name, what in damaged.items():
+            print(f"checkpoint/{name} is damaged ({what}); going on from checkpoint/{folder.name}", flush=True)
+    try:
+        for name, model in models.items():
+            safetensors.torch.load_model(model, str(folder / f"{name}.safetensors"))
+    except RuntimeError as error:
+        mend = "resume with the models and data of that run"
+        stop(f"{folder}: does not fit the model that is trained ({first_line(error)}); {mend}")
     moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in safetensors.torch.load_file(whole[-1] / "optimizer.safetensors").items():
+    for key, value in safetensors.torch.load_file(folder / "optimizer.safetensors").items():
         index, name = key.split(".", 1)
         moments.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return json.loads((whole[-1] / "state.json").read_text())
+    return json.loads((folder / "state.json").read_text())
+
+
+def check_finite(
+    out: Path, process: Process, where: str, quantities: dict[str, Any], batch: dict[str, Tensor | list]
+) -> None:
+    """Stop with code 1 if one of `quantities` holds NaN or infinity, so that no optimizer step is made of it.
+
+    `where` is "step 3" or the like. `batch`, this process's tensors and lists (of token ids, say), goes to `debug/`.
+    """
+    for name, value in quantities.items():
+        value = torch.as_tensor(value)
+        if value.isfinite().all():
+            continue
+        what = f"{value[~value.isfinite()][0].item()} in the {name}"
+        path = out / "debug" / f"{where.replace(' ', '-')}-process-{process.rank}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for key, part in batch.items():
+            if not isinstance(part, Tensor) and part and isinstance(part[0], list):
+                tensors[f"{key}_lengths"] = torch.tensor([len(row) for row in part])
+                part = [x for row in part for x in row]  # one after the other
+            tensors[key] = torch.as_tensor(part).detach().cpu().contiguous()
+        with contextlib.suppress(OSError, safetensors.SafetensorError):  # what went wrong comes first
+            path.parent.mkdir(exist_ok=True)
+            safetensors.torch.save_file(tensors, path)
+            write_json(path.with_suffix(".json"), {"where": where, "what": what, "process": process.rank})
+        stop(f"{where}: {what}; lower --learning-rate and start again, or look at the batch in {path}", code=1)
 
 
 # ------------------------------------------------------------------------------------------------------------- logging
@@ -1234,19 +1600,29 @@ class Logger:
         if not self.active:
             return
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
+        threading.excepthook = print_thread_error
         from torch.utils.tensorboard import SummaryWriter
 
         with writing(self.path):
-            lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)[step_name] <= last_step]
-            self.file = self.path.open("w", buffering=1)
-            self.file.writelines(kept)
+            write_text(self.path, "".join(self.lines_until(last_step)))
+            self.file = self.path.open("a", buffering=1)
             self.board = SummaryWriter(str(out), purge_step=last_step + 1)  # hides what an interrupted run did after
         self.board.add_text("args", markdown_table(["flag", "value"], [[k, str(v)] for k, v in vars(args).items()]), 0)
         if args.track:
             import wandb
 
             self.wandb = wandb.init(project="ppo-rlhf", config=vars(args), dir=str(out), name=out.name)
+
+    def lines_until(self, last_step: int) -> Iterator[str]:
+        """The lines of metrics.jsonl up to a step; the last one may be half a line, or anything after a power cut."""
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        for line in text.splitlines(keepends=True):
+            try:
+                kept = line.endswith("\n") and json.loads(line)[self.step_name] <= last_step
+            except (ValueError, TypeError, KeyError):
+                return
+            if kept:
+                yield line
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write one line of metrics.jsonl and the same scalars."""
@@ -1256,6 +1632,7 @@ class Logger:
             self.file.write(json.dumps({self.step_name: step, **metrics}) + "\n")
             for name, value in metrics.items():
                 self.board.add_scalar(name, value, step)
+            self.board.flush()  # a process that is killed takes along what its threads have not written
         if self.wandb:
             self.wandb.log(metrics, step=step)
 
@@ -1273,6 +1650,12 @@ class Logger:
                 self.wandb.finish()
 
 
+def print_thread_error(args: Any) -> None:
+    """A thread's traceback, but for TensorBoard's: `flush` raises its errors again where they become one line."""
+    if not type(args.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(args)
+
+
 def save_rollout(out: Path, process: Process, update: int, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
     """Write `rollouts/000010.safetensors`: the rows of all processes, and as metadata the numbers to recompute them."""
     size = numbers["samples_per_prompt"]  # the responses to a prompt stay together
@@ -1283,7 +1666,9 @@ def save_rollout(out: Path, process: Process, update: int, tensors: dict[str, Te
         with writing(path):
             path.parent.mkdir(exist_ok=True)
             whole = {k: torch.cat([g[k] for g in groups]) for k in groups[0]}
-            safetensors.torch.save_file(whole, path, {k: str(v) for k, v in numbers.items()})
+            part = path.with_name(path.name + ".part")
+            safetensors.torch.save_file(whole, part, {k: str(v) for k, v in numbers.items()})
+            move(part, path)
 
 
 def progress_bar(name: str, total: int, start: int, process: Process) -> tqdm:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -56,6 +57,14 @@ def deterministic():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_ends_the_tests():
+    """A run that a test lets fail leaves its signal handlers behind, as it may where its process ends with it."""
+    yield
+    while utils.handlers_before:
+        signal.signal(*utils.handlers_before.popitem())
 
 
 # ---------------------------------------------------------------------------------------------------------------- data

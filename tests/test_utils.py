@@ -730,11 +730,17 @@ def test_only_the_newest_whole_checkpoint_counts(tokenizer, tmp_path):
     model = make_model(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
     train_step(model, optimizer)
-    for step in (8, 100):
-        utils.save_checkpoint(tmp_path, step, {"policy": model}, optimizer, {})
-    assert [p.name for p in (tmp_path / "checkpoint").iterdir()] == ["000100"]
+    for step, keep, left in ((8, 2, [8]), (90, 2, [90, 8]), (100, 2, [100, 90]), (1000000, 3, [1000000, 100, 90])):
+        utils.save_checkpoint(tmp_path, step, {"policy": model}, optimizer, {}, keep)
+        assert [int(p.name) for p in utils.checkpoints(tmp_path)] == left
+    utils.save_checkpoint(
+        tmp_path, 100, {"policy": model}, optimizer, {}, 1
+    )  # whole already: nothing is written or goes
+    assert len(utils.checkpoints(tmp_path)) == 3
+    utils.save_checkpoint(tmp_path, 110, {"policy": model}, optimizer, {}, 1)
+    assert [p.name for p in (tmp_path / "checkpoint").iterdir()] == ["000110"]
     (tmp_path / "checkpoint" / "000200.part").mkdir()
-    assert utils.load_checkpoint(tmp_path, {"policy": model}, optimizer)["step"] == 100
+    assert utils.load_checkpoint(tmp_path, {"policy": model}, optimizer)["step"] == 110
 
 
 def test_no_checkpoint_is_none(model, tmp_path):

@@ -852,16 +852,14 @@ def load_model(
     Where its files lack weights, transformers makes random ones. Those whose names start with `new` are set to zero;
     for any others, stop: `mend` says how to mend it.
     """
-    # eager attention is the faster one on a CPU at the lengths that one trains on there
-    attention = "eager" if device.type == "cpu" else "sdpa"
+    # eager attention is the faster one on a CPU at the lengths that one trains on there; None: fused, where that exists
+    attention = "eager" if device.type == "cpu" else None
     kwargs |= {"dtype": torch.float32, "attn_implementation": attention, "output_loading_info": True}
     loaded, info = from_pretrained(auto_class, model, **kwargs)
     lacking = sorted(name for name in info["missing_keys"] if not name.startswith(new))
     require(not lacking, f"{model}: its files lack {', '.join(lacking[:3])}; {mend or 'pass a whole model'}")
     for name in info["missing_keys"]:
         loaded.get_parameter(name).data.zero_()
-    if getattr(loaded.config.get_text_config(), "attn_logit_softcapping", None):
-        loaded.set_attn_implementation("eager")  # the others leave it out (Gemma 2)
     for module in loaded.modules():  # some layers drop out by their own flag, which checkpointing sets
         for name in ("dropout", "layerdrop"):
             if isinstance(getattr(module, name, None), float):

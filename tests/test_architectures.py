@@ -195,17 +195,21 @@ def test_what_some_do_after_the_output_head(kind, flags, tmp_path, capsys, monke
     assert "does something unknown to its logits" in capsys.readouterr().err
 
 
-def test_attention_with_capped_logits_is_eager_everywhere(tmp_path, monkeypatch):
-    """Gemma 2: the fused kernels that GPUs are given otherwise leave the cap out."""
+def test_on_a_gpu_attention_is_fused_where_the_architecture_has_it(tmp_path, monkeypatch):
+    """Gemma 2 has not, for its logits are capped; it is loaded all the same."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    original = utils.from_pretrained
+    asked, original = [], utils.from_pretrained
 
-    def as_on_a_gpu(auto_class, model, **kwargs):
-        return original(auto_class, model, **kwargs | {"attn_implementation": "sdpa"})
+    def recorded(auto_class, model, **kwargs):
+        asked.append(kwargs["attn_implementation"])
+        return original(auto_class, model, **kwargs)
 
-    monkeypatch.setattr(utils, "from_pretrained", as_on_a_gpu)
+    monkeypatch.setattr(utils, "from_pretrained", recorded)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda model, *device: model)  # there is no GPU to move to
     for kind, expected in (("gemma2", "eager"), ("llama", "sdpa")):
         config = AutoConfig.for_model(kind, vocab_size=400, pad_token_id=0, **ROPE | GEMMA)
         folder = save_pair(tmp_path / kind, AutoModelForCausalLM.from_config(config), make_tokenizer())
-        assert utils.load_causal_lm(folder, CPU).config._attn_implementation == expected
+        given = (AutoModelForCausalLM, folder, torch.device("cuda"))
+        assert utils.load_model(*given).config._attn_implementation == expected
+    assert asked == [None, None]

@@ -105,7 +105,7 @@ def send_at(monkeypatch, moment: str, after: int, number: int) -> None:
     log = utils.Logger.log
     monkeypatch.setattr(utils.Logger, "log", lambda self, step, row: (logged.append(step), log(self, step, row))[1])
     where, name = {
-        "forward": (utils, "target_logits"),  # the policy's log-probabilities, in PPO of the rollout
+        "forward": (utils, "map_logits"),  # the policy's log-probabilities, in PPO of the rollout
         "generation": (utils, "generate"),
         "scoring": (utils, "last_token_scores"),
         "backward": (torch.Tensor, "backward"),
@@ -536,13 +536,13 @@ def spoil(monkeypatch, function: str, after: int, when=lambda: True, value: floa
 @pytest.mark.parametrize(
     ("name", "function", "in_training", "value", "quantity"),
     [
-        ("sft", "target_logits", True, float("nan"), "nan in the loss"),
+        ("sft", "map_logits", True, float("nan"), "nan in the loss"),
         ("reward_model", "last_token_scores", True, float("nan"), "nan in the loss"),
         ("reward_model", "last_token_scores", True, float("inf"), "nan in the gradient norm"),  # the loss is 0
         ("ppo", "last_token_scores", False, float("nan"), "nan in the scores"),
-        ("ppo", "target_logits", False, float("nan"), "nan in the logprobs"),
+        ("ppo", "map_logits", False, float("nan"), "nan in the logprobs"),
         ("ppo", "head_outputs", False, float("nan"), "nan in the values"),
-        ("ppo", "target_logits", True, float("nan"), "nan in the policy_loss"),
+        ("ppo", "map_logits", True, float("nan"), "nan in the policy_loss"),
         ("ppo", "head_outputs", True, float("nan"), "nan in the value_loss"),
     ],
 )

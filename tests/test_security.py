@@ -106,7 +106,7 @@ def test_trust_is_off_by_default_and_ends_with_the_run(sft, base, tmp_path):
     import sft as sft_stage
 
     assert not any(module.Args.trust_remote_code for module in (ppo_rlhf, reward_model, sft_stage))
-    sft(tmp_path / "out", trust_remote_code=True)
+    sft(tmp_path / "out", trust_remote_code=True, save_every=1)
     assert utils.remote_code
     sft(tmp_path / "out", resume=True)
     assert not utils.remote_code
@@ -279,14 +279,15 @@ def test_a_checkpoint_folder_that_leads_elsewhere(request, name, tmp_path):
     stage, out, disk = request.getfixturevalue(name), tmp_path / "out", tmp_path / "disk"
     flags = {"save_every": 1} | ({"total_episodes": 32} if name == "ppo" else {})
     stage(out, **flags)
-    newest = max(path.name for path in (out / "checkpoint").iterdir())
+    older, newest = sorted(path.name for path in (out / "checkpoint").iterdir())
     write_jsonl(disk / "thesis" / "chapter1.txt", ["x"])
     write_jsonl(tmp_path / "other" / "state.json", ["x"])
     (disk / "000000.part").symlink_to(tmp_path / "other")
     before = snapshot(disk / "thesis")
+    shutil.move(out / "checkpoint" / older, disk / older)
     shutil.rmtree(out / "checkpoint")
     (out / "checkpoint").symlink_to(disk)
-    stage(out, **flags, resume=True)  # from the start, as there is no checkpoint
+    stage(out, **flags, resume=True, keep_checkpoints=1)  # from the older one
     assert {path.name for path in disk.iterdir()} == {"thesis", newest}
     assert snapshot(disk / "thesis") == before
     assert (tmp_path / "other" / "state.json").is_file()

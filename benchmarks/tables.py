@@ -222,6 +222,14 @@ def scaling() -> str:
     return table(["", "1x", "2x", "4x", "growth"], rows)
 
 
+def startup() -> str:
+    """Seconds of start-up."""
+    times = result("throughput.json")["startup"]
+    rows = [["`python ppo_rlhf.py --help`", f"{times['help']:.1f}"]]
+    rows.append(["the command to the end of the embedded task's first update", f"{times['first_update']:.1f}"])
+    return table(["start-up", "seconds, median of 5"], rows)
+
+
 def memory() -> str:
     """Which model fits which GPU, by the formula."""
     report, rows = result("memory.json"), []
@@ -261,7 +269,8 @@ TABLES: dict[str, Callable[[], str]] = {
     for function in (
         embedded_samples, embedded_seeds, embedded_reward_model, embedded_parts, embedded_times, embedded_kl,
         embedded_precision,
-        reviews_results, reviews_samples, parity_trl, throughput, rollouts, machine_share, scaling, memory, memory_runs,
+        reviews_results, reviews_samples, parity_trl, throughput, rollouts, machine_share, scaling, startup, memory,
+        memory_runs,
         soak,
     )
 }  # fmt: skip

@@ -269,8 +269,8 @@ def ceiling(args: Args) -> dict[str, float]:
 
 
 def scaling(args: Args) -> dict[str, Any]:
-    """Seconds per update of W1 as the batch and as the response grow 2 and 4 times, float32; also drawn."""
-    base = workload(args, "W1") | {"dtype": "float32"}
+    """Seconds per update of W1 as the batch and as the response grow 2 and 4 times; also drawn."""
+    base = workload(args, "W1") | {"dtype": "bfloat16"}
     report: dict[str, Any] = {}
     own = ["--save-every", "0", "--eval-every", "0", "--eval-prompts", "8", "--overwrite"]
     for flag in ("batch-size", "response-length"):

@@ -14,7 +14,7 @@ TensorBoard events.
 
 Shapes: B sequences, P prompt tokens, R response tokens, T = P + R, V vocabulary. A sequence is a prompt padded on the
 left and a response padded on the right; `response_mask` is 1 on every response token up to and including EOS, and every
-mean, sum and loss below is over those tokens alone. `D17` and `B14` in comments point to DETAILS.md.
+per-token mean and loss of PPO below is over those tokens alone. `D17` and `B14` in comments point to DETAILS.md.
 """
 
 import json
@@ -47,7 +47,7 @@ class Args:
     reward_model: str = "runs/reward_model"
     """Reward model: a hub id or a local folder."""
     value_model: str | None = None
-    """Where the value function starts, a hub id or a folder; none: the reward model, or else --model (D15)."""
+    """Where the value function starts; none: the reward model if it has the policy's tokenizer, else --model (D15)."""
     reward_fn: str | None = None
     """FILE.py:FUNCTION that scores instead of the reward model: f(prompts, completions, **columns) -> list[float]."""
     reward_timeout: float = 600.0
@@ -115,7 +115,7 @@ class Args:
     """Scale per-token rewards to unit variance, their mean kept (D20)."""
 
     advantage: Literal["gae", "batch_mean", "rloo", "grpo"] = "gae"
-    """Where advantages come from: a value function, or a baseline without one (D34, D35)."""
+    """Where advantages come from: a value function, or a baseline instead of one (D34, D35)."""
     gamma: float = 1.0
     """Discount per token."""
     lam: float = 0.95
@@ -182,7 +182,7 @@ def main(args: Args) -> None:
         reward_model = utils.freeze(utils.load_classifier(args.reward_model, device, trained=True), args.dtype)
         reward_tokenizer = utils.load_tokenizer(args.reward_model)
     shared_tokenizer = reward_model is not None and utils.same_tokenizer(tokenizer, reward_tokenizer)
-    if args.advantage == "gae":  # D15: a network of its own; a language model has no head yet, and gets one of zeros
+    if args.advantage == "gae":  # D15: shares nothing with the policy; started from a language model, its head is zeros
         value_start = args.value_model or (args.reward_model if shared_tokenizer else args.model)
         value_model = utils.load_classifier(value_start, device)
         if args.value_model:  # the other two read the policy's tokens
@@ -207,8 +207,9 @@ def main(args: Args) -> None:
 
     # ------------------------------------------------------------------------------------- what the loop is made of
     def policy_outputs(model: Any, ids: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies in nats, both [B, R], at the last R = `length` tokens of ids [B, T]; 0 where
-        they are padding. Rollout and training share this forward pass, so that the ratio starts at 1 (D26).
+        """Log-probabilities and entropies in nats, both [B, R'], at the last R' = `length` tokens of ids [B, T].
+
+        They are 0 on padding. Rollout and training share this forward pass, so that the ratio starts at 1 (D26).
         """
 
         def of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:  # [n, V], [n] -> [n, 2]
@@ -227,7 +228,7 @@ def main(args: Args) -> None:
         return zeros.masked_scatter(is_response, logprobs), zeros.masked_scatter(is_response, entropies)
 
     def value_outputs(ids: Tensor, mask: Tensor, length: int) -> Tensor:
-        """V [B, R] of the states before the last R = `length` tokens: read one position before the token (B14)."""
+        """V [B, R'] of the states before the last R' = `length` tokens: read one position before the token (B14)."""
         with utils.autocast(device, args.dtype):
             values = utils.head_outputs(value_model, ids, mask)[:, -length - 1 : -1]
         return utils.normalize_scores(value_model, values)  # on the scale of the scores (D13, D15)
@@ -276,7 +277,9 @@ def main(args: Args) -> None:
     def micro_batches(rows: Tensor, mask: Tensor, response_mask: Tensor) -> Iterator[tuple[Tensor, slice, int]]:
         """(rows, columns, R') of micro-batches of similar length, with the columns that hold anything and their R'."""
         lengths, totals = response_mask.sum(1).cpu(), mask.sum(1).cpu()
-        rows = rows.sort().values  # a batch is divided alike in rollout and training, so bfloat16 rounds alike (D26)
+        rows = (
+            rows.sort().values
+        )  # with one mini-batch, rollout and training divide a batch alike, and round alike (D26)
         for part in rows[totals[rows].argsort(stable=True)].split(micro_batch_size):
             length, prompt_length = int(lengths[part].max()), int((totals - lengths)[part].max())
             P = mask.shape[1] - R
@@ -334,7 +337,7 @@ def main(args: Args) -> None:
         return loss if value_model is None else loss + value_outputs(ids, mask, R).sum()
 
     def leave_if_interrupted(last_update: int) -> None:
-        """On SIGTERM or Ctrl-C save the state after `last_update`, in which the models are where this is called."""
+        """On SIGTERM or Ctrl-C save the state after `last_update` and exit; call it only while the models are in it."""
         if interruption.anywhere():
             state = {"kl_coef": kl_coef, "processes": process.world}
             interruption.leave(out, last_update, logger, trained, optimizer, state, keep=args.keep_checkpoints)
@@ -348,8 +351,8 @@ def main(args: Args) -> None:
             utils.compile_model(model)
     micro_batch_size = args.micro_batch_size
     if micro_batch_size == "auto":
-        most = local_batch_size // args.num_mini_batches
-        micro_batch_size = utils.largest_micro_batch(longest_micro_batch, most, *trained.values())
+        most, checkpointing = local_batch_size // args.num_mini_batches, args.gradient_checkpointing
+        micro_batch_size = utils.largest_micro_batch(longest_micro_batch, most, checkpointing, *trained.values())
     prompts_per_update = args.batch_size // args.samples_per_prompt
     if process.is_main:
         size = f"policy of {sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M parameters"
@@ -415,13 +418,13 @@ def main(args: Args) -> None:
             token_kl = ref_log_ratio
         elif args.kl_estimator == "k2":
             token_kl = ref_log_ratio.square() / 2
-        else:
+        elif args.kl_estimator == "k3":
             token_kl = torch.expm1(-ref_log_ratio) + ref_log_ratio
         non_score_rewards = -kl_coef * token_kl  # [B, R] a cost, so minus (B16)
         rewards = non_score_rewards.scatter_add(1, last[:, None], scores[:, None])  # D17
         rlhf_rewards = rewards.sum(1)  # [B]
         if args.whiten_rewards:
-            rewards = utils.whiten(rewards, response_mask, shift_mean=False)  # D20
+            rewards = utils.whiten(rewards, response_mask, shift_mean=False)  # D20; padding stays 0
 
         # 5. advantages and returns
         if args.advantage == "gae":  # D21: sum over k of (gamma lambda)^k delta[t + k]
@@ -441,7 +444,7 @@ def main(args: Args) -> None:
             elif args.advantage == "rloo":  # D35: against the mean of the other responses to the prompt
                 others = grouped_rewards.sum(1, keepdim=True) - grouped_rewards
                 episode_advantages = (grouped_rewards - others / (args.samples_per_prompt - 1)).flatten()
-            else:  # grpo
+            elif args.advantage == "grpo":
                 center = grouped_rewards.mean(1, keepdim=True)
                 spread = grouped_rewards.std(1, keepdim=True, correction=0)
                 episode_advantages = ((grouped_rewards - center) / (spread + 1e-4)).flatten()
@@ -507,9 +510,9 @@ def main(args: Args) -> None:
                         epoch_totals += torch.stack(sums)
                         if epoch == 0 and not grad_norms:
                             ratio_error = torch.max(ratio_error, (ratio - 1).abs().max())
-                    if interruption.here() and not grad_norms:
+                    if interruption.here() and not grad_norms:  # all processes agree below
                         break
-                if not grad_norms:  # after the first optimizer step an update is finished: it cannot be saved half done
+                if not grad_norms:  # nothing has changed yet; once a step is taken, the update runs to its end
                     leave_if_interrupted(update - 1)
                 if args.ptx_coef and update > args.critic_warmup_updates:  # D31: as many demonstrations as responses
                     ptx_losses.append(ptx_backward(len(minibatch), ptx_rng))
@@ -544,11 +547,11 @@ def main(args: Args) -> None:
         metrics = {
             "episode": update * args.batch_size,
             "lr": lr,
-            "eps": args.batch_size / sum(times),
+            "eps": args.batch_size / sum(times),  # episodes per second
             "objective/kl": episode_mean(ref_log_ratio.sum(1)),  # k1, whatever estimator the penalty uses (B13)
-            "objective/entropy": episode_mean(-logprobs.sum(1)),
+            "objective/entropy": episode_mean(-logprobs.sum(1)),  # of a response, by the sampled tokens
             "objective/non_score_reward": episode_mean(non_score_rewards.sum(1)),
-            "objective/scores": episode_mean(scores),
+            "objective/scores": episode_mean(scores),  # penalty and clip included
             "objective/rlhf_reward": episode_mean(rlhf_rewards),
             "objective/kl_coef": kl_coef,
             "policy/approxkl_avg": mean["approxkl"],

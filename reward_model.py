@@ -144,7 +144,9 @@ def main(args: Args) -> None:
     if micro_batch_size == "auto":
         longest = max((text for p in train_pairs for text in (p.chosen, p.rejected)), key=len)
         most = args.batch_size // process.world
-        micro_batch_size = utils.largest_micro_batch(lambda n: score([longest] * 2 * n).sum(), most, model)
+        micro_batch_size = utils.largest_micro_batch(
+            lambda n: score([longest] * 2 * n).sum(), most, args.gradient_checkpointing, model
+        )
 
     @torch.no_grad()
     def score_all(texts: list[list[int]]) -> np.ndarray:

@@ -129,7 +129,9 @@ def main(args: Args) -> None:
     if micro_batch_size == "auto":
         longest = max(train_rows, key=lambda r: len(r[0]))
         most = args.batch_size // process.world
-        micro_batch_size = utils.largest_micro_batch(lambda n: sum_of_losses([longest] * n), most, model)
+        micro_batch_size = utils.largest_micro_batch(
+            lambda n: sum_of_losses([longest] * n), most, args.gradient_checkpointing, model
+        )
 
     @torch.no_grad()
     def evaluate() -> float:

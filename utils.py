@@ -992,12 +992,14 @@ def compile_model(model: Any) -> None:
         model.base_model.compile(dynamic=True)
 
 
-def largest_micro_batch(loss_of: Callable[[int], Tensor], most: int, *models: Any) -> int:
+def largest_micro_batch(loss_of: Callable[[int], Tensor], most: int, checkpointing: bool, *models: Any) -> int:
     """The largest divisor of `most` sequences that fit in memory, in all processes, found by trying.
 
     `loss_of(count)` is a loss of so many of the longest sequences. Its backward pass is tried with more and more, until
     memory runs out or, by what the last trial took, would run out of 90% of what is free.
     """
+    for model in models:
+        set_gradient_checkpointing(model, checkpointing)
     device = models[0].device
     moments = sum(8 * p.numel() for model in models for p in model.parameters())  # of AdamW, which come later
     fits, each, divisors = 1, 0.0, [n for n in range(1, most + 1) if most % n == 0]
@@ -1018,6 +1020,8 @@ def largest_micro_batch(loss_of: Callable[[int], Tensor], most: int, *models: An
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         fits, each = count, max(each, (peak_memory_gb() * 1e9 - before) / count)
+    for model in models:
+        set_gradient_checkpointing(model, False)
     return min(gather([fits]))
 
 

@@ -852,7 +852,7 @@ def test_largest_micro_batch_stops_where_memory_ends(model):
             raise torch.OutOfMemoryError
         return model(torch.zeros(count, 3, dtype=torch.long)).logits.sum()
 
-    assert utils.largest_micro_batch(loss_of, 24, model) == 4
+    assert utils.largest_micro_batch(loss_of, 24, False, model) == 4
     assert tried == [1, 2, 3, 4, 6]
     assert all(p.grad is None for p in model.parameters())
 
@@ -870,4 +870,4 @@ def test_largest_micro_batch_reckons_with_what_the_last_one_took(model, monkeypa
     for gb, fits in ((10, 8), (4, 2), (0.5, 1)):
         used[0] = 0.0
         monkeypatch.setattr(utils, "free_memory", lambda device, gb=gb: gb * 1e9 + moments)
-        assert utils.largest_micro_batch(loss_of, 32, model) == fits
+        assert utils.largest_micro_batch(loss_of, 32, False, model) == fits

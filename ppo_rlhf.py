@@ -331,7 +331,7 @@ def main(args: Args) -> None:
 
     def longest_micro_batch(count: int) -> Tensor:
         """A loss of `count` sequences as long as they can get, to try how many fit."""
-        T = max(len(p.ids) for p in train_prompts) + R
+        T = max(max(len(p.ids) for p in train_prompts) + R, *(len(p) + len(c) for p, c in ptx_rows), 0)
         ids, mask = torch.full((count, T), eos_id, device=device), torch.ones(count, T, dtype=torch.long, device=device)
         loss = policy_outputs(policy, ids, mask, R)[0].sum()
         return loss if value_model is None else loss + value_outputs(ids, mask, R).sum()
@@ -529,6 +529,7 @@ def main(args: Args) -> None:
                 break  # D28
         for model in trained.values():
             utils.set_gradient_checkpointing(model, False)
+        policy.requires_grad_(True)  # autocast keeps its casts of such weights alone, and sampling needs them often
         clock.append(utils.now(device))
 
         # ------------------------------------------------------------------------------------------------- records
@@ -602,14 +603,15 @@ def main(args: Args) -> None:
     progress.close()
 
     # ------------------------------------------------------------------------------------------------- what it leaves
-    after = evaluate(policy)
-    show_samples(logger, process, num_updates, before, after, rows=8)
-    if process.is_main:
+    if process.is_main:  # before the evaluation, in which a judge may fail
         # `model.generate` of the saved policy samples as was done here, whatever the model came with (B11)
         sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "do_sample": True}
         special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": stop_ids, "pad_token_id": pad_id}
         policy.generation_config = transformers.GenerationConfig(**sampling, **special)
         utils.save_model(policy, tokenizer, out)
+    after = evaluate(policy)
+    show_samples(logger, process, num_updates, before, after, rows=8)
+    if process.is_main:
         samples = ""
         for b, a in zip(before, after, strict=True):
             row = {"prompt": b["prompt"], "reference": b["response"], "policy": a["response"]}

@@ -61,7 +61,9 @@ huggingface_hub.utils.enable_progress_bars()  # which that has switched off too:
 
 open_bars: list[tqdm] = []
 # what a terminal obeys, or shows in another order than it is read; and line ends other than \n
-CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+CONTROL_CHARACTERS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 def visible(text: str) -> str:
@@ -369,7 +371,7 @@ def check_output(args: Any) -> None:
         require(again, f"{out}: already holds a run; pass --resume to go on or --overwrite to start again")
         before = flags_of(out) if args.resume else {}
         for name, value in json.loads(json.dumps(dataclasses.asdict(args))).items():
-            same = not before or name in FREE_ON_RESUME or before.get(name) == value
+            same = name not in before or name in FREE_ON_RESUME or before[name] == value
             require(same, f"{flag(name)}: was {before.get(name)!r} in {out}; resume with the flags of that run")
         lost = args.resume and (out / "summary.json").exists() and not checkpoints(out)
         require(not lost, f"{out}: is finished and has no checkpoint; pass --overwrite to start again")
@@ -441,6 +443,8 @@ def open_lock(path: Path, kind: int) -> Any:
 
     On a network folder the other run may be on a host whose locks are not seen here: what the file says counts then.
     """
+    if path.is_symlink():  # what is written must not go through a link
+        path.unlink()
     file = path.open("a+")
     taken = lockless = False
     try:
@@ -496,6 +500,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file beside its target first: nobody finds half of it, whenever process or machine stop."""
     part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)  # it may be a link
     part.write_text(text, encoding="utf-8")
     move(part, path)
 
@@ -837,7 +842,12 @@ def load_tokenizer(model: str) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     config = from_pretrained(transformers.AutoConfig, model).get_text_config()
-    last, rows = max(tokenizer.get_vocab().values()), getattr(config, "vocab_size", None)
+    rows, special = (
+        getattr(config, "vocab_size", None),
+        {i for i, t in tokenizer.added_tokens_decoder.items() if t.special},
+    )
+    # special tokens that no text holds may be beyond it, such as those for images in Gemma 3's text models
+    last = max({*tokenizer.get_vocab().values()} - special | {tokenizer.eos_token_id, tokenizer.pad_token_id})
     what = f"its tokenizer has ids up to {last}, but its embedding {rows} rows"
     fits = rows is None or last < rows
     require(fits, f"{model}: {what}; call model.resize_token_embeddings(len(tokenizer)) and save both again")
@@ -898,12 +908,24 @@ def from_pretrained(auto_class: Any, model: str, **kwargs: Any) -> Any:
 
 
 def load_causal_lm(model: str, device: torch.device) -> Any:
-    """A language model, as `load_model` gives it; stop if its logits are not what `logits_of` takes them for."""
+    """A language model, as `load_model` gives it; stop if it cannot be decoded as `generate` does it, or its
+    logits are not what `logits_of` takes them for."""
     loaded = load_model(transformers.AutoModelForCausalLM, model, device)
-    given = inputs(loaded, *torch.ones(2, 1, 4, dtype=torch.long, device=device))
+    ids = torch.arange(4, device=device)[None] % loaded.get_input_embeddings().weight.shape[0]
+    given, cache = inputs(loaded, ids, torch.ones_like(ids)), KeyValueCache(4)
     with torch.no_grad():
         own = loaded(**given, use_cache=False).logits[0].float()
         ours = logits_of(loaded, last_hidden(loaded, **given, use_cache=False))
+        try:
+            for columns in (slice(0, 3), slice(3, 4)):
+                cache.slot, cache.end = columns.start and torch.tensor([columns.start], device=device), columns.stop
+                step = {name: value[:, columns] for name, value in given.items()}
+                step["attention_mask"] = given["attention_mask"][:, : columns.stop]
+                last = loaded(**step, past_key_values=cache, use_cache=True).logits[0, -1].float()
+            steps = torch.allclose(last, own[-1], rtol=1e-3, atol=1e-3)
+        except Exception:  # whatever a model does that keeps something else than keys and values
+            steps = False
+    require(steps, f"{model}: cannot be decoded from keys and values, as state-space models cannot; pass another model")
     same = torch.allclose(own, ours, rtol=1e-3, atol=1e-3)
     require(same, f"{model}: does something unknown to its logits, as few architectures do; pass another model")
     return loaded
@@ -922,6 +944,9 @@ def freeze(model: Any, dtype: str) -> Any:
             is_product = isinstance(module, nn.Linear | transformers.pytorch_utils.Conv1D) and name != "score"
             if is_product and id(module.weight) not in kept:
                 module.to(torch.bfloat16)
+        for parameter in model.parameters():
+            if parameter.dtype == torch.float32:  # out of the mapped file, which then takes no memory any more
+                parameter.data = parameter.data.clone()
     return model
 
 
@@ -989,6 +1014,7 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
 def compile_model(model: Any) -> None:
     """Compile what comes before a model's head, on its first use; None is left alone. Decoding does without."""
     if model is not None:
+        torch._dynamo.config.recompile_limit = 64  # models of one class share their code, and each needs variants
         model.base_model.compile(dynamic=True)
 
 
@@ -1002,27 +1028,31 @@ def largest_micro_batch(loss_of: Callable[[int], Tensor], most: int, checkpointi
         set_gradient_checkpointing(model, checkpointing)
     device = models[0].device
     moments = sum(8 * p.numel() for model in models for p in model.parameters())  # of AdamW, which come later
-    fits, each, divisors = 1, 0.0, [n for n in range(1, most + 1) if most % n == 0]
-    for count in divisors:
-        free, before = free_memory(device) - moments, peak_memory_gb() * 1e9
-        if count * each > 0.9 * free:
+    free, before = free_memory(device) - moments, peak_memory_gb() * 1e9
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    fits, took, each = 0, 0.0, 0.0  # sequences tried, bytes at their peak, and bytes of one more
+    for count in [n for n in range(1, most + 1) if most % n == 0]:
+        if fits and took + each * (count - fits) > 0.9 * free:
             break
         try:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-                before = torch.cuda.memory_allocated(device)
             loss_of(count).backward()
-        except torch.OutOfMemoryError:
+        except (
+            torch.OutOfMemoryError
+        ):  # which a GPU survives; a CPU's process does not, so there the first guess is high
             break
         finally:
             for model in models:
                 model.zero_grad()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        fits, each = count, max(each, (peak_memory_gb() * 1e9 - before) / count)
+        total = peak_memory_gb() * 1e9 - before
+        first = 0.0 if device.type == "cuda" else total
+        fits, took, each = count, total, (total - took) / (count - fits) if fits else first
     for model in models:
         set_gradient_checkpointing(model, False)
-    return min(gather([fits]))
+    return max(1, min(gather([fits])))
 
 
 def free_memory(device: torch.device) -> float:
@@ -1259,6 +1289,8 @@ def generate(
     """
     (rows, prompt_length), device = prompt_ids.shape, prompt_ids.device
     stride = stride or (1 if device.type == "cpu" else 32)
+    if model.config.model_type == "gpt_neo":  # its window would end at the last column, written or not
+        stride = 1
     response_ids = torch.full((rows, response_length), pad_id, device=device)
     response_mask = torch.zeros_like(response_ids)
     uniform = torch.rand(response_length, rows, generator=rng, device=device, dtype=torch.float64)
@@ -1313,17 +1345,17 @@ def generate(
 
 
 def repeat(step: Callable[[], None], times: int, device: torch.device) -> None:
-    """Call `step` so many times; on CUDA once, and then a captured graph of it."""
+    """Call `step` so many times; on CUDA once, and then a captured graph of it, if the model can be captured."""
     step()
-    if device.type != "cuda" or times < 4:
-        for _ in range(times - 1):
-            step()
-        return
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    run = step
+    if device.type == "cuda" and times > 3:
+        graph = torch.cuda.CUDAGraph()
+        with contextlib.suppress(RuntimeError):  # Falcon and a few others ask the device something in every step
+            with torch.cuda.graph(graph):
+                step()
+            run = graph.replay
     for _ in range(times - 1):
-        graph.replay()
+        run()
 
 
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor) -> Tensor:

@@ -233,18 +233,18 @@ def rollout(args: Args) -> dict[str, Any]:
         for dtype in ("float32", "bfloat16"):
             rates: dict[str, list[float]] = {"generate": [], "model.generate": []}
             for turn in range(12):
-                with torch.no_grad(), utils.autocast(model.device, dtype):
-                    started = time.perf_counter()
+                started = time.perf_counter()
+                with utils.autocast(model.device, dtype):
                     rng = utils.generator("cpu", turn)
                     _, real = utils.generate(model, ids, mask, R, [stop], pad, temperature, rng=rng)
-                    seconds = time.perf_counter() - started
-                    rates["generate"].append(real.sum().item() / seconds)
-                    torch.manual_seed(turn)
-                    started = time.perf_counter()
+                rates["generate"].append(real.sum().item() / (time.perf_counter() - started))
+                torch.manual_seed(turn)
+                started = time.perf_counter()
+                with torch.no_grad(), utils.autocast(model.device, dtype):
                     texts = model.generate(input_ids=ids, attention_mask=mask, **sampling)[:, ids.shape[1] :]
-                    seconds = time.perf_counter() - started
-                    ended = (texts == stop).cumsum(1)
-                    rates["model.generate"].append(((ended == 0).sum() + (ended[:, -1] > 0).sum()).item() / seconds)
+                seconds = time.perf_counter() - started
+                ended = (texts == stop).cumsum(1)
+                rates["model.generate"].append(((ended == 0).sum() + (ended[:, -1] > 0).sum()).item() / seconds)
             medians = {who: statistics.median(rate[3:]) for who, rate in rates.items()}  # the first ones warm up
             ratio = medians["generate"] / medians["model.generate"]
             report[f"{name} {dtype}"] = {"tokens_per_second": medians, "ratio": ratio}

@@ -73,8 +73,8 @@ def needed(
     # products in bfloat16, embeddings (and a tied head) in float32
     frozen = 2 * (shape.products + head) + 4 * shape.embedding
     frozen += 2 * shape.products + 4 * shape.embedding if reward_model else 0
-    # autocast's bfloat16 copies of the weights that are trained, kept during a pass through policy or value model
-    copies = 2 * (shape.products + shape.embedding)
+    # autocast's bfloat16 copies of the weights that are trained, kept from the forward to the backward pass
+    copies = 2 * (shape.products + shape.embedding) + (2 * shape.products if advantage == "gae" else 0)
     length = prompt + response
     tokens = micro_batch * length
     # checkpointed: a float32 hidden state for each layer, and all that one layer makes, forward and backward
@@ -119,7 +119,6 @@ MINIMAL = Shape(2048, 64, 128, 1, 64, tied=False)
 TRIED = {  # shape, batch, micro-batch, prompt, response, advantage
     "29M, gae": (Shape(8192, 512, 2048, 6, 512, tied=False), 16, 8, 32, 32, "gae"),
     "29M, batch_mean": (Shape(8192, 512, 2048, 6, 512, tied=False), 16, 8, 32, 32, "batch_mean"),
-    "71M, gae": (Shape(16384, 768, 3072, 6, 256, tied=False), 16, 8, 32, 32, "gae"),
 }
 
 

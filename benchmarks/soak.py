@@ -56,7 +56,12 @@ def main(args: Args) -> None:
     seen = watch(process, ROOT / args.runs / "metrics.jsonl")
     if process.returncode or max(seen, default=0) != args.updates:
         sys.exit(f"ppo_rlhf.py failed, or was seen at {len(seen)} of {args.updates} updates alone")
-    report = {"machine": machine(args.threads), "updates": args.updates, "seconds": time.time() - started}
+    report = {
+        "machine": machine(args.threads),
+        "updates": args.updates,
+        "settled": args.settled,
+        "seconds": time.time() - started,
+    }
     report |= {"early": summary(seen, args.settled), "late": summary(seen, args.updates)}
     report["memory_ratio"] = report["late"]["memory_mb"] / report["early"]["memory_mb"]
     report["curve_mb"] = [(update, round(seen[update]["memory_mb"], 1)) for update in sorted(seen)[::10]]

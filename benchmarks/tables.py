@@ -166,8 +166,8 @@ def parity_trl() -> str:
         runs = [run for run in result("parity_trl.json")["runs"] if run["by"] == by]
         for run in runs:
             ends = [f"{run['ends'][name]:.2f}" for name in ("score", "kl", "labeler")]
-            rows.append([by, run["seed"], *ends, f"{run['update_seconds']:.1f}"])
-    return table(["by", "seed", "score", "KL, nats", "labeler", "seconds per update"], rows)
+            rows.append([by, run["seed"], *ends])
+    return table(["by", "seed", "score", "KL, nats", "labeler"], rows)
 
 
 def throughput() -> str:
@@ -261,7 +261,7 @@ def soak() -> str:
     rows += [
         [f"open {name}" if name == "files" else name, early[name], late[name], ""] for name in ("files", "threads")
     ]
-    return table(["", f"update {report['settled']}", f"update {report['updates']}", ""], rows)
+    return table(["", f"update {report.get('settled', 50)}", f"update {report['updates']}", ""], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -213,3 +213,16 @@ def test_on_a_gpu_attention_is_fused_where_the_architecture_has_it(tmp_path, mon
         given = (AutoModelForCausalLM, folder, torch.device("cuda"))
         assert utils.load_model(*given).config._attn_implementation == expected
     assert asked == [None, None]
+
+
+def test_a_model_without_keys_and_values_is_refused(tmp_path, capsys):
+    """Mamba takes no cache of them: decoding would sample nonsense."""
+    from transformers import AutoModelForCausalLM, MambaConfig
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "initializer_range": 0.5}
+    config = MambaConfig(vocab_size=400, pad_token_id=0, eos_token_id=1, bos_token_id=None, **sizes)
+    folder = save_pair(tmp_path / "mamba", AutoModelForCausalLM.from_config(config), make_tokenizer())
+    with pytest.raises(SystemExit) as exit_:
+        utils.load_causal_lm(folder, CPU)
+    assert exit_.value.code == 2
+    assert "cannot be decoded from keys and values" in capsys.readouterr().err

@@ -795,3 +795,11 @@ def test_errors_on_the_command_line(base, name, typed, what, tmp_path):
     assert error_line(result.stderr) + "\n" == result.stderr
     assert what.format(**places) in result.stderr
     assert not out.exists()
+
+
+def test_special_tokens_beyond_the_embedding_are_accepted(tmp_path):
+    """Gemma 3's text models have one for images, which no text holds."""
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    assert len(utils.load_tokenizer(save_pair(tmp_path / "model", model, tokenizer))) == model.vocab_size + 1

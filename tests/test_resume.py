@@ -712,3 +712,13 @@ def test_two_processes_are_interrupted_together(whole, number, tmp_path):
     assert not utils.damage(saved, {"policy": None, "value_model": None})
     assert len(metrics_of(tmp_path / "out")) == int(saved.name) > 0
     assert not (tmp_path / "out" / "run.lock").exists()
+
+
+def test_a_run_of_before_a_flag_was_there_goes_on(sft, saved, tmp_path):
+    """The flag's value then cannot be known, so any is taken."""
+    out = Path(shutil.copytree(saved, tmp_path / "out"))
+    flags = json.loads((out / "args.json").read_text())
+    del flags["compile"]
+    (out / "args.json").write_text(json.dumps(flags))
+    sft(out, **FLAGS["sft"], resume=True)
+    assert_same_run(out, saved)

@@ -389,3 +389,18 @@ def test_a_tokenizer_cannot_write_to_the_terminal(refused, tmp_path):
     folder = save_pair(tmp_path / "model", make_model(tokenizer), tokenizer)
     row = {"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "ho"}]}
     refused("sft", "\\x1b[2J", dataset=write_data(tmp_path / "data", [row] * 20, 4), model=folder)
+
+
+@pytest.mark.parametrize("name", ["run.lock", "args.json.part", "metrics.jsonl.part"])
+def test_a_link_under_a_name_that_is_written_first(sft, name, tmp_path):
+    """The lock and what is written beside its target: the link goes, what it leads to stays."""
+    out, precious = tmp_path / "out", tmp_path / "precious"
+    out.mkdir()
+    precious.write_text("mine")
+    if name == "metrics.jsonl.part":
+        sft(out, save_every=1)
+    (out / name).symlink_to(precious)
+    sft(out, save_every=1, resume=name == "metrics.jsonl.part")
+    assert precious.read_text() == "mine"
+    assert not (out / name).is_symlink()
+    assert not (out / "metrics.jsonl").is_symlink()

@@ -858,16 +858,16 @@ def test_largest_micro_batch_stops_where_memory_ends(model):
 
 
 def test_largest_micro_batch_reckons_with_what_the_last_one_took(model, monkeypatch):
-    """Each sequence takes 1 GB of 10; AdamW's moments come on top."""
-    used = [0.0]
+    """Each sequence takes 1 GB, after what all together take; AdamW's moments come on top."""
+    used, fixed = [0.0], 0.0
 
     def loss_of(count):
-        used[0] = max(used[0], float(count))
+        used[0] = max(used[0], fixed + count)
         return model(torch.zeros(1, 3, dtype=torch.long)).logits.sum()
 
     monkeypatch.setattr(utils, "peak_memory_gb", lambda: used[0])
     moments = 8 * sum(p.numel() for p in model.parameters())
-    for gb, fits in ((10, 8), (4, 2), (0.5, 1)):
+    for gb, fixed, fits in ((10, 0, 8), (4, 0, 2), (0.5, 0, 1), (60, 20, 32)):  # noqa: B007
         used[0] = 0.0
         monkeypatch.setattr(utils, "free_memory", lambda device, gb=gb: gb * 1e9 + moments)
         assert utils.largest_micro_batch(loss_of, 32, False, model) == fits

@@ -277,9 +277,7 @@ def main(args: Args) -> None:
     def micro_batches(rows: Tensor, mask: Tensor, response_mask: Tensor) -> Iterator[tuple[Tensor, slice, int]]:
         """(rows, columns, R') of micro-batches of similar length, with the columns that hold anything and their R'."""
         lengths, totals = response_mask.sum(1).cpu(), mask.sum(1).cpu()
-        rows = (
-            rows.sort().values
-        )  # with one mini-batch, rollout and training divide a batch alike, and round alike (D26)
+        rows = rows.sort().values  # with one mini-batch, rollout and training divide and round a batch alike (D26)
         for part in rows[totals[rows].argsort(stable=True)].split(micro_batch_size):
             length, prompt_length = int(lengths[part].max()), int((totals - lengths)[part].max())
             P = mask.shape[1] - R

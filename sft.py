@@ -115,9 +115,8 @@ def main(args: Args) -> None:
 
     def sum_of_losses(rows: list[tuple[list[int], int]]) -> torch.Tensor:
         """Cross-entropy in nats, summed over the completions' tokens."""
-        ids, mask = utils.pad(
-            [r[0] for r in rows], tokenizer.pad_token_id, "right", process.device, limit=max_length
-        )  # [B, T]
+        texts = [ids for ids, _ in rows]
+        ids, mask = utils.pad(texts, tokenizer.pad_token_id, "right", process.device, limit=max_length)  # [B, T]
         prompt_lengths = torch.tensor([r[1] for r in rows], device=process.device)
         position = torch.arange(ids.shape[1], device=process.device)
         is_target = mask.bool() & (position >= prompt_lengths[:, None])  # [B, T] D8: the completions' tokens alone

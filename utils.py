@@ -842,10 +842,8 @@ def load_tokenizer(model: str) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     config = from_pretrained(transformers.AutoConfig, model).get_text_config()
-    rows, special = (
-        getattr(config, "vocab_size", None),
-        {i for i, t in tokenizer.added_tokens_decoder.items() if t.special},
-    )
+    rows = getattr(config, "vocab_size", None)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     # special tokens that no text holds may be beyond it, such as those for images in Gemma 3's text models
     last = max({*tokenizer.get_vocab().values()} - special | {tokenizer.eos_token_id, tokenizer.pad_token_id})
     what = f"its tokenizer has ids up to {last}, but its embedding {rows} rows"
@@ -1038,9 +1036,7 @@ def largest_micro_batch(loss_of: Callable[[int], Tensor], most: int, checkpointi
             break
         try:
             loss_of(count).backward()
-        except (
-            torch.OutOfMemoryError
-        ):  # which a GPU survives; a CPU's process does not, so there the first guess is high
+        except torch.OutOfMemoryError:
             break
         finally:
             for model in models:
@@ -1048,7 +1044,7 @@ def largest_micro_batch(loss_of: Callable[[int], Tensor], most: int, checkpointi
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         total = peak_memory_gb() * 1e9 - before
-        first = 0.0 if device.type == "cuda" else total
+        first = 0.0 if device.type == "cuda" else total  # a GPU's process survives a try too many, a CPU's does not
         fits, took, each = count, total, (total - took) / (count - fits) if fits else first
     for model in models:
         set_gradient_checkpointing(model, False)

@@ -43,6 +43,9 @@ PARTS = ("W1", "W2", "W3", "W4", "rollout", "ceiling", "scaling", "startup")
 GPU_PARTS = ("W5", "W6")
 PHASES = ("rollout", "score", "train")
 PAD, EOS = 0, 1
+SPECIAL = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None, "tie_word_embeddings": False}
+# what ppo_rlhf.py does beside its updates, as little of it as there can be
+BESIDE = ["--save-every", "0", "--eval-every", "0", "--eval-prompts", "8", "--overwrite"]
 
 
 @dataclass
@@ -129,8 +132,7 @@ def random_model(folder: Path, config: Any, prompt_tokens: int, mean_length: flo
 def small_llama() -> Any:
     """2.75M parameters."""
     sizes = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 6}
-    special = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None, "tie_word_embeddings": False}
-    return transformers.LlamaConfig(vocab_size=2048, max_position_embeddings=1024, **sizes, **special)
+    return transformers.LlamaConfig(vocab_size=2048, max_position_embeddings=1024, **sizes, **SPECIAL)
 
 
 def workload(args: Args, name: str) -> dict[str, Any]:
@@ -139,7 +141,6 @@ def workload(args: Args, name: str) -> dict[str, Any]:
     flags: dict[str, Any] = {"model": folder / "model", "reward-model": folder / "reward_model"}
     flags |= {"dataset": folder / "prompts", "temperature": 1.0, "kl-coef": 0.05, "missing-eos-penalty": 1.0}
     flags |= {"num-ppo-epochs": 4, "learning-rate": 1e-12, "micro-batch-size": 32}
-    special = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None, "tie_word_embeddings": False}
     if name in ("W1", "W2"):
         flags |= {"batch-size": 64, "response-length": 48}
         random_model(folder, small_llama(), 16, 19.2 if name == "W2" else None, 48)
@@ -154,13 +155,13 @@ def workload(args: Args, name: str) -> dict[str, Any]:
         utils.save_model(judge, utils.load_tokenizer(args.smollm2), ROOT / folder / "reward_model")
     elif name == "W5":
         sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 8}
-        config = transformers.GPTNeoXConfig(vocab_size=50304, max_position_embeddings=2048, **sizes, **special)
+        config = transformers.GPTNeoXConfig(vocab_size=50304, max_position_embeddings=2048, **sizes, **SPECIAL)
         random_model(folder, config, 512, None, 53)
         flags |= {"batch-size": 512, "response-length": 53, "micro-batch-size": 64, "device": "cuda"}
     else:
         sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
         sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 2048}
-        random_model(folder, transformers.Qwen2Config(vocab_size=151936, **sizes, **special), 64, None, 512)
+        random_model(folder, transformers.Qwen2Config(vocab_size=151936, **sizes, **SPECIAL), 64, None, 512)
         flags |= {"batch-size": 256, "response-length": 512, "micro-batch-size": 16, "device": "cuda"}
     return flags
 
@@ -172,10 +173,7 @@ def compare(args: Args, name: str, dtype: str) -> dict[str, Any]:
     """Updates by ppo_rlhf.py and by TRL in turn: medians of their seconds and phases, tokens per second, memory."""
     flags = workload(args, name) | {"dtype": dtype}
     flags["total-episodes"] = flags["batch-size"] * (1 + args.updates)
-    own = {
-        "ppo_rlhf.py": ["--save-every", "0", "--eval-every", "0", "--eval-prompts", "8", "--overwrite"],
-        "benchmarks/trl_ppo.py": [],
-    }
+    own = {"ppo_rlhf.py": BESIDE, "benchmarks/trl_ppo.py": []}
     rows: dict[str, list[dict]] = {script: [] for script in own}
     memory: dict[str, list[float]] = {script: [] for script in own}
     for _ in range(args.rounds):
@@ -184,12 +182,10 @@ def compare(args: Args, name: str, dtype: str) -> dict[str, Any]:
             given = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
             measured = run_process([script, *given, *extra, "--output-dir", str(out)], args.threads)
             memory[script].append(measured["peak_memory_gb"])
-            lines = (ROOT / out / "metrics.jsonl").read_text().splitlines()
-            rows[script] += [json.loads(line) for line in lines][1:]  # the first one warms up
+            rows[script] += measured_updates(out)
     medians: dict[str, Any] = {}
     for script, measured in rows.items():
-        seconds = [sum(row[f"time/{phase}"] for phase in PHASES) for row in measured]
-        medians[script] = {"update": statistics.median(seconds)}
+        medians[script] = {"update": statistics.median(map(update_seconds, measured))}
         medians[script] |= {p: statistics.median(row[f"time/{p}"] for row in measured) for p in PHASES}
         medians[script]["peak_memory_gb"] = max(memory[script])
     ours, theirs = medians.values()
@@ -204,6 +200,16 @@ def compare(args: Args, name: str, dtype: str) -> dict[str, Any]:
     return {"flags": shown, "medians": medians, "seconds": runs}
 
 
+def measured_updates(out: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl but for the first, in which it warmed up."""
+    return [json.loads(line) for line in (ROOT / out / "metrics.jsonl").read_text().splitlines()][1:]
+
+
+def update_seconds(row: dict[str, Any]) -> float:
+    """Seconds of an update, all phases together."""
+    return sum(row[f"time/{phase}"] for phase in PHASES)
+
+
 def train_gflop(flags: dict[str, Any], rows: list[dict]) -> float:
     """Matrix products of an update's training, in 10^9 operations, padding not counted: six for each weight and token.
 
@@ -212,7 +218,7 @@ def train_gflop(flags: dict[str, Any], rows: list[dict]) -> float:
     model = transformers.AutoModelForCausalLM.from_pretrained(ROOT / flags["model"])
     products = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()]
     body, head = sum(m.weight.numel() for m in products), model.get_output_embeddings().weight.numel()
-    tokens = statistics.mean(row["tokens_per_second"] * sum(row[f"time/{p}"] for p in PHASES) for row in rows)
+    tokens = statistics.mean(row["tokens_per_second"] * update_seconds(row) for row in rows)
     responses = statistics.mean(row["response/length"] for row in rows) * flags["batch-size"]
     return 6 * flags["num-ppo-epochs"] * (2 * body * tokens + head * responses) / 1e9
 
@@ -272,7 +278,6 @@ def scaling(args: Args) -> dict[str, Any]:
     """Seconds per update of W1 as the batch and as the response grow 2 and 4 times; also drawn."""
     base = workload(args, "W1") | {"dtype": "bfloat16"}
     report: dict[str, Any] = {}
-    own = ["--save-every", "0", "--eval-every", "0", "--eval-prompts", "8", "--overwrite"]
     for flag in ("batch-size", "response-length"):
         for factor in (1, 2, 4):
             flags = base | {flag: base[flag] * factor}
@@ -280,9 +285,8 @@ def scaling(args: Args) -> dict[str, Any]:
             out, given = args.runs / "W1/scaling", [w for f, v in flags.items() for w in (f"--{f}", str(v))]
             seconds = []
             for _ in range(args.rounds):
-                run_process(["ppo_rlhf.py", *given, *own, "--output-dir", str(out)], args.threads)
-                rows = [json.loads(line) for line in (ROOT / out / "metrics.jsonl").read_text().splitlines()][1:]
-                seconds += [sum(row[f"time/{phase}"] for phase in PHASES) for row in rows]
+                run_process(["ppo_rlhf.py", *given, *BESIDE, "--output-dir", str(out)], args.threads)
+                seconds += map(update_seconds, measured_updates(out))
             report.setdefault(flag, {})[str(flags[flag])] = statistics.median(seconds)
     for by_size in report.values():
         times = list(by_size.values())

@@ -759,7 +759,7 @@ def test_resume_with_other_flags_is_refused(refused, request, name, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- as one runs it
 
-SCRIPTS = {"sft": "sft.py", "reward_model": "reward_model.py", "ppo": "ppo_rlhf.py"}
+SCRIPTS = {name: f"{module}.py" for name, module in MODULES.items()}
 AT_ONCE = [
     ("sft", "--batch-size 6 --micro-batch-size 4", "--batch-size"),
     ("sft", "--dataset {tmp}/nowhere", "{tmp}/nowhere"),

@@ -206,8 +206,8 @@ def main(args: Args) -> None:
         ptx_rows = utils.encode_demonstrations(tokenizer, ptx_data, utils.context_length(policy))
 
     # ------------------------------------------------------------------------------------- what the loop is made of
-    def policy_outputs(model: Any, ids: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies in nats, both [B, R'], at the last R' = `length` tokens of ids [B, T].
+    def policy_outputs(model: Any, ids: Tensor, is_response: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies in nats of response tokens, both [b, R'], of one of the `micro_batches`.
 
         They are 0 on padding. Rollout and training share this forward pass, so that the ratio starts at 1 (D26).
         """
@@ -217,21 +217,21 @@ def main(args: Args) -> None:
             logprobs = distribution.gather(-1, tokens[:, None]).squeeze(-1)
             with torch.set_grad_enabled(torch.is_grad_enabled() and args.entropy_coef > 0):
                 # a token that the model rules out has log-probability -inf and adds 0
-                entropies = -(distribution.exp() * distribution.clamp(min=-1e4)).sum(-1)
+                entropies = -torch.einsum("nv,nv->n", distribution.exp(), distribution.clamp(min=-1e4))
             return torch.stack([logprobs, entropies], 1)
 
-        is_response = mask[:, -length:].bool()
-        is_target = F.pad(is_response, (ids.shape[1] - length, 0))  # [B, T]
         with utils.autocast(device, args.dtype):
-            logprobs, entropies = utils.map_logits(of_tokens, model, ids, mask, is_target).unbind(1)  # [N], [N]
-        zeros = torch.zeros(is_response.shape, device=device)
-        return zeros.masked_scatter(is_response, logprobs), zeros.masked_scatter(is_response, entropies)
+            logprobs, entropies = utils.map_logits(of_tokens, model, ids, is_response).unbind(1)  # [N], [N]
+        zeros, real = torch.zeros(response_mask.shape, device=device), response_mask.bool()
+        return zeros.masked_scatter(real, logprobs), zeros.masked_scatter(real, entropies)
 
-    def value_outputs(ids: Tensor, mask: Tensor, length: int) -> Tensor:
-        """V [B, R'] of the states before the last R' = `length` tokens: read one position before the token (B14)."""
+    def value_outputs(ids: Tensor, is_response: Tensor, response_mask: Tensor) -> Tensor:
+        """V [b, R'] of the states before the response tokens of one of the `micro_batches`; 0 on padding (D21)."""
         with utils.autocast(device, args.dtype):
-            values = utils.head_outputs(value_model, ids, mask)[:, -length - 1 : -1]
-        return utils.normalize_scores(value_model, values)  # on the scale of the scores (D13, D15)
+            values = utils.head_outputs(value_model, ids)  # [b, T']
+        values = values[:, :-1][is_response[:, 1:]]  # [N] read one position before the token (B14)
+        values = utils.normalize_scores(value_model, values)  # on the scale of the scores (D13, D15)
+        return torch.zeros(response_mask.shape, device=device).masked_scatter(response_mask.bool(), values)
 
     def sample_responses(
         model: Any, prompts: list[utils.Prompt], width: int, rng: torch.Generator
@@ -274,14 +274,23 @@ def main(args: Args) -> None:
             scores[part.to(device)] = utils.normalize_scores(reward_model, raw)  # D13
         return scores, texts
 
-    def micro_batches(rows: Tensor, mask: Tensor, response_mask: Tensor) -> Iterator[tuple[Tensor, slice, int]]:
-        """(rows, columns, R') of micro-batches of similar length, with the columns that hold anything and their R'."""
+    def micro_batches(
+        rows: Tensor, ids: Tensor, mask: Tensor, response_mask: Tensor
+    ) -> Iterator[tuple[Tensor, int, tuple[Tensor, ...]]]:
+        """Micro-batches of similar length of the batch's `rows`: (rows [b], R', inputs of policy and value function).
+
+        These are ids [b, T'], is_response [b, T'] and response_mask [b, R']. The prompt's padding is taken out, so that
+        all of it is on the right and as little as can be; R' is the longest response's length.
+        """
         lengths, totals = response_mask.sum(1).cpu(), mask.sum(1).cpu()
         rows = rows.sort().values  # with one mini-batch, rollout and training divide and round a batch alike (D26)
         for part in rows[totals[rows].argsort(stable=True)].split(micro_batch_size):
-            length, prompt_length = int(lengths[part].max()), int((totals - lengths)[part].max())
-            P = mask.shape[1] - R
-            yield part.to(device), slice(P - prompt_length, P + length), length
+            length, width = int(lengths[part].max()), int(totals[part].max())
+            part = part.to(device)
+            real_first = mask[part].argsort(dim=1, descending=True, stable=True)[:, :width]  # their columns
+            column, total = torch.arange(width, device=device), mask[part].sum(1, keepdim=True)
+            is_response = (column < total) & (column >= total - response_mask[part].sum(1, keepdim=True))
+            yield part, length, (ids[part].gather(1, real_first), is_response, response_mask[part, :length])
 
     @torch.no_grad()
     def evaluate(model: Any) -> list[dict[str, Any]]:
@@ -300,9 +309,9 @@ def main(args: Args) -> None:
                 given = prompt_texts, texts, rows, update, args.reward_timeout
                 judged = utils.call_reward_function(judge, judge_file, *given)
             kl = torch.zeros(len(prompts), device=device)
-            for part, columns, length in micro_batches(torch.arange(len(prompts)), mask, response_mask):
-                logprobs, _ = policy_outputs(model, ids[part, columns], mask[part, columns], length)
-                ref_logprobs, _ = policy_outputs(reference, ids[part, columns], mask[part, columns], length)
+            for part, _, inputs in micro_batches(torch.arange(len(prompts)), ids, mask, response_mask):
+                logprobs, _ = policy_outputs(model, *inputs)
+                ref_logprobs, _ = policy_outputs(reference, *inputs)
                 kl[part] = (logprobs - ref_logprobs).sum(1)
             for j, prompt in enumerate(prompts):
                 result = {"prompt": prompt.text, "response": texts[j], "score": scores[j].item(), "judge": judged[j]}
@@ -322,7 +331,7 @@ def main(args: Args) -> None:
             is_target = ptx_mask.bool() & (torch.arange(ptx_ids.shape[1], device=device) >= starts[:, None])
             with utils.autocast(device, args.dtype):
                 cross_entropy = partial(F.cross_entropy, reduction="none")  # of logits [n, V] and tokens [n]
-                loss = utils.map_logits(cross_entropy, policy, ptx_ids, ptx_mask, is_target).sum() / num_tokens
+                loss = utils.map_logits(cross_entropy, policy, ptx_ids, is_target).sum() / num_tokens
             (args.ptx_coef * loss).backward()
             total += loss.detach()
         return utils.sum_over_processes(total)
@@ -330,9 +339,10 @@ def main(args: Args) -> None:
     def longest_micro_batch(count: int) -> Tensor:
         """A loss of `count` sequences as long as they can get, to try how many fit."""
         T = max(max(len(p.ids) for p in train_prompts) + R, *(len(p) + len(c) for p, c in ptx_rows), 0)
-        ids, mask = torch.full((count, T), eos_id, device=device), torch.ones(count, T, dtype=torch.long, device=device)
-        loss = policy_outputs(policy, ids, mask, R)[0].sum()
-        return loss if value_model is None else loss + value_outputs(ids, mask, R).sum()
+        ids, response_mask = (torch.full((count, n), x, device=device) for n, x in ((T, eos_id), (R, 1)))
+        inputs = ids, (torch.arange(T, device=device) >= T - R).expand(count, T), response_mask
+        loss = policy_outputs(policy, *inputs)[0].sum()
+        return loss if value_model is None else loss + value_outputs(*inputs).sum()
 
     def leave_if_interrupted(last_update: int) -> None:
         """On SIGTERM or Ctrl-C save the state after `last_update` and exit; call it only while the models are in it."""
@@ -383,13 +393,11 @@ def main(args: Args) -> None:
         ids, mask, response_mask = sample_responses(policy, prompts, width, rng)  # [B, T], [B, T], [B, R]
         logprobs, ref_logprobs, values = (torch.zeros(len(prompts), R, device=device) for _ in range(3))  # 0 on padding
         with torch.no_grad():
-            for part, columns, length in micro_batches(torch.arange(len(prompts)), mask, response_mask):
-                inputs = ids[part, columns], mask[part, columns], length
+            for part, length, inputs in micro_batches(torch.arange(len(prompts)), ids, mask, response_mask):
                 logprobs[part, :length], _ = policy_outputs(policy, *inputs)  # D26
                 ref_logprobs[part, :length], _ = policy_outputs(reference, *inputs)
                 if value_model is not None:
-                    real = response_mask[part, :length].bool()
-                    values[part, :length] = torch.where(real, value_outputs(*inputs), 0.0)  # D21: 0 after the end
+                    values[part, :length] = value_outputs(*inputs)
                 if interruption.here():
                     break
         leave_if_interrupted(update - 1)
@@ -468,8 +476,8 @@ def main(args: Args) -> None:
             for minibatch in torch.randperm(len(prompts), generator=shuffle).chunk(args.num_mini_batches):
                 # D9: sums over tokens, divided by the token count of the mini-batch over all processes (B6, B12)
                 num_tokens = utils.sum_over_processes(response_mask[minibatch.to(device)].sum())
-                for part, columns, length in micro_batches(minibatch, mask, response_mask):
-                    inputs, mb_mask = (ids[part, columns], mask[part, columns], length), response_mask[part, :length]
+                for part, length, inputs in micro_batches(minibatch, ids, mask, response_mask):
+                    mb_mask = response_mask[part, :length]  # [b, R']
                     new_logprobs, entropies = policy_outputs(policy, *inputs)  # [b, R'], [b, R']
                     log_ratio = new_logprobs - logprobs[part, :length]  # 0 on padding
                     ratio = log_ratio.exp()

@@ -122,7 +122,7 @@ def main(args: Args) -> None:
         is_target = mask.bool() & (position >= prompt_lengths[:, None])  # [B, T] D8: the completions' tokens alone
         with utils.autocast(process.device, args.dtype):
             cross_entropy = partial(F.cross_entropy, reduction="none")  # of logits [n, V] and tokens [n]
-            return utils.map_logits(cross_entropy, model, ids, mask, is_target).sum()
+            return utils.map_logits(cross_entropy, model, ids, is_target).sum()
 
     micro_batch_size = args.micro_batch_size
     if micro_batch_size == "auto":
@@ -225,9 +225,10 @@ def build_tiny(texts: list[str], device: torch.device) -> tuple:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="eager" if device.type == "cpu" else "sdpa",
+        attn_implementation="sdpa",
     )
-    return transformers.LlamaForCausalLM(config).to(device).eval(), tokenizer
+    model = transformers.LlamaForCausalLM(config).to(device).eval()
+    return utils.fast_on_cpu(model) if device.type == "cpu" else model, tokenizer
 
 
 def plain_texts(row: dict) -> list[str]:

@@ -7,6 +7,7 @@ tokens, T = P + R, V vocabulary, H hidden size. `D17` and `B14` in comments poin
 import atexit
 import codecs
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import errno
@@ -48,6 +49,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # oneDNN keeps every kernel that it has compiled, one for each shape in bfloat16: 1,024 of them are hundreds of MB
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
@@ -131,6 +133,9 @@ def start_process(device: str, seed: int, trust_remote_code: bool = False) -> Pr
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD: freed memory is kept for the next tensor
+            libc.mallopt(parameter, 2**30)
     catch_signals(quit_at_once)  # before training there is nothing to save
     torch.manual_seed(seed)  # model heads and tiny models start alike in every process
     remote_code = trust_remote_code
@@ -860,8 +865,7 @@ def load_model(
     Where its files lack weights, transformers makes random ones. Those whose names start with `new` are set to zero;
     for any others, stop: `mend` says how to mend it.
     """
-    # eager attention is the faster one on a CPU at the lengths that one trains on there; None: fused, where that exists
-    attention = "eager" if device.type == "cpu" else None
+    attention = "eager" if device.type == "cpu" else None  # `fast_on_cpu` follows; None: fused, where that exists
     kwargs |= {"dtype": torch.float32, "attn_implementation": attention, "output_loading_info": True}
     loaded, info = from_pretrained(auto_class, model, **kwargs)
     lacking = sorted(name for name in info["missing_keys"] if not name.startswith(new))
@@ -872,7 +876,73 @@ def load_model(
         for name in ("dropout", "layerdrop"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-    return loaded.to(device).eval()
+    loaded = loaded.to(device).eval()
+    return fast_on_cpu(loaded) if device.type == "cpu" else loaded
+
+
+def fast_on_cpu(model: Any) -> Any:
+    """The model with the attention and the float32 products that are the fastest on a CPU."""
+    if model._supports_sdpa and hasattr(sys.modules[type(model).__module__], "eager_attention_forward"):
+        model.set_attn_implementation("cpu")
+    cpuinfo = Path("/proc/cpuinfo")
+    is_amd = cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
+    if is_amd and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        for module in model.modules():
+            if type(module) is nn.Linear and module.out_features > 1:
+                module.__class__ = OneDNNLinear
+    return model
+
+
+def cpu_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Fused attention in float32; a model's own, eager one in bfloat16; that in float32 for single queries.
+
+    In bfloat16, fused attention is slower than the eager one here, and for single queries both are slow.
+    """
+    if not torch.is_autocast_enabled("cpu"):
+        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    if query.shape[2] > 1:
+        return eager(module, query, key, value, *args, **kwargs)
+    with torch.autocast("cpu", enabled=False):
+        return eager(module, query.float(), key.float(), value.float(), *args, **kwargs)
+
+
+transformers.AttentionInterface.register("cpu", cpu_attention)
+transformers.AttentionMaskInterface.register("cpu", transformers.masking_utils.eager_mask)
+
+
+class OneDNNProduct(torch.autograd.Function):
+    """x [..., in] @ weight.T [in, out] + bias in float32 by oneDNN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return onednn_linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        rows = gradient.flatten(0, -2)  # [n, out]
+        return (
+            onednn_linear(gradient, weight.T) if for_x else None,
+            onednn_linear(rows.T, x.flatten(0, -2).T) if for_weight else None,
+            rows.sum(0) if for_bias else None,
+        )
+
+
+class OneDNNLinear(nn.Linear):
+    """nn.Linear whose float32 products use AVX-512 on AMD's processors, where MKL, torch's choice, does without."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+            return super().forward(x)
+        return OneDNNProduct.apply(x, self.weight, self.bias)
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] @ weight.T [in, out] + bias, without gradient."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 PICKLED = (
@@ -910,13 +980,15 @@ def load_causal_lm(model: str, device: torch.device) -> Any:
     logits are not what `logits_of` takes them for."""
     loaded = load_model(transformers.AutoModelForCausalLM, model, device)
     ids = torch.arange(4, device=device)[None] % loaded.get_input_embeddings().weight.shape[0]
-    given, cache = inputs(loaded, ids, torch.ones_like(ids)), KeyValueCache(4)
+    given, position = inputs(loaded, ids, torch.ones_like(ids)), CachePosition(4)
+    cache = KeyValueCache(position)
     with torch.no_grad():
         own = loaded(**given, use_cache=False).logits[0].float()
         ours = logits_of(loaded, last_hidden(loaded, **given, use_cache=False))
         try:
             for columns in (slice(0, 3), slice(3, 4)):
-                cache.slot, cache.end = columns.start and torch.tensor([columns.start], device=device), columns.stop
+                position.slot = columns.start and torch.tensor([columns.start], device=device)
+                position.end = columns.stop
                 step = {name: value[:, columns] for name, value in given.items()}
                 step["attention_mask"] = given["attention_mask"][:, : columns.stop]
                 last = loaded(**step, past_key_values=cache, use_cache=True).logits[0, -1].float()
@@ -1072,11 +1144,10 @@ def inputs(model: Any, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
 LOGITS_AT_A_TIME = 2**26  # 256 MB in float32
 
 
-def map_logits(
-    function: Callable[[Tensor, Tensor], Tensor], model: Any, ids: Tensor, mask: Tensor, is_target: Tensor
-) -> Tensor:
+def map_logits(function: Callable[[Tensor, Tensor], Tensor], model: Any, ids: Tensor, is_target: Tensor) -> Tensor:
     """What `function(logits [n, V], tokens [n])` says of the N tokens of ids [B, T] where is_target [B, T] is true.
 
+    Padding of ids, if any, is on the right, where no token that counts sees it: attention needs no mask but its own.
     Logits are float32; the function gives [n, ...], and all its results together are [N, ...]. A token is predicted at
     the one before it, so none in the first column is. Of tokens that are no targets hidden states alone are computed,
     and where N x V is large the function is called on chunks, again in the backward pass: no [N, V] ever exists.
@@ -1087,7 +1158,7 @@ def map_logits(
     chunks = max(1, math.ceil(count * head.weight.shape[0] / LOGITS_AT_A_TIME))
     width = round_up(math.ceil(count / chunks), 64)
     spare = (0, chunks * width - count)  # the first token fills up, what is made of it is dropped
-    hidden = last_hidden(model, **inputs(model, ids, mask), use_cache=False)[F.pad(index, spare)]
+    hidden = last_hidden(model, input_ids=ids, use_cache=False)[F.pad(index, spare)]
     tokens = F.pad(ids[:, 1:][is_target], spare)
 
     def of_chunk(hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -1121,22 +1192,25 @@ def last_hidden(model: Any, **given: Any) -> Tensor:
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
     """Float32 logits [n, V] of hidden states [n, H]: the output head, and what some architectures do after it."""
     logits, config = model.get_output_embeddings()(hidden).float(), model.config.get_text_config()
-    logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
-    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
-    return cap * torch.tanh(logits / cap) if cap else logits
+    if scale := getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * scale
+    if scale := getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / scale
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+        logits = cap * torch.tanh(logits / cap)
+    return logits
 
 
-def head_outputs(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """A sequence classifier's scalar head at every position of ids [B, T]: float32 [B, T] (D1)."""
-    hidden = model.base_model(**inputs(model.base_model, ids, mask), use_cache=False).last_hidden_state
+def head_outputs(model: Any, ids: Tensor) -> Tensor:
+    """A sequence classifier's scalar head at every position of ids [B, T], padded on the right: float32 [B, T] (D1)."""
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     with torch.autocast(ids.device.type, enabled=False):  # bfloat16 would round close scores to the same number
         return model.score(hidden.float()).squeeze(-1)
 
 
 def last_token_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """Raw reward [B] of right-padded ids [B, T], read at the last real token (D10), found from the mask (B20, B21)."""
-    outputs = head_outputs(model, ids, mask)
+    outputs = head_outputs(model, ids)
     return outputs.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)
 
 
@@ -1182,17 +1256,24 @@ def warmup_cosine(peak: float, step: int, num_steps: int, warmup_steps: int) -> 
 # ------------------------------------------------------------------------------------------------------ decoding loop
 
 
-class KeyValueCache(transformers.Cache):
-    """Keys and values of all layers, [B, heads, capacity, head size] each, written in place as the sequence grows.
+@dataclasses.dataclass
+class CachePosition:
+    """Where in a KeyValueCache of `capacity` columns the decoding is.
 
-    `slot` is where the next token's go: 0 for a prompt, then a tensor [1] on the device, so that a captured graph can
-    move on. Attention reads the columns before `end`; those not yet written are 0 and masked.
+    `slot` is where the next token's keys and values go: 0 for a prompt, then a tensor [1] on the device, so that a
+    captured graph can move on. Attention reads the columns before `end`; those not yet written are 0 and masked.
     """
 
-    def __init__(self, capacity: int):
-        super().__init__(layer_class_to_replicate=lambda: KeyValueLayer(self))
-        self.capacity, self.end = capacity, 0
-        self.slot: int | Tensor = 0
+    capacity: int
+    slot: int | Tensor = 0
+    end: int = 0
+
+
+class KeyValueCache(transformers.Cache):
+    """Keys and values of all layers, [B, heads, capacity, head size] each, written in place as the sequence grows."""
+
+    def __init__(self, position: CachePosition):
+        super().__init__(layer_class_to_replicate=lambda: KeyValueLayer(position))
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
@@ -1203,60 +1284,34 @@ class KeyValueCache(transformers.Cache):
 class KeyValueLayer(transformers.cache_utils.DynamicLayer):
     """One layer of a KeyValueCache."""
 
-    def __init__(self, cache: KeyValueCache):
+    def __init__(self, position: CachePosition):
         super().__init__()
-        self.cache = cache
+        self.position = position  # and not the cache: a cycle would keep keys and values until a garbage collection
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         rows, heads, _, size = key_states.shape
         kind = key_states.device.type
         cast = torch.is_autocast_enabled(kind) and kind != "cpu"  # to what attention would cast them in each step
         dtype = torch.get_autocast_dtype(kind) if cast else torch.float32
-        self.keys = key_states.new_zeros(rows, heads, self.cache.capacity, size, dtype=dtype)
-        self.values = self.keys.new_zeros(rows, heads, self.cache.capacity, value_states.shape[-1])
+        self.keys = key_states.new_zeros(rows, heads, self.position.capacity, size, dtype=dtype)
+        self.values = self.keys.new_zeros(rows, heads, self.position.capacity, value_states.shape[-1])
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         for stored, new in ((self.keys, key_states), (self.values, value_states)):
-            if isinstance(self.cache.slot, int):
-                stored[:, :, self.cache.slot : self.cache.slot + new.shape[2]] = new
+            if isinstance(self.position.slot, int):
+                stored[:, :, self.position.slot : self.position.slot + new.shape[2]] = new
             else:
-                stored.index_copy_(2, self.cache.slot, new.to(stored.dtype))
-        return self.keys[:, :, : self.cache.end], self.values[:, :, : self.cache.end]
+                stored.index_copy_(2, self.position.slot, new.to(stored.dtype))
+        return self.keys[:, :, : self.position.end], self.values[:, :, : self.position.end]
 
     def get_seq_length(self) -> int | Tensor:
-        return self.cache.slot
+        return self.position.slot
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.end, 0
-
-
-def float32_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """A model's own eager attention in float32, whatever autocast says."""
-    eager = sys.modules[type(module).__module__].eager_attention_forward
-    with torch.autocast(query.device.type, enabled=False):
-        return eager(module, query.float(), key.float(), value.float(), *args, **kwargs)
-
-
-transformers.AttentionInterface.register("float32", float32_attention)
-transformers.AttentionMaskInterface.register("float32", transformers.masking_utils.eager_mask)
-
-
-@contextlib.contextmanager
-def decoding_attention(model: Any) -> Iterator[None]:
-    """On a CPU under autocast, attention in float32: for one query a row, bfloat16 is four times slower."""
-    kind, before = model.device.type, model.config._attn_implementation
-    has_eager = hasattr(sys.modules[type(model).__module__], "eager_attention_forward")
-    change = kind == "cpu" and torch.is_autocast_enabled(kind) and before == "eager" and has_eager
-    if change:
-        model.set_attn_implementation("float32")
-    try:
-        yield
-    finally:
-        if change:
-            model.set_attn_implementation(before)
+        return self.position.end, 0
 
 
 @torch.no_grad()
@@ -1297,7 +1352,8 @@ def generate(
     alive, token = torch.ones_like(live, dtype=torch.bool), torch.zeros_like(live)
     mask = F.pad(prompt_mask, (0, response_length))
     t = torch.zeros(1, dtype=torch.long, device=device)  # tokens sampled so far
-    cache = KeyValueCache(prompt_length + response_length)
+    position = CachePosition(prompt_length + response_length)
+    cache = KeyValueCache(position)
 
     def choose(logits: Tensor) -> None:
         """Sample token t of the b rows from logits [b, V]."""
@@ -1313,8 +1369,8 @@ def generate(
 
     def step() -> None:
         """Feed the last token of the b rows and sample the next one."""
-        cache.slot = t + (prompt_length - 1)
-        given = {"input_ids": token[:, None], "attention_mask": mask[:, : cache.end]}
+        position.slot = t + (prompt_length - 1)
+        given = {"input_ids": token[:, None], "attention_mask": mask[:, : position.end]}
         if takes_positions:
             given["position_ids"] = mask.sum(1, keepdim=True) - 1
         choose(last_logits(given))
@@ -1322,9 +1378,9 @@ def generate(
     def last_logits(given: dict[str, Tensor]) -> Tensor:
         return model(**given, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
 
-    given, cache.end = inputs(model, prompt_ids, prompt_mask), prompt_length
+    given, position.end = inputs(model, prompt_ids, prompt_mask), prompt_length
     takes_positions = "position_ids" in given
-    with decoding_attention(model), torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager"):
         choose(last_logits(given))
         for start in range(1, response_length, stride):
             going_on = int(alive.sum())
@@ -1335,7 +1391,7 @@ def generate(
                 live, alive, token, mask = live[kept], alive[kept], token[kept], mask[kept]
                 cache.keep(kept)
             steps = min(stride, response_length - start)
-            cache.end = prompt_length + start + steps - 1
+            position.end = prompt_length + start + steps - 1
             repeat(step, steps, device)
     return response_ids, response_mask
 

@@ -229,6 +229,7 @@ def rollout(args: Args) -> dict[str, Any]:
     for name in ("W1", "W3"):
         flags = workload(args, name)
         model = utils.load_causal_lm(str(ROOT / flags["model"]), torch.device("cpu"))
+        plain = transformers.AutoModelForCausalLM.from_pretrained(ROOT / flags["model"], dtype=torch.float32)
         tokenizer = utils.load_tokenizer(str(ROOT / flags["model"]))
         prompts = utils.load_prompts(tokenizer, str(ROOT / flags["dataset"]), "train", 512)[: flags["batch-size"]]
         pad, stop = tokenizer.pad_token_id, tokenizer.eos_token_id
@@ -247,7 +248,7 @@ def rollout(args: Args) -> dict[str, Any]:
                 torch.manual_seed(turn)
                 started = time.perf_counter()
                 with torch.no_grad(), utils.autocast(model.device, dtype):
-                    texts = model.generate(input_ids=ids, attention_mask=mask, **sampling)[:, ids.shape[1] :]
+                    texts = plain.generate(input_ids=ids, attention_mask=mask, **sampling)[:, ids.shape[1] :]
                 seconds = time.perf_counter() - started
                 ended = (texts == stop).cumsum(1)
                 rates["model.generate"].append(((ended == 0).sum() + (ended[:, -1] > 0).sum()).item() / seconds)

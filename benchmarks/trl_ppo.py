@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import transformers
 import tyro
 from datasets import Dataset
 from measure import ROOT, load_module
-from transformers import TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 sys.path.insert(0, str(ROOT))
@@ -51,8 +51,11 @@ def main(args: Args) -> None:
     device = torch.device(args.device)
     tokenizer = utils.load_tokenizer(args.model)
     tokenizer.padding_side = "left"
-    policy, reference = (utils.load_causal_lm(args.model, device) for _ in range(2))
-    value_model, judge = (utils.load_classifier(args.reward_model, device, trained=True) for _ in range(2))
+    # as transformers loads them, with the attention that is the faster one
+    plain = {"dtype": torch.float32, "attn_implementation": "eager" if args.device == "cpu" else "sdpa"}
+    language_model, classifier = transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification
+    policy, reference = (language_model.from_pretrained(args.model, **plain) for _ in range(2))
+    value_model, judge = (classifier.from_pretrained(args.reward_model, num_labels=1, **plain) for _ in range(2))
     train, held_out = (
         utils.load_prompts(tokenizer, args.dataset, s, utils.context_length(policy) - args.response_length)
         for s in ("train", "validation")
@@ -113,7 +116,7 @@ def main(args: Args) -> None:
 
     ppo_trainer.batch_generation, ppo_trainer.forward = timed_generation, timed_forward
 
-    class Record(TrainerCallback):
+    class Record(transformers.TrainerCallback):
         """Writes what TRL logs after each update, its times, and every few updates what the labeler says."""
 
         def __init__(self):

@@ -379,9 +379,9 @@ def plain_scores(folder: Path | str, sequences: list[list[int]]) -> np.ndarray:
     return (raw - model.config.reward_mean) / model.config.reward_std
 
 
-def target_logits(model, ids, mask, is_target) -> tuple[torch.Tensor, torch.Tensor]:
+def target_logits(model, ids, is_target) -> tuple[torch.Tensor, torch.Tensor]:
     """What `utils.map_logits` gives its function: logits [N, V] at the targets, and the tokens there [N]."""
-    given = (model, ids, mask, is_target)
+    given = (model, ids, is_target)
     logits, tokens = (utils.map_logits(lambda *both, i=i: both[i], *given) for i in (0, 1))
     return logits, tokens
 

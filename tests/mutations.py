@@ -63,8 +63,8 @@ MUTATIONS = [
     Mutation(
         f"{BUGS}b07_nothing_on_padding_reaches_real_tokens",
         "ppo_rlhf.py",
-        "torch.where(real, value_outputs(*inputs), 0.0)",
-        "value_outputs(*inputs)",
+        "return torch.zeros(response_mask.shape, device=device).masked_scatter(response_mask.bool(), values)",
+        "return torch.ones(response_mask.shape, device=device).masked_scatter(response_mask.bool(), values)",
     ),
     Mutation(
         f"{BUGS}b08_advantages_are_whitened_over_real_tokens",
@@ -118,8 +118,8 @@ MUTATIONS = [
     Mutation(
         f"{BUGS}b14_values_are_of_the_state_before_the_token",
         "ppo_rlhf.py",
-        "utils.head_outputs(value_model, ids, mask)[:, -length - 1 : -1]",
-        "utils.head_outputs(value_model, ids, mask)[:, -length:]",
+        "values = values[:, :-1][is_response[:, 1:]]",
+        "values = values[is_response]",
     ),
     Mutation(
         f"{BUGS}b15_advantages_are_of_the_return",
@@ -208,8 +208,8 @@ MUTATIONS = [
     Mutation(
         f"{DETAILS}d04_dropout_is_off",
         "utils.py",
-        "return loaded.to(device).eval()",
-        "return loaded.to(device).train()",
+        "loaded = loaded.to(device).eval()",
+        "loaded = loaded.to(device).train()",
     ),
     Mutation(
         f"{DETAILS}d05_log_probabilities_are_divided_by_the_temperature",

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_tokenizer, metrics_of, plain_lm, save_pair, summary_of, target_logits
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import utils
 
@@ -34,8 +35,6 @@ FAMILIES = {
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request, tmp_path_factory) -> str:
     """The folder of a random model of the family, with a tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     tokenizer = make_tokenizer()
     # untied: a random model would else repeat its last token
     special = {
@@ -58,27 +57,27 @@ def family(request, tmp_path_factory) -> str:
 
 @torch.no_grad()
 def test_padding_changes_nothing(family):
-    """B10: log-probabilities and scores of a sequence alone, and padded on either side beside others."""
+    """B10: log-probabilities and scores of a sequence alone, and beside others with padding that no mask tells of."""
     model, classifier = utils.load_causal_lm(family, CPU), utils.load_classifier(family, CPU)
     classifier.score.weight.normal_()
+    plain = AutoModelForCausalLM.from_pretrained(family, attn_implementation="eager")
     for row, prompt in enumerate(PROMPTS):
-        alone = model(input_ids=torch.tensor([prompt])).logits[0].log_softmax(-1)
+        alone = plain(input_ids=torch.tensor([prompt])).logits[0].log_softmax(-1)
         scores = classifier.score(classifier.base_model(input_ids=torch.tensor([prompt])).last_hidden_state)[0, :, 0]
-        for side, width in (("left", 0), ("left", 30), ("right", 30)):
-            ids, mask = utils.pad(PROMPTS, 0, side, CPU, width)
+        for width in (0, 30):
+            ids, mask = utils.pad(PROMPTS, 0, "right", CPU, width)
             is_target = mask.bool() & (torch.arange(len(PROMPTS)) == row)[:, None]
-            is_target[row, -len(prompt) if side == "left" else 0] = False  # the first token follows nothing
-            logits, tokens = target_logits(model, ids, mask, is_target)
+            logits, tokens = target_logits(model, ids, is_target)
             assert tokens.tolist() == prompt[1:]
             torch.testing.assert_close(logits.log_softmax(-1), alone[:-1], rtol=0, atol=1e-5)
-            values = utils.head_outputs(classifier, ids, mask)[row][mask[row].bool()]
+            values = utils.head_outputs(classifier, ids)[row][mask[row].bool()]
             torch.testing.assert_close(values, scores, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
 def test_frozen_in_bfloat16_they_compute_the_same(family):
     """Half the memory and not a bit's difference: the KL of the first update stays 0."""
-    ids, mask = utils.pad(PROMPTS, 0, "left", CPU)
+    ids, mask = utils.pad(PROMPTS, 0, "right", CPU)
     is_target = mask.bool()
     for load in (utils.load_causal_lm, utils.load_classifier):
         model, frozen = load(family, CPU), utils.freeze(load(family, CPU), "bfloat16")
@@ -88,9 +87,9 @@ def test_frozen_in_bfloat16_they_compute_the_same(family):
         assert sum(p.nbytes for p in frozen.parameters()) < sum(p.nbytes for p in model.parameters())
         with utils.autocast(CPU, "bfloat16"):
             if load is utils.load_causal_lm:
-                a, b = (target_logits(each, ids, mask, is_target)[0] for each in (model, frozen))
+                a, b = (target_logits(each, ids, is_target)[0] for each in (model, frozen))
             else:
-                a, b = (utils.last_token_scores(each, *utils.pad(PROMPTS, 0, "right", CPU)) for each in (model, frozen))
+                a, b = (utils.last_token_scores(each, ids, mask) for each in (model, frozen))
         assert torch.equal(a, b)
 
 
@@ -152,9 +151,12 @@ def test_sampled_tokens_have_the_probabilities_of_teacher_forcing(family):
         patch.setattr(utils, "sample", recorded)
         patch.setattr(utils.KeyValueCache, "keep", recorded_keep)
         got, got_mask = utils.generate(model, ids, mask, 15, [1], 0, rng=utils.generator(CPU, 1))
-    whole, whole_mask = torch.cat([ids, got], 1), torch.cat([mask, got_mask], 1)
-    is_target = torch.cat([torch.zeros_like(mask), got_mask], 1).bool()
-    logits, tokens = target_logits(model, whole, whole_mask, is_target)
+    responses = [row[real.bool()].tolist() for row, real in zip(got, got_mask, strict=True)]
+    whole, _ = utils.pad([p + r for p, r in zip(PROMPTS, responses, strict=True)], 0, "right", CPU)
+    is_target = torch.zeros_like(whole).bool()
+    for row, prompt in enumerate(PROMPTS):
+        is_target[row, len(prompt) : len(prompt) + len(responses[row])] = True
+    logits, tokens = target_logits(model, whole, is_target)
     expected = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
     torch.testing.assert_close(drawn[got_mask[:, : drawn.shape[1]].bool()], expected, rtol=0, atol=1e-5)
 
@@ -177,15 +179,13 @@ def test_the_three_stages_run(family, sft, reward_model, ppo, tmp_path):
 @pytest.mark.parametrize("kind, flags", [("granite", {"logits_scaling": 3.0}), ("cohere", {"logit_scale": 0.25})])
 def test_what_some_do_after_the_output_head(kind, flags, tmp_path, capsys, monkeypatch):
     """D8: logits at the targets are the model's own; one that does something unknown is refused."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     config = AutoConfig.for_model(
         kind, vocab_size=400, pad_token_id=0, eos_token_id=1, bos_token_id=None, **ROPE | flags
     )
     folder = save_pair(tmp_path / "model", AutoModelForCausalLM.from_config(config), make_tokenizer())
     model = utils.load_causal_lm(folder, CPU)
     ids, mask = utils.pad(PROMPTS, 0, "right", CPU)
-    logits, _ = target_logits(model, ids, mask, mask.bool())
+    logits, _ = target_logits(model, ids, mask.bool())
     own = model(input_ids=ids, attention_mask=mask).logits[:, :-1][mask[:, 1:].bool()]
     torch.testing.assert_close(logits, own, rtol=0, atol=1e-5)
     monkeypatch.setattr(utils, "logits_of", lambda model, hidden: model.get_output_embeddings()(hidden).float())
@@ -197,8 +197,6 @@ def test_what_some_do_after_the_output_head(kind, flags, tmp_path, capsys, monke
 
 def test_on_a_gpu_attention_is_fused_where_the_architecture_has_it(tmp_path, monkeypatch):
     """Gemma 2 has not, for its logits are capped; it is loaded all the same."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     asked, original = [], utils.from_pretrained
 
     def recorded(auto_class, model, **kwargs):
@@ -217,7 +215,7 @@ def test_on_a_gpu_attention_is_fused_where_the_architecture_has_it(tmp_path, mon
 
 def test_a_model_without_keys_and_values_is_refused(tmp_path, capsys):
     """Mamba takes no cache of them: decoding would sample nonsense."""
-    from transformers import AutoModelForCausalLM, MambaConfig
+    from transformers import MambaConfig
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "initializer_range": 0.5}
     config = MambaConfig(vocab_size=400, pad_token_id=0, eos_token_id=1, bos_token_id=None, **sizes)

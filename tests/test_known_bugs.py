@@ -196,13 +196,14 @@ def test_b10_padding_changes_no_probability():
     model = make_gpt2()  # learned positions: a wrong one shows at once
     with torch.no_grad():
         alone = model(torch.tensor([LONG])).logits[0, :-1]
-        for side, width in (("left", 7), ("left", 8), ("left", 30), ("right", 40)):
-            ids, mask = utils.pad([SHORT, LONG], 0, side, CPU, width)
-            is_target = mask.bool() & (torch.arange(2) == 1)[:, None]
-            is_target[1, 0 if side == "right" else -len(LONG)] = False  # the first token follows nothing
-            logits, tokens = target_logits(model, ids, mask, is_target)
-            assert tokens.tolist() == LONG[1:]
+        for width in (7, 8, 30):  # prompts to sample from
+            ids, mask = utils.pad([SHORT, LONG], 0, "left", CPU, width)
+            logits = model(**utils.inputs(model, ids, mask)).logits[1, -len(LONG) : -1]
             torch.testing.assert_close(logits, alone, rtol=0, atol=1e-5)
+        ids, mask = utils.pad([SHORT, LONG], 0, "right", CPU, 40)  # sequences to learn from
+        logits, tokens = target_logits(model, ids, mask.bool() & (torch.arange(2) == 1)[:, None])
+        assert tokens.tolist() == LONG[1:]
+        torch.testing.assert_close(logits, alone, rtol=0, atol=1e-5)
 
 
 def test_b11_samples_come_from_the_distribution_that_is_scored(tokenizer):

@@ -1,7 +1,9 @@
 """utils.py: each helper against an independent computation, with the edge cases that went wrong elsewhere."""
 
+import gc
 import json
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -467,10 +469,27 @@ def test_more_left_padding_changes_nothing(model):
     for width in (0, 25):
         ids, mask = utils.pad(PROMPTS, 0, "left", CPU, width)
         with torch.no_grad():
-            whole, is_target = torch.cat([mask, a_mask], 1), torch.cat([torch.zeros_like(mask), a_mask], 1).bool()
-            logits, tokens = target_logits(model, torch.cat([ids, a], 1), whole, is_target)
-        rows.append(logits.log_softmax(-1).gather(1, tokens[:, None]))
+            given = utils.inputs(model, torch.cat([ids, a], 1), torch.cat([mask, a_mask], 1))
+            logits = model(**given).logits[:, -a.shape[1] - 1 : -1].log_softmax(-1)
+        rows.append(logits.gather(2, a[..., None]).squeeze(2)[a_mask.bool()])
     torch.testing.assert_close(rows[0], rows[1], rtol=0, atol=1e-5)
+
+
+def test_keys_and_values_go_when_decoding_ends(model, monkeypatch):
+    """A cycle of references would keep them until the next garbage collection: memory for two rollouts."""
+    caches, made = [], utils.KeyValueCache.__init__
+
+    def recorded(cache, *given):
+        made(cache, *given)
+        caches.append(weakref.ref(cache))
+
+    monkeypatch.setattr(utils.KeyValueCache, "__init__", recorded)
+    gc.disable()
+    try:
+        generate(model)
+        assert [cache() for cache in caches] == [None]
+    finally:
+        gc.enable()
 
 
 def test_rows_do_not_depend_on_other_rows(model):
@@ -595,17 +614,16 @@ def test_temperature_zero_takes_the_most_probable():
 
 
 @pytest.mark.parametrize("at_a_time", [2**26, 30_000])  # whole, and in chunks of 64 tokens
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_target_logits_are_those_of_the_full_forward_pass(model, side, at_a_time, monkeypatch):
+def test_target_logits_are_those_of_the_full_forward_pass(model, at_a_time, monkeypatch):
     """D8: of the targets alone, one position before each, and with the same gradients; none in the first column."""
     monkeypatch.setattr(utils, "LOGITS_AT_A_TIME", at_a_time)
-    ids, mask = utils.pad(PROMPTS * 20, 0, side, CPU)
+    ids, mask = utils.pad(PROMPTS * 20, 0, "right", CPU)
     full = model(**utils.inputs(model, ids, mask)).logits
-    for is_target in (mask.bool(), ids % 3 == 0, ids < 0):
+    for is_target in (mask.bool(), mask.bool() & (ids % 3 == 0), ids < 0):
         rows, columns = is_target.nonzero(as_tuple=True)
         rows, columns = rows[columns > 0], columns[columns > 0]
         expected = full[rows, columns - 1]
-        got, tokens = target_logits(model, ids, mask, is_target)
+        got, tokens = target_logits(model, ids, is_target)
         assert got.dtype == torch.float32
         assert tokens.tolist() == ids[rows, columns].tolist()
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
@@ -634,13 +652,12 @@ def test_last_token_scores_with_pad_equal_to_eos(classifier):
 
 
 def test_head_outputs_do_not_depend_on_padding(classifier):
-    """D1, B10: the head at every real position, padded left or right or not at all."""
-    right = utils.head_outputs(classifier, *utils.pad(PROMPTS, 1, "right", CPU, 12))
-    left = utils.head_outputs(classifier, *utils.pad(PROMPTS, 1, "left", CPU, 12))
+    """D1, B10: the head at every real position, padded more or less or not at all, whatever the pad token is."""
+    padded = [utils.head_outputs(classifier, utils.pad(PROMPTS, i, "right", CPU, 12 * i)[0]) for i in (1, 2)]
     for row, sequence in enumerate(PROMPTS):
-        alone = utils.head_outputs(classifier, torch.tensor([sequence]), torch.ones(1, len(sequence)).long())[0]
-        torch.testing.assert_close(right[row, : len(sequence)], alone, rtol=0, atol=1e-5)
-        torch.testing.assert_close(left[row, 12 - len(sequence) :], alone, rtol=0, atol=1e-5)
+        alone = utils.head_outputs(classifier, torch.tensor([sequence]))[0]
+        for outputs in padded:
+            torch.testing.assert_close(outputs[row, : len(sequence)], alone, rtol=0, atol=1e-5)
 
 
 def test_head_outputs_equal_the_classifiers_own_logits(classifier):
@@ -667,6 +684,32 @@ def test_models_are_loaded_in_float32_and_without_dropout(base, tmp_path):
         loaded = load(str(tmp_path), CPU)
         assert {p.dtype for p in loaded.parameters()} == {torch.float32}
         assert not any(m.training for m in loaded.modules())
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_by_onednn_are_those_of_torch(bias):
+    """Values and gradients, of three-dimensional inputs too, and none where none is asked for."""
+    torch.manual_seed(1)
+    plain, x = torch.nn.Linear(24, 40, bias=bias), torch.randn(3, 5, 24)
+    ours = torch.nn.Linear(24, 40, bias=bias)
+    ours.load_state_dict(plain.state_dict())
+    ours.__class__ = utils.OneDNNLinear
+    weights = torch.randn(3, 5, 40)
+    results = []
+    for module in (plain, ours):
+        given = x.clone().requires_grad_()
+        output = module(given)
+        gradients = torch.autograd.grad((output * weights).sum(), [given, *module.parameters()])
+        results.append([output, *gradients])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    ours.requires_grad_(False)
+    given = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad((ours(given) * weights).sum(), [given])
+    assert torch.equal(gradient, results[1][1])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours(x), plain(x))
 
 
 def test_gradient_checkpointing_leaves_dropout_off(tokenizer):

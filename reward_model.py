@@ -72,7 +72,7 @@ class Args:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
-    """Compile the models (torch.compile): a minute at the start, faster training; needs a C++ compiler on CPUs."""
+    """Compile the models (torch.compile): a minute at the start, then faster; on CPUs in bfloat16, with a compiler."""
     save_every: int = 200
     """Steps between checkpoints for --resume; 0 saves one only when the run is interrupted."""
     keep_checkpoints: int = 2

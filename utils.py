@@ -898,13 +898,11 @@ def cpu_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, 
 
     In bfloat16, fused attention is slower than the eager one here, and for single queries both are slow.
     """
-    if not torch.is_autocast_enabled("cpu"):
-        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
-    eager = sys.modules[type(module).__module__].eager_attention_forward
-    if query.shape[2] > 1:
-        return eager(module, query, key, value, *args, **kwargs)
-    with torch.autocast("cpu", enabled=False):
-        return eager(module, query.float(), key.float(), value.float(), *args, **kwargs)
+    eager, rounds = sys.modules[type(module).__module__].eager_attention_forward, torch.is_autocast_enabled("cpu")
+    if query.shape[2] == 1:
+        with torch.autocast("cpu", enabled=False):
+            return eager(module, query.float(), key.float(), value.float(), *args, **kwargs)
+    return (eager if rounds else sdpa_attention_forward)(module, query, key, value, *args, **kwargs)
 
 
 transformers.AttentionInterface.register("cpu", cpu_attention)
@@ -937,7 +935,8 @@ class OneDNNLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return super().forward(x)
-        return OneDNNProduct.apply(x, self.weight, self.bias)
+        product = OneDNNProduct.apply if torch.is_grad_enabled() else onednn_linear
+        return product(x, self.weight, self.bias)
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -12,9 +12,10 @@ TensorBoard events.
         --learning-rate 3e-6 --output-dir runs/my-ppo
     torchrun --nproc-per-node 8 ppo_rlhf.py --micro-batch-size 16   # the same batch, dealt out over 8 GPUs
 
-Shapes: B sequences, P prompt tokens, R response tokens, T = P + R, V vocabulary. A sequence is a prompt padded on the
-left and a response padded on the right; `response_mask` is 1 on every response token up to and including EOS, and every
-per-token mean and loss of PPO below is over those tokens alone. `D17` and `B14` in comments point to DETAILS.md.
+Shapes: B sequences, P prompt tokens, R response tokens, T = P + R, V vocabulary; b, T' and R' are a micro-batch's. A
+sequence is a prompt padded on the left and a response padded on the right; `response_mask` is 1 on every response token
+up to and including EOS or the stop token, and every per-token mean and loss of PPO below is over those tokens alone.
+`D17` and `B14` in comments point to DETAILS.md.
 """
 
 import json
@@ -206,13 +207,36 @@ def main(args: Args) -> None:
         ptx_rows = utils.encode_demonstrations(tokenizer, ptx_data, utils.context_length(policy))
 
     # ------------------------------------------------------------------------------------- what the loop is made of
+    def micro_batches(
+        rows: Tensor, ids: Tensor, mask: Tensor, response_mask: Tensor
+    ) -> Iterator[tuple[Tensor, int, tuple[Tensor, ...]]]:
+        """Micro-batches of similar length of the batch's `rows`: (rows [b], R', inputs of policy and value function).
+
+        The inputs are ids [b, T'], is_response [b, T'] and response_mask [b, R']: T' is the longest sequence's length,
+        R' the longest response's. All padding is on the right, so that causal attention needs no mask, and positions
+        count from 0.
+        """
+        response_lengths, lengths = response_mask.sum(1).cpu(), mask.sum(1).cpu()
+        rows = rows.sort().values  # with one mini-batch, rollout and training divide and round a batch alike (D26)
+        for part in rows[lengths[rows].argsort(stable=True)].split(micro_batch_size):
+            longest, longest_response = int(lengths[part].max()), int(response_lengths[part].max())
+            part = part.to(device)
+            # columns of the real tokens, in order, then of padding
+            columns = mask[part].argsort(dim=1, descending=True, stable=True)[:, :longest]
+            end = mask[part].sum(1, keepdim=True)
+            start = end - response_mask[part].sum(1, keepdim=True)
+            position = torch.arange(longest, device=device)
+            is_response = (start <= position) & (position < end)
+            inputs = ids[part].gather(1, columns), is_response, response_mask[part, :longest_response]
+            yield part, longest_response, inputs
+
     def policy_outputs(model: Any, ids: Tensor, is_response: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies in nats of response tokens, both [b, R'], of one of the `micro_batches`.
+        """Log-probabilities and entropies in nats, both [b, R'], of the N response tokens of a micro-batch.
 
         They are 0 on padding. Rollout and training share this forward pass, so that the ratio starts at 1 (D26).
         """
 
-        def of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:  # [n, V], [n] -> [n, 2]
+        def of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:  # [n, V], [n] -> [n, 2], for n of the N
             distribution = (logits / args.temperature).log_softmax(-1)  # D5
             logprobs = distribution.gather(-1, tokens[:, None]).squeeze(-1)
             with torch.set_grad_enabled(torch.is_grad_enabled() and args.entropy_coef > 0):
@@ -221,12 +245,14 @@ def main(args: Args) -> None:
             return torch.stack([logprobs, entropies], 1)
 
         with utils.autocast(device, args.dtype):
-            logprobs, entropies = utils.map_logits(of_tokens, model, ids, is_response).unbind(1)  # [N], [N]
+            # [N], [N] by the logits one position before each token
+            logprobs, entropies = utils.map_logits(of_tokens, model, ids, is_response).unbind(1)
+        # is_response and response_mask list the tokens in the same order
         zeros, real = torch.zeros(response_mask.shape, device=device), response_mask.bool()
         return zeros.masked_scatter(real, logprobs), zeros.masked_scatter(real, entropies)
 
     def value_outputs(ids: Tensor, is_response: Tensor, response_mask: Tensor) -> Tensor:
-        """V [b, R'] of the states before the response tokens of one of the `micro_batches`; 0 on padding (D21)."""
+        """V [b, R'] of the states before the N response tokens of a micro-batch; 0 on padding (D21)."""
         with utils.autocast(device, args.dtype):
             values = utils.head_outputs(value_model, ids)  # [b, T']
         values = values[:, :-1][is_response[:, 1:]]  # [N] read one position before the token (B14)
@@ -273,24 +299,6 @@ def main(args: Args) -> None:
                 raw = utils.last_token_scores(reward_model, score_ids, score_mask)
             scores[part.to(device)] = utils.normalize_scores(reward_model, raw)  # D13
         return scores, texts
-
-    def micro_batches(
-        rows: Tensor, ids: Tensor, mask: Tensor, response_mask: Tensor
-    ) -> Iterator[tuple[Tensor, int, tuple[Tensor, ...]]]:
-        """Micro-batches of similar length of the batch's `rows`: (rows [b], R', inputs of policy and value function).
-
-        These are ids [b, T'], is_response [b, T'] and response_mask [b, R']. The prompt's padding is taken out, so that
-        all of it is on the right and as little as can be; R' is the longest response's length.
-        """
-        lengths, totals = response_mask.sum(1).cpu(), mask.sum(1).cpu()
-        rows = rows.sort().values  # with one mini-batch, rollout and training divide and round a batch alike (D26)
-        for part in rows[totals[rows].argsort(stable=True)].split(micro_batch_size):
-            length, width = int(lengths[part].max()), int(totals[part].max())
-            part = part.to(device)
-            real_first = mask[part].argsort(dim=1, descending=True, stable=True)[:, :width]  # their columns
-            column, total = torch.arange(width, device=device), mask[part].sum(1, keepdim=True)
-            is_response = (column < total) & (column >= total - response_mask[part].sum(1, keepdim=True))
-            yield part, length, (ids[part].gather(1, real_first), is_response, response_mask[part, :length])
 
     @torch.no_grad()
     def evaluate(model: Any) -> list[dict[str, Any]]:
@@ -339,7 +347,8 @@ def main(args: Args) -> None:
     def longest_micro_batch(count: int) -> Tensor:
         """A loss of `count` sequences as long as they can get, to try how many fit."""
         T = max(max(len(p.ids) for p in train_prompts) + R, *(len(p) + len(c) for p, c in ptx_rows), 0)
-        ids, response_mask = (torch.full((count, n), x, device=device) for n, x in ((T, eos_id), (R, 1)))
+        ids = torch.full((count, T), eos_id, device=device)
+        response_mask = torch.ones(count, R, dtype=torch.long, device=device)
         inputs = ids, (torch.arange(T, device=device) >= T - R).expand(count, T), response_mask
         loss = policy_outputs(policy, *inputs)[0].sum()
         return loss if value_model is None else loss + value_outputs(*inputs).sum()
@@ -464,20 +473,20 @@ def main(args: Args) -> None:
         lr = args.learning_rate * (1 - (update - 1) / num_updates)  # D6
         for parameter_group in optimizer.param_groups:
             parameter_group["lr"] = lr
-        policy.requires_grad_(update > args.critic_warmup_updates)  # D32
+        policy.requires_grad_(update > args.critic_warmup_updates)  # D32: in warm-up the value function learns alone
         for model in trained.values():
             utils.set_gradient_checkpointing(model, args.gradient_checkpointing)
         shuffle = utils.generator("cpu", args.seed, SHUFFLING, update, process.rank)
         ptx_rng = utils.generator("cpu", args.seed, PTX, update, process.rank)
         totals, grad_norms, ptx_losses = torch.zeros(len(STATISTICS), device=device, dtype=torch.float64), [], []
         ratio_error = torch.zeros((), device=device)  # largest |ratio - 1| before the first optimizer step, must be ~0
-        for epoch in range(args.num_ppo_epochs):  # D25
+        for _ in range(args.num_ppo_epochs):  # D25
             epoch_totals = torch.zeros_like(totals)
             for minibatch in torch.randperm(len(prompts), generator=shuffle).chunk(args.num_mini_batches):
                 # D9: sums over tokens, divided by the token count of the mini-batch over all processes (B6, B12)
                 num_tokens = utils.sum_over_processes(response_mask[minibatch.to(device)].sum())
                 for part, length, inputs in micro_batches(minibatch, ids, mask, response_mask):
-                    mb_mask = response_mask[part, :length]  # [b, R']
+                    mb_mask = inputs[-1]  # [b, R']
                     new_logprobs, entropies = policy_outputs(policy, *inputs)  # [b, R'], [b, R']
                     log_ratio = new_logprobs - logprobs[part, :length]  # 0 on padding
                     ratio = log_ratio.exp()
@@ -514,9 +523,9 @@ def main(args: Args) -> None:
                         }
                         sums = [utils.masked_sum(statistics[name], mb_mask).double() for name in STATISTICS]
                         epoch_totals += torch.stack(sums)
-                        if epoch == 0 and not grad_norms:
+                        if not grad_norms:  # before the first optimizer step
                             ratio_error = torch.max(ratio_error, (ratio - 1).abs().max())
-                    if interruption.here() and not grad_norms:  # all processes agree below
+                    if interruption.here() and not grad_norms:  # gradients are partial: all processes leave below
                         break
                 if not grad_norms:  # nothing has changed yet; once a step is taken, the update runs to its end
                     leave_if_interrupted(update - 1)
@@ -531,11 +540,12 @@ def main(args: Args) -> None:
                 optimizer.zero_grad()
             epoch_totals = utils.sum_over_processes(epoch_totals)
             totals += epoch_totals
-            if args.target_kl is not None and epoch_totals[0] / epoch_totals[-1] > args.target_kl:
+            approxkl, count = (epoch_totals[STATISTICS.index(name)] for name in ("approxkl", "tokens"))
+            if args.target_kl is not None and approxkl / count > args.target_kl:
                 break  # D28
         for model in trained.values():
             utils.set_gradient_checkpointing(model, False)
-        policy.requires_grad_(True)  # autocast keeps its casts of such weights alone, and sampling needs them often
+        policy.requires_grad_(True)  # autocast keeps casts only of such weights, and sampling reuses them
         clock.append(utils.now(device))
 
         # ------------------------------------------------------------------------------------------------- records

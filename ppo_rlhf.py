@@ -241,7 +241,7 @@ def main(args: Args) -> None:
             logprobs = distribution.gather(-1, tokens[:, None]).squeeze(-1)
             with torch.set_grad_enabled(torch.is_grad_enabled() and args.entropy_coef > 0):
                 # a token that the model rules out has log-probability -inf and adds 0
-                entropies = -torch.einsum("nv,nv->n", distribution.exp(), distribution.clamp(min=-1e4))
+                entropies = -(distribution.exp() * distribution.clamp(min=-1e4)).sum(-1)
             return torch.stack([logprobs, entropies], 1)
 
         with utils.autocast(device, args.dtype):

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import errno
 import fcntl
+import functools
 import hashlib
 import html
 import importlib.util
@@ -51,7 +52,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-# oneDNN keeps every kernel that it has compiled, one for each shape in bfloat16: 1,024 of them are hundreds of MB
+# oneDNN keeps every kernel that it has compiled, one for each shape: 1,024 of them are hundreds of MB
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 # the terminal is for what the stages say; what would go wrong silently with this, `load_model` checks
@@ -134,8 +135,9 @@ def start_process(device: str, seed: int, trust_remote_code: bool = False) -> Pr
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD: freed memory is kept for the next tensor
-            libc.mallopt(parameter, 2**30)
+        # M_MMAP_THRESHOLD (older ones take 32 MB at most), M_TRIM_THRESHOLD: freed memory is kept for the next tensor
+        if libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25):
+            libc.mallopt(-1, 2**30)
     catch_signals(quit_at_once)  # before training there is nothing to save
     torch.manual_seed(seed)  # model heads and tiny models start alike in every process
     remote_code = trust_remote_code
@@ -882,19 +884,25 @@ def load_model(
 
 def fast_on_cpu(model: Any) -> Any:
     """The model with the attention and the float32 products that are the fastest on a CPU."""
-    if model._supports_sdpa and hasattr(sys.modules[type(model).__module__], "eager_attention_forward"):
-        model.set_attn_implementation("cpu")
+    config = model.config.get_text_config()
+    # a few ask for the name of their attention: GPT-2 with one of its flags, and those that choose what to attend to
+    by_name = any(getattr(config, flag, None) for flag in ("reorder_and_upcast_attn", "index_topk"))
+    if hasattr(sys.modules[type(model).__module__], "eager_attention_forward") and not by_name:
+        model.set_attn_implementation("cpu_fused" if model._supports_sdpa else "cpu_eager")
     cpuinfo = Path("/proc/cpuinfo")
     is_amd = cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
-    if is_amd and torch.backends.cpu.get_cpu_capability() == "AVX512":
+    has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if is_amd and has_onednn and torch.backends.cpu.get_cpu_capability() == "AVX512":
         for module in model.modules():
             if type(module) is nn.Linear and module.out_features > 1:
                 module.__class__ = OneDNNLinear
     return model
 
 
-def cpu_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Fused attention in float32; a model's own, eager one in bfloat16; that in float32 for single queries.
+def cpu_attention(
+    fuses: bool, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """Fused attention in float32 if the model `fuses`; else its own, eager one, in float32 for single queries.
 
     In bfloat16, fused attention is slower than the eager one here, and for single queries both are slow.
     """
@@ -902,11 +910,13 @@ def cpu_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, 
     if query.shape[2] == 1:
         with torch.autocast("cpu", enabled=False):
             return eager(module, query.float(), key.float(), value.float(), *args, **kwargs)
-    return (eager if rounds else sdpa_attention_forward)(module, query, key, value, *args, **kwargs)
+    attention = sdpa_attention_forward if fuses and not rounds else eager
+    return attention(module, query, key, value, *args, **kwargs)
 
 
-transformers.AttentionInterface.register("cpu", cpu_attention)
-transformers.AttentionMaskInterface.register("cpu", transformers.masking_utils.eager_mask)
+for name, fuses in (("cpu_fused", True), ("cpu_eager", False)):
+    transformers.AttentionInterface.register(name, functools.partial(cpu_attention, fuses))
+    transformers.AttentionMaskInterface.register(name, transformers.masking_utils.eager_mask)
 
 
 class OneDNNProduct(torch.autograd.Function):
@@ -1037,6 +1047,11 @@ def load_classifier(model: str, device: torch.device, trained: bool = False) -> 
     require(not untrained, f"{model}: is no reward model, its head is untrained; run reward_model.py first")
     has_score = hasattr(loaded, "score")
     require(has_score, f"{model}: {type(loaded).__name__} has no head named score; pass another model")
+    ids, body = torch.arange(4, device=device)[None] % loaded.get_input_embeddings().weight.shape[0], loaded.base_model
+    with torch.no_grad():
+        some, all_ = (body(**inputs(body, ids[:, :n])).last_hidden_state[:, :3] for n in (3, 4))
+    causal = torch.allclose(some, all_, rtol=1e-3, atol=1e-3)
+    require(causal, f"{model}: its tokens see later ones, padding too; pass a model with causal attention")
     return loaded
 
 
@@ -1132,11 +1147,17 @@ def free_memory(device: torch.device) -> float:
     return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def inputs(model: Any, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Arguments of a forward pass over ids and mask [B, T]; positions count real tokens, not padding (D2, B10)."""
-    given = {"input_ids": ids, "attention_mask": mask}
+def inputs(model: Any, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """Arguments of a forward pass over ids [B, T]; positions count real tokens, not padding (D2, B10).
+
+    Without a mask [B, T], padding is on the right: no real token sees it, for attention is causal.
+    """
+    given = {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
     if "position_ids" in inspect.signature(model.forward).parameters:
-        given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        if mask is None:
+            given["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        else:
+            given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     return given
 
 
@@ -1146,7 +1167,7 @@ LOGITS_AT_A_TIME = 2**26  # 256 MB in float32
 def map_logits(function: Callable[[Tensor, Tensor], Tensor], model: Any, ids: Tensor, is_target: Tensor) -> Tensor:
     """What `function(logits [n, V], tokens [n])` says of the N tokens of ids [B, T] where is_target [B, T] is true.
 
-    Padding of ids, if any, is on the right, where no token that counts sees it: attention needs no mask but its own.
+    Padding of ids, if any, is on the right.
     Logits are float32; the function gives [n, ...], and all its results together are [N, ...]. A token is predicted at
     the one before it, so none in the first column is. Of tokens that are no targets hidden states alone are computed,
     and where N x V is large the function is called on chunks, again in the backward pass: no [N, V] ever exists.
@@ -1157,7 +1178,7 @@ def map_logits(function: Callable[[Tensor, Tensor], Tensor], model: Any, ids: Te
     chunks = max(1, math.ceil(count * head.weight.shape[0] / LOGITS_AT_A_TIME))
     width = round_up(math.ceil(count / chunks), 64)
     spare = (0, chunks * width - count)  # the first token fills up, what is made of it is dropped
-    hidden = last_hidden(model, input_ids=ids, use_cache=False)[F.pad(index, spare)]
+    hidden = last_hidden(model, **inputs(model, ids), use_cache=False)[F.pad(index, spare)]
     tokens = F.pad(ids[:, 1:][is_target], spare)
 
     def of_chunk(hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -1202,7 +1223,7 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
 
 def head_outputs(model: Any, ids: Tensor) -> Tensor:
     """A sequence classifier's scalar head at every position of ids [B, T], padded on the right: float32 [B, T] (D1)."""
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = model.base_model(**inputs(model.base_model, ids), use_cache=False).last_hidden_state
     with torch.autocast(ids.device.type, enabled=False):  # bfloat16 would round close scores to the same number
         return model.score(hidden.float()).squeeze(-1)
 

@@ -18,7 +18,7 @@ that benchmarks/embedded.py makes, W4 SmolLM2-135M.
 | W6 | Qwen2.5-0.5B's shape, random, on a GPU | 256 | 64, 512 | |
 
 All have 4 epochs and 1 mini-batch. The learning rate is next to 0, so that models, and with them lengths, stay as they
-are. TRL gets its models as transformers loads them, with the attention that is the faster one.
+are. TRL gets its models as transformers loads them.
 """
 
 import json

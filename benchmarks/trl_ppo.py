@@ -51,11 +51,11 @@ def main(args: Args) -> None:
     device = torch.device(args.device)
     tokenizer = utils.load_tokenizer(args.model)
     tokenizer.padding_side = "left"
-    # as transformers loads them, with the attention that is the faster one
-    plain = {"dtype": torch.float32, "attn_implementation": "eager" if args.device == "cpu" else "sdpa"}
     language_model, classifier = transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification
-    policy, reference = (language_model.from_pretrained(args.model, **plain) for _ in range(2))
-    value_model, judge = (classifier.from_pretrained(args.reward_model, num_labels=1, **plain) for _ in range(2))
+    policy, reference = (language_model.from_pretrained(args.model, dtype=torch.float32) for _ in range(2))
+    value_model, judge = (
+        classifier.from_pretrained(args.reward_model, num_labels=1, dtype=torch.float32) for _ in range(2)
+    )
     train, held_out = (
         utils.load_prompts(tokenizer, args.dataset, s, utils.context_length(policy) - args.response_length)
         for s in ("train", "validation")

@@ -224,3 +224,31 @@ def test_a_model_without_keys_and_values_is_refused(tmp_path, capsys):
         utils.load_causal_lm(folder, CPU)
     assert exit_.value.code == 2
     assert "cannot be decoded from keys and values" in capsys.readouterr().err
+
+
+def test_a_reward_model_that_sees_later_tokens_is_refused(tmp_path, capsys):
+    """Padding on the right would change its scores."""
+    from transformers import Gemma3TextConfig, Gemma3TextForSequenceClassification
+
+    sizes = ROPE | {"head_dim": 8, "use_bidirectional_attention": True, "sliding_window": 16}
+    config = Gemma3TextConfig(vocab_size=400, pad_token_id=0, eos_token_id=1, num_labels=1, **sizes)
+    torch.manual_seed(0)
+    folder = save_pair(tmp_path / "model", Gemma3TextForSequenceClassification(config), make_tokenizer())
+    with pytest.raises(SystemExit) as exit_:
+        utils.load_classifier(folder, CPU)
+    assert exit_.value.code == 2
+    assert "its tokens see later ones" in capsys.readouterr().err
+
+
+def test_positions_count_from_0_where_a_model_would_count_otherwise():
+    """A RoBERTa that decodes starts at its pad token's id plus 1; sampling does not, so learning must not."""
+    from transformers import RobertaConfig, RobertaForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = RobertaConfig(vocab_size=400, pad_token_id=1, is_decoder=True, max_position_embeddings=64, **sizes)
+    torch.manual_seed(0)
+    model = RobertaForCausalLM(config).eval()
+    ids, mask = utils.pad(PROMPTS, 1, "right", CPU)
+    with torch.no_grad():
+        own = model(**utils.inputs(model, ids, mask)).logits
+        torch.testing.assert_close(model(**utils.inputs(model, ids)).logits[mask.bool()], own[mask.bool()])

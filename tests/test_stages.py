@@ -662,6 +662,26 @@ def test_ppo_prompts_are_permutations_of_the_data(ppo, data, tmp_path):
     assert seen[:12] != seen[12:]
 
 
+def test_bfloat16_ends_at_the_logits(ppo, tmp_path, monkeypatch):
+    """Log-probabilities and entropies are made of them in float32."""
+    map_logits, errors = utils.map_logits, []
+
+    def checked(function, *given):
+        def of_tokens(logits, tokens):
+            results = function(logits, tokens)
+            distribution = logits.double().log_softmax(-1)
+            expected = distribution.gather(1, tokens[:, None])[:, 0], -(distribution.exp() * distribution).sum(1)
+            errors.append((results - torch.stack(expected, 1)).abs().max().item())
+            return results
+
+        return map_logits(of_tokens, *given)
+
+    monkeypatch.setattr(utils, "map_logits", checked)
+    ppo(tmp_path / "out", dtype="bfloat16", temperature=1.0, entropy_coef=0.1, total_episodes=16)
+    assert len(errors) > 10
+    assert max(errors) < 1e-4
+
+
 @pytest.mark.parametrize(("mini_batches", "micro_batch_size"), [(1, 4), (2, 4), (2, 1)])
 def test_bfloat16_starts_at_ratio_one_and_kl_zero(ppo, mini_batches, micro_batch_size, tmp_path):
     """D26: to 1e-3, in nats per token, also where a row's neighbours in training are not those that it had before."""

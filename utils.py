@@ -50,7 +50,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # oneDNN keeps every kernel that it has compiled, one for each shape: 1,024 of them are hundreds of MB
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
@@ -888,7 +887,11 @@ def fast_on_cpu(model: Any) -> Any:
     # a few ask for the name of their attention: GPT-2 with one of its flags, and those that choose what to attend to
     by_name = any(getattr(config, flag, None) for flag in ("reorder_and_upcast_attn", "index_topk"))
     if hasattr(sys.modules[type(model).__module__], "eager_attention_forward") and not by_name:
-        model.set_attn_implementation("cpu_fused" if model._supports_sdpa else "cpu_eager")
+        name = "cpu_fused" if model._supports_sdpa else "cpu_eager"
+        attention = functools.partial(cpu_attention, model._supports_sdpa)
+        transformers.AttentionInterface.register(name, attention)  # here, for it takes a second of imports
+        transformers.AttentionMaskInterface.register(name, transformers.masking_utils.eager_mask)
+        model.set_attn_implementation(name)
     cpuinfo = Path("/proc/cpuinfo")
     is_amd = cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
     has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -910,13 +913,8 @@ def cpu_attention(
     if query.shape[2] == 1:
         with torch.autocast("cpu", enabled=False):
             return eager(module, query.float(), key.float(), value.float(), *args, **kwargs)
-    attention = sdpa_attention_forward if fuses and not rounds else eager
+    attention = transformers.AttentionInterface()["sdpa"] if fuses and not rounds else eager
     return attention(module, query, key, value, *args, **kwargs)
-
-
-for name, fuses in (("cpu_fused", True), ("cpu_eager", False)):
-    transformers.AttentionInterface.register(name, functools.partial(cpu_attention, fuses))
-    transformers.AttentionMaskInterface.register(name, transformers.masking_utils.eager_mask)
 
 
 class OneDNNProduct(torch.autograd.Function):

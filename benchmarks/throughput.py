@@ -249,6 +249,7 @@ def train_gflop(flags: dict[str, Any], rows: list[dict]) -> float:
 def rollout(args: Args) -> dict[str, Any]:
     """Tokens per second, up to EOS, of the decoding loop and of `model.generate`, in turn in one process."""
     report = {}
+    utils.start_process("cpu", seed=1)  # the memory is handled as in a run, for both
     for name in ("W1", "W3"):
         flags = workload(args, name)
         model = utils.load_causal_lm(str(ROOT / flags["model"]), torch.device("cpu"))
@@ -262,7 +263,7 @@ def rollout(args: Args) -> dict[str, Any]:
         sampling |= {"max_new_tokens": R, "eos_token_id": stop, "pad_token_id": pad}
         for dtype in ("float32", "bfloat16"):
             rates: dict[str, list[float]] = {"generate": [], "model.generate": []}
-            for turn in range(12):
+            for turn in range(24):
                 started = time.perf_counter()
                 with utils.autocast(model.device, dtype):
                     rng = utils.generator("cpu", turn)
@@ -289,18 +290,15 @@ def scaling(args: Args) -> dict[str, Any]:
     base = workload(args, "W1") | {"dtype": "bfloat16"}
     report: dict[str, Any] = {}
     for flag in ("batch-size", "response-length"):
-        for factor in (1, 2, 4):
+        seconds: dict[str, list[float]] = {}
+        for factor in (1, 2, 4) * args.rounds:  # in turn, so that a slow minute of the machine falls on all
             flags = base | {flag: base[flag] * factor}
             flags["total-episodes"] = flags["batch-size"] * (1 + args.updates)
             out, given = args.runs / "W1/scaling", [w for f, v in flags.items() for w in (f"--{f}", str(v))]
-            seconds = []
-            for _ in range(args.rounds):
-                run_process(["ppo_rlhf.py", *given, *BESIDE, "--output-dir", str(out)], args.threads)
-                seconds += map(update_seconds, measured_updates(out))
-            report.setdefault(flag, {})[str(flags[flag])] = statistics.median(seconds)
-    for by_size in report.values():
-        times = list(by_size.values())
-        by_size["growth"] = times[2] / times[0]
+            run_process(["ppo_rlhf.py", *given, *BESIDE, "--output-dir", str(out)], args.threads)
+            seconds.setdefault(str(flags[flag]), []).extend(map(update_seconds, measured_updates(out)))
+        report[flag] = {size: statistics.median(times) for size, times in seconds.items()}
+        report[flag]["growth"] = report[flag][str(4 * base[flag])] / report[flag][str(base[flag])]
     plot_scaling(report, args.out / "scaling.png")
     return report
 

@@ -686,7 +686,9 @@ def show_samples(
     pairs = list(zip(before, after, strict=True))
     cells = [[b["prompt"], b["response"].strip(), scores(b), a["response"].strip(), scores(a)] for b, a in pairs]
     utils.print_samples(title, header, cells[:rows])
-    logger.table(update, "samples", header, cells[:20])
+    # TensorBoard would make columns of scores so narrow that numbers break
+    below = [[prompt, f"{old}\n\n{x}", f"{new}\n\n{y}"] for prompt, old, x, new, y in cells[:20]]
+    logger.table(update, "samples", ["prompt", "before: reference, score", "after: policy, score"], below)
 
 
 def check_flags(args: Args, world: int) -> None:

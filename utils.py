@@ -885,7 +885,9 @@ def fast_on_cpu(model: Any) -> Any:
     """The model with the attention and the float32 products that are the fastest on a CPU."""
     config = model.config.get_text_config()
     # a few ask for the name of their attention: GPT-2 with one of its flags, and those that choose what to attend to
-    by_name = any(getattr(config, flag, None) for flag in ("reorder_and_upcast_attn", "index_topk"))
+    by_name = any(
+        getattr(config, flag, None) for flag in ("reorder_and_upcast_attn", "index_topk", "index_topk_blocks")
+    )
     if hasattr(sys.modules[type(model).__module__], "eager_attention_forward") and not by_name:
         name = "cpu_fused" if model._supports_sdpa else "cpu_eager"
         attention = functools.partial(cpu_attention, model._supports_sdpa)
@@ -894,8 +896,7 @@ def fast_on_cpu(model: Any) -> Any:
         model.set_attn_implementation(name)
     cpuinfo = Path("/proc/cpuinfo")
     is_amd = cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
-    has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    if is_amd and has_onednn and torch.backends.cpu.get_cpu_capability() == "AVX512":
+    if is_amd and has_onednn() and torch.backends.cpu.get_cpu_capability() == "AVX512":
         for module in model.modules():
             if type(module) is nn.Linear and module.out_features > 1:
                 module.__class__ = OneDNNLinear
@@ -945,6 +946,11 @@ class OneDNNLinear(nn.Linear):
             return super().forward(x)
         product = OneDNNProduct.apply if torch.is_grad_enabled() else onednn_linear
         return product(x, self.weight, self.bias)
+
+
+def has_onednn() -> bool:
+    """Whether torch has the product that `onednn_linear` calls."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -1045,10 +1051,12 @@ def load_classifier(model: str, device: torch.device, trained: bool = False) -> 
     require(not untrained, f"{model}: is no reward model, its head is untrained; run reward_model.py first")
     has_score = hasattr(loaded, "score")
     require(has_score, f"{model}: {type(loaded).__name__} has no head named score; pass another model")
-    ids, body = torch.arange(4, device=device)[None] % loaded.get_input_embeddings().weight.shape[0], loaded.base_model
+    decodes = not getattr(config, "is_encoder_decoder", False)
+    require(decodes, f"{model}: is an encoder with a decoder; pass a model with a decoder alone")
+    ids = torch.arange(4, device=device)[None] % loaded.get_input_embeddings().weight.shape[0]
     with torch.no_grad():
-        some, all_ = (body(**inputs(body, ids[:, :n])).last_hidden_state[:, :3] for n in (3, 4))
-    causal = torch.allclose(some, all_, rtol=1e-3, atol=1e-3)
+        some, more = (head_inputs(loaded, ids[:, :n])[:, :3] for n in (3, 4))
+    causal = torch.allclose(some, more, rtol=1e-3, atol=1e-3, equal_nan=True)
     require(causal, f"{model}: its tokens see later ones, padding too; pass a model with causal attention")
     return loaded
 
@@ -1221,9 +1229,14 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
 
 def head_outputs(model: Any, ids: Tensor) -> Tensor:
     """A sequence classifier's scalar head at every position of ids [B, T], padded on the right: float32 [B, T] (D1)."""
-    hidden = model.base_model(**inputs(model.base_model, ids), use_cache=False).last_hidden_state
+    hidden = head_inputs(model, ids)
     with torch.autocast(ids.device.type, enabled=False):  # bfloat16 would round close scores to the same number
         return model.score(hidden.float()).squeeze(-1)
+
+
+def head_inputs(model: Any, ids: Tensor) -> Tensor:
+    """What a sequence classifier's scalar head reads, [B, T, H], of ids [B, T] padded on the right."""
+    return model.base_model(**inputs(model.base_model, ids), use_cache=False).last_hidden_state
 
 
 def last_token_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:

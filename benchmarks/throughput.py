@@ -179,7 +179,7 @@ def compare(args: Args, name: str, dtype: str) -> dict[str, Any]:
     memory: dict[str, list[float]] = {script: [] for script in own}
     ceilings = []
     for _ in range(args.rounds):
-        ceilings.append(ceiling())
+        ceilings.append(ceiling(torch.device(flags.get("device", "cpu"))))
         for script, extra in own.items():
             out = args.runs / name / Path(script).stem
             given = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
@@ -209,21 +209,21 @@ def measured_updates(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (ROOT / out / "metrics.jsonl").read_text().splitlines()][1:]
 
 
-def ceiling() -> dict[str, float]:
+def ceiling(device: torch.device) -> dict[str, float]:
     """10^9 operations per second of a product of two matrices of 2048 x 2048, medians of 20: torch's, and oneDNN's."""
 
     def rate(product: Callable[[], Any]) -> float:
         seconds = []
         for _ in range(20):
-            started = time.perf_counter()
+            started = utils.now(device)
             product()
-            seconds.append(time.perf_counter() - started)
+            seconds.append(utils.now(device) - started)
         return 2 * 2048**3 / statistics.median(seconds) / 1e9
 
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    a, b = torch.randn(2048, 2048, device=device), torch.randn(2048, 2048, device=device)
     c, d = a.bfloat16(), b.bfloat16()
     rates = {"float32": rate(lambda: a @ b), "bfloat16": rate(lambda: c @ d)}
-    if torch.backends.mkldnn.is_available():
+    if device.type == "cpu" and utils.has_onednn():
         rates["float32 by oneDNN"] = rate(lambda: utils.onednn_linear(a, b))
     return rates
 

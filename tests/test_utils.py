@@ -686,7 +686,7 @@ def test_models_are_loaded_in_float32_and_without_dropout(base, tmp_path):
         assert not any(m.training for m in loaded.modules())
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
+@pytest.mark.skipif(not utils.has_onednn(), reason="torch has no oneDNN here")
 @pytest.mark.parametrize("bias", [False, True])
 def test_products_by_onednn_are_those_of_torch(bias):
     """Values and gradients, of three-dimensional inputs too, and none where none is asked for."""

@@ -228,7 +228,7 @@ def build_tiny(texts: list[str], device: torch.device) -> tuple:
         attn_implementation="sdpa",
     )
     model = transformers.LlamaForCausalLM(config).to(device).eval()
-    return utils.fast_on_cpu(model) if device.type == "cpu" else model, tokenizer
+    return utils.fast_on_cpu(model, device), tokenizer
 
 
 def plain_texts(row: dict) -> list[str]:

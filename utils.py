@@ -878,11 +878,13 @@ def load_model(
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     loaded = loaded.to(device).eval()
-    return fast_on_cpu(loaded) if device.type == "cpu" else loaded
+    return fast_on_cpu(loaded, device)
 
 
-def fast_on_cpu(model: Any) -> Any:
-    """The model with the attention and the float32 products that are the fastest on a CPU."""
+def fast_on_cpu(model: Any, device: torch.device) -> Any:
+    """The model, on a CPU with the attention and the float32 products that are the fastest there."""
+    if device.type != "cpu":
+        return model
     config = model.config.get_text_config()
     # a few ask for the name of their attention: GPT-2 with one of its flags, and those that choose what to attend to
     by_name = any(
@@ -988,11 +990,17 @@ def from_pretrained(auto_class: Any, model: str, **kwargs: Any) -> Any:
         stop(f"{model}: no model could be loaded from it ({first_line(error)}); check the name and its files")
 
 
+def four_tokens(model: Any) -> Tensor:
+    """Ids [1, 4] that the model knows, to see what it does with them."""
+    embedding = model.get_input_embeddings().weight
+    return torch.arange(4, device=embedding.device)[None] % embedding.shape[0]
+
+
 def load_causal_lm(model: str, device: torch.device) -> Any:
     """A language model, as `load_model` gives it; stop if it cannot be decoded as `generate` does it, or its
     logits are not what `logits_of` takes them for."""
     loaded = load_model(transformers.AutoModelForCausalLM, model, device)
-    ids = torch.arange(4, device=device)[None] % loaded.get_input_embeddings().weight.shape[0]
+    ids = four_tokens(loaded)
     given, position = inputs(loaded, ids, torch.ones_like(ids)), CachePosition(4)
     cache = KeyValueCache(position)
     with torch.no_grad():
@@ -1053,7 +1061,7 @@ def load_classifier(model: str, device: torch.device, trained: bool = False) -> 
     require(has_score, f"{model}: {type(loaded).__name__} has no head named score; pass another model")
     decodes = not getattr(config, "is_encoder_decoder", False)
     require(decodes, f"{model}: is an encoder with a decoder; pass a model with a decoder alone")
-    ids = torch.arange(4, device=device)[None] % loaded.get_input_embeddings().weight.shape[0]
+    ids = four_tokens(loaded)
     with torch.no_grad():
         some, more = (head_inputs(loaded, ids[:, :n])[:, :3] for n in (3, 4))
     causal = torch.allclose(some, more, rtol=1e-3, atol=1e-3, equal_nan=True)

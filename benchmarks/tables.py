@@ -260,7 +260,7 @@ def soak() -> str:
     rows += [
         [f"open {name}" if name == "files" else name, early[name], late[name], ""] for name in ("files", "threads")
     ]
-    return table(["", f"update {report.get('settled', 50)}", f"update {report['updates']}", ""], rows)
+    return table(["", f"update {report['settled']}", f"update {report['updates']}", ""], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -1,29 +1,38 @@
 """Stage 2 of RLHF: a reward model from human preferences.
 
-A language model with a scalar head learns to score the response that people preferred above the one they rejected:
-the Bradley-Terry loss, -log sigmoid(score(chosen) - score(rejected)). It is right about a held-out pair if the chosen
-one scores higher. At the end the scores are shifted to mean 0 on demonstrations.
+A language model with a scalar head learns to score the response that people preferred above the one
+they rejected: the Bradley-Terry loss, -log sigmoid(score(chosen) - score(rejected)). It is right
+about a held-out pair if the chosen one scores higher. At the end the scores are shifted to mean 0
+on demonstrations.
 
-In: a model, by default the one from sft.py, and rows with `prompt`, `chosen`, `rejected`, or without `prompt`.
-Out: `runs/reward_model`, an ordinary sequence-classification folder (`num_labels=1`), whose config.json holds
-`reward_mean` and `reward_std`, with metrics.jsonl, summary.json and TensorBoard events.
+In: a model, by default the one from sft.py, and rows with `prompt`, `chosen`, `rejected`, or
+without `prompt`. Out: `runs/reward_model`, an ordinary sequence-classification folder
+(`num_labels=1`), whose config.json holds `reward_mean` and `reward_std`, with metrics.jsonl,
+summary.json and TensorBoard events.
 
     python reward_model.py
-    python reward_model.py --model runs/my-sft --dataset my/preferences --normalize-with my/demonstrations \\
-        --learning-rate 2e-5 --output-dir runs/my-reward-model
+    python reward_model.py --model runs/my-sft --dataset my/preferences \\
+        --normalize-with my/demonstrations --learning-rate 2e-5 --output-dir runs/my-reward-model
 
-B pairs, T tokens, H hidden size. `D11` in a comment points to DETAILS.md.
+On several GPUs (torchrun) each process takes its share of every batch; gradients and means are over
+all of them. Every process holds the whole model.
+
+B pairs, T tokens, H hidden size. `D11` in a comment points to docs/details.md.
 """
 
+import json
 import math
 import time
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
+from torch import Tensor
 
+import dataset
 import utils
 
 
@@ -32,7 +41,7 @@ class Args:
     model: str = "runs/sft"
     """What to start from: a hub id or a local folder."""
     dataset: str = "data/support/preferences"
-    """Preferences: a hub id, a folder with train.jsonl and validation.jsonl, or a .jsonl, .parquet or .csv file."""
+    """Preferences: a hub id, a folder with train.jsonl and validation.jsonl, or a single file."""
     train_split: str = "train"
     """Split to learn from."""
     eval_split: str = "validation"
@@ -40,29 +49,29 @@ class Args:
     output_dir: str = "runs/reward_model"
     """Where the model and all records go."""
     overwrite: bool = False
-    """Replace a run that is already in the output folder."""
+    """Replace the run that is in the output folder."""
     resume: bool = False
-    """Go on from the output folder's last checkpoint."""
+    """Continue from the output folder's last checkpoint."""
     seed: int = 1
     """Seed of the head's initialization and of the data order."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
     trust_remote_code: bool = False
-    """Execute Python code that comes with a model, where it needs that; whoever wrote it can do what you can."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision of matrix products; weights, losses and optimizer stay in float32."""
+    """Run Python code that comes with a model; whoever wrote it can then do what you can."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of matrix products; auto: bfloat16 where the device has it, else float32."""
     epochs: int = 1
     """Passes over the pairs; more than one overfits (D12)."""
     batch_size: int = 32
     """Pairs per optimizer step, over all processes."""
-    micro_batch_size: int | Literal["auto"] = 32
-    """Pairs that one device holds in one forward-backward, auto: as many as fit; changes rounding alone."""
+    micro_batch_size: int = 32
+    """Pairs that a device holds in one forward-backward, at most; changes rounding alone."""
     max_length: int = 512
     """Tokens of prompt and response; longer pairs are left out."""
     learning_rate: float = 5e-4
-    """Peak learning rate of AdamW; for pretrained models of 100M parameters and more take 1e-5 to 5e-5."""
+    """Peak rate of AdamW; for pretrained models of 100M parameters and more 1e-5 to 5e-5."""
     warmup_ratio: float = 0.05
-    """Share of the steps over which the learning rate rises from 0, before its cosine decay to 0."""
+    """Share of the steps in which the learning rate rises from 0, before its cosine decay to 0."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     normalize_with: str = "data/support/sft"
@@ -72,81 +81,81 @@ class Args:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
-    """Compile the models (torch.compile): a minute at the start, then faster; on CPUs in bfloat16, with a compiler."""
+    """Compile the model (torch.compile): a minute at the start, then faster on GPUs."""
     save_every: int = 200
-    """Steps between checkpoints for --resume; 0 saves one only when the run is interrupted."""
+    """Steps between checkpoints for --resume; 0 saves one only when interrupted."""
     keep_checkpoints: int = 2
-    """The newest checkpoints to keep, 1 or more; should one be damaged, --resume goes on from the one before."""
+    """The newest checkpoints to keep; should one be damaged, --resume takes the one before."""
     eval_every: int = 100
     """Steps between evaluations; 0 evaluates at the end alone."""
     track: bool = False
     """Log to Weights & Biases too (pip install wandb)."""
 
 
+@utils.stage()
 def main(args: Args) -> None:
     started = time.time()
-    process = utils.start_process(args.device, args.seed, args.trust_remote_code)
-    utils.check_common_flags(args, process.world)
-    utils.check_output(args)
-    other_data = args.dataset != Args.dataset and args.normalize_with == Args.normalize_with
-    what = "still names the embedded task's demonstrations; pass your own task's, or none"
-    utils.require(not other_data, f"--normalize-with: {what}")
-    idle = args.normalize_std and args.normalize_with == "none"
-    utils.require(not idle, "--normalize-std: goes with --normalize-with; name demonstrations, or leave it out")
+    process = utils.start_process(args)
+    device = process.device
+    utils.check_numbers(args, may_be_0="warmup_ratio", at_most_1="warmup_ratio")
+    micro_batch_size = utils.micro_batch_size(args, process.world)
+    utils.check_output(args, "reward_model")
+    if args.dataset != Args.dataset and args.normalize_with == Args.normalize_with:
+        utils.stop("--normalize-with: names the embedded task's data; pass your own, or none")
+    if args.normalize_std and args.normalize_with == "none":
+        utils.stop("--normalize-std: needs --normalize-with; name demonstrations, or leave it out")
 
-    # --------------------------------------------------------------------------------------------- data and model
+    # ---- data and model
     formats = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]
-    train_data = utils.load_data(args.dataset, args.train_split, formats)
-    eval_data = utils.load_data(args.dataset, args.eval_split, formats)
-    sft_data = None
-    if args.normalize_with != "none":
-        sft_data = utils.load_data(args.normalize_with, args.train_split, utils.SFT_FORMATS)
+    train_data = dataset.load_data(args.dataset, args.train_split, formats)
+    eval_data = dataset.load_data(args.dataset, args.eval_split, formats)
     tokenizer = utils.load_tokenizer(args.model)
-    model = utils.load_classifier(args.model, process.device)
+    model = utils.load_classifier(args.model, device)
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))  # D10
-    # transformers finds the last token by comparing with the pad id; where pad is EOS it would miss the EOS (B20, B21)
-    model.config.pad_token_id = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
+    # transformers finds the last token by comparing ids with the pad id; where pad is EOS it would
+    # miss the EOS (B20, B21)
+    pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    model.config.pad_token_id = None if pad_id == eos_id else pad_id
     model.config.reward_mean, model.config.reward_std = 0.0, 1.0
 
     max_length = min(args.max_length, utils.context_length(model))
     train_pairs = encode(tokenizer, train_data, max_length)
     eval_pairs = encode(tokenizer, eval_data, max_length)
-    some = bool(train_pairs) and bool(eval_pairs)
-    utils.require(some, f"{args.dataset}: no pair is short enough; raise --max-length")
-    sft_texts = []  # token ids of the demonstrations that the scores are normalized on
-    if sft_data is not None:
-        encoded = utils.encode_pairs(tokenizer, utils.demonstrations(sft_data), sft_data.places)
-        sft_texts = [p + c for p, c in zip(*encoded, strict=True) if len(p) + len(c) <= max_length]
-        utils.require(bool(sft_texts), f"{args.normalize_with}: no text is short enough; raise --max-length")
+    sft_texts: list[list[int]] = []  # demonstrations whose mean score becomes 0
+    if args.normalize_with != "none":
+        formats = dataset.SFT_FORMATS
+        sft_data = dataset.load_data(args.normalize_with, args.train_split, formats)
+        pairs = dataset.demonstrations(sft_data)
+        prompts, completions = dataset.encode_pairs(tokenizer, pairs, sft_data.places)
+        sft_texts = [p + c for p, c in zip(prompts, completions, strict=True)]
+        sft_texts = [text for text in sft_texts if len(text) <= max_length]
+    if not train_pairs or not eval_pairs or (args.normalize_with != "none" and not sft_texts):
+        utils.stop(f"--max-length: all rows are longer than {max_length} tokens; raise it")
     if args.compile:
         utils.compile_model(model)
-    out = utils.open_output(args, process)
+    out = utils.open_output(args, "reward_model", process)
 
-    # D6: AdamW without weight decay, warmup, cosine to 0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
+    # AdamW without weight decay; its rate rises in a line, then falls to 0 as a cosine (D6)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(
+        parameters, lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True
+    )
     num_steps = args.epochs * math.ceil(len(train_pairs) / args.batch_size)
     warmup_steps = round(args.warmup_ratio * num_steps)
 
-    state = utils.load_checkpoint(out, {"model": model}, optimizer) if args.resume else None
+    checkpoints = utils.Checkpoints(out, {"model": model}, optimizer, args.keep_checkpoints)
+    state = checkpoints.load() if args.resume else None
     start = state["step"] if state else 0
     logger = utils.Logger(out, args, process, "step", start)
-    if process.is_main:
-        size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
-        print(f"reward_model: {size}, {len(train_pairs)} pairs, {num_steps} steps on {process.device}")
+    size = f"{sum(p.numel() for p in parameters) / 1e6:.1f}M parameters"
+    work = f"{len(train_pairs)} pairs, {num_steps} steps"
+    utils.say(f"reward_model: {size}, {work}, on {device} in {args.dtype}")
 
-    def score(texts: list[list[int]]) -> torch.Tensor:
+    def score(texts: list[list[int]]) -> Tensor:
         """Raw scores [B] of token ids that end with EOS, read at their last token (D10)."""
-        ids, mask = utils.pad(texts, tokenizer.pad_token_id, "right", process.device, limit=max_length)  # [B, T]
-        with utils.autocast(process.device, args.dtype):
+        ids, mask = dataset.pad(texts, pad_id, "right", device)  # [B, T]
+        with utils.autocast(device, args.dtype):
             return utils.last_token_scores(model, ids, mask)
-
-    micro_batch_size = args.micro_batch_size
-    if micro_batch_size == "auto":
-        longest = max((text for p in train_pairs for text in (p.chosen, p.rejected)), key=len)
-        most = args.batch_size // process.world
-        micro_batch_size = utils.largest_micro_batch(
-            lambda n: score([longest] * 2 * n).sum(), most, args.gradient_checkpointing, model
-        )
 
     @torch.no_grad()
     def score_all(texts: list[list[int]]) -> np.ndarray:
@@ -161,95 +170,95 @@ def main(args: Args) -> None:
 
     def evaluate() -> dict[str, float]:
         """Accuracy, margin and dependence on length over the held-out pairs (D14)."""
-        chosen, rejected = score_all([p.chosen for p in eval_pairs]), score_all([p.rejected for p in eval_pairs])
-        lengths = [p.chosen_length for p in eval_pairs] + [p.rejected_length for p in eval_pairs]
+        chosen = score_all([pair.chosen for pair in eval_pairs])
+        rejected = score_all([pair.rejected for pair in eval_pairs])
+        lengths = [pair.chosen_length for pair in eval_pairs]
+        lengths += [pair.rejected_length for pair in eval_pairs]
         both = np.concatenate([chosen, rejected])
-        spread = both.std() > 0 and np.std(lengths) > 0
+        varied = both.std() > 0 and np.std(lengths) > 0
         return {
             "accuracy": float(np.mean((chosen > rejected) + 0.5 * (chosen == rejected))),
             "mean_margin": float(np.mean(chosen - rejected)),
-            "score_length_correlation": float(np.corrcoef(both, lengths)[0, 1]) if spread else 0.0,
+            "score_length_correlation": float(np.corrcoef(both, lengths)[0, 1]) if varied else 0.0,
         }
 
-    # ------------------------------------------------------------------------------------------------------- train
+    # ---- train
     utils.set_gradient_checkpointing(model, args.gradient_checkpointing)
-    progress = utils.progress_bar("reward_model", num_steps, start, process)
+    progress = utils.progress_bar("reward_model", "step", num_steps, start, process)
     interruption = utils.Interruption(process)
-    for step, indices in utils.batches(len(train_pairs), args.batch_size, args.epochs, args.seed, start):
+    steps = dataset.batches(len(train_pairs), args.batch_size, args.epochs, args.seed, start)
+    for step, indices in steps:
         step_started = time.time()
-        batch = [train_pairs[i] for i in indices]
-        mine = sorted(batch[process.rank :: process.world], key=lambda p: len(p.chosen) + len(p.rejected))
-        totals = torch.zeros(3, device=process.device)  # loss, right pairs, margin
-        for i in range(0, len(mine), micro_batch_size):
-            micro = mine[i : i + micro_batch_size]
-            # D11: both sides in one forward pass
-            chosen, rejected = score([p.chosen for p in micro] + [p.rejected for p in micro]).chunk(2)  # [B], [B]
-            losses = -F.logsigmoid(chosen - rejected)
-            (losses.sum() / len(batch)).backward()  # D9: divided by the pairs of the whole batch (B12, B22)
-            totals += torch.stack([losses.sum(), (chosen > rejected).sum(), (chosen - rejected).sum()]).detach()
-            if interruption.here():
-                break
-        if interruption.anywhere():  # the model is as the last step left it
-            interruption.leave(out, step - 1, logger, {"model": model}, optimizer, {}, keep=args.keep_checkpoints)
-        loss, accuracy, margin = (utils.sum_over_processes(totals) / len(batch)).tolist()
-        utils.sum_gradients(list(model.parameters()))
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()  # D29
-        numbers = {"loss": loss, "gradient norm": grad_norm}
-        pairs = {"chosen": [p.chosen for p in mine], "rejected": [p.rejected for p in mine]}
-        utils.check_finite(out, process, f"step {step}", numbers, pairs)
-        lr = utils.warmup_cosine(args.learning_rate, step, num_steps, warmup_steps)
+        if step <= warmup_steps:
+            lr = args.learning_rate * step / warmup_steps
+        else:
+            done = (step - 1 - warmup_steps) / (num_steps - warmup_steps)
+            lr = args.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = lr
+
+        batch = [train_pairs[i] for i in indices]
+        mine = sorted(batch[process.rank :: process.world], key=length)  # little padding
+        totals = torch.zeros(3, device=device)  # loss, right pairs, margin
+        for i in range(0, len(mine), micro_batch_size):
+            micro = mine[i : i + micro_batch_size]
+            # both sides in one forward pass (D11): [B], [B]
+            texts = [pair.chosen for pair in micro] + [pair.rejected for pair in micro]
+            chosen, rejected = score(texts).chunk(2)
+            losses = -F.logsigmoid(chosen - rejected)
+            (losses.sum() / len(batch)).backward()  # by the whole batch's pairs (D9, B12, B22)
+            sums = [losses.sum(), (chosen > rejected).sum(), (chosen - rejected).sum()]
+            totals += torch.stack(sums).detach()
+        loss, accuracy, margin = (utils.sum_over_processes(totals) / len(batch)).tolist()
+        utils.sum_gradients(parameters)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()  # D29
+        utils.check_finite(f"step {step}", loss=loss, gradient_norm=grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 
-        tokens_per_second = sum(len(p.chosen) + len(p.rejected) for p in batch) / (time.time() - step_started)
-        metrics = {"loss": loss, "accuracy": accuracy, "margin": margin, "lr": lr, "grad_norm": grad_norm}
-        metrics["tokens_per_second"] = tokens_per_second
+        tokens_per_second = sum(map(length, batch)) / (time.time() - step_started)
+        metrics = {"loss": loss, "accuracy": accuracy, "margin": margin, "lr": lr}
+        metrics |= {"grad_norm": grad_norm, "tokens_per_second": tokens_per_second}
         if args.eval_every and step % args.eval_every == 0 and step < num_steps:
             metrics |= {f"eval/{name}": value for name, value in evaluate().items()}
         logger.log(step, metrics)
         progress.update()
-        shown = {"loss": f"{loss:.3f}", "accuracy": f"{accuracy:.2f}", "tok_s": f"{tokens_per_second:,.0f}"}
-        progress.set_postfix(shown, refresh=False)
-        if args.save_every and step % args.save_every == 0 and step < num_steps and process.is_main:
-            utils.save_checkpoint(out, step, {"model": model}, optimizer, {}, args.keep_checkpoints)
+        shown = {"loss": f"{loss:.3f}", "accuracy": f"{accuracy:.2f}"}
+        progress.set_postfix(shown | {"tok_s": f"{tokens_per_second:,.0f}"}, refresh=False)
+        if args.save_every and step % args.save_every == 0 and step < num_steps:
+            if process.is_main:
+                checkpoints.save(step)
+        if interruption.came():
+            interruption.leave(checkpoints, step)
     progress.close()
 
-    # --------------------------------------------------------------------------------------------------- normalize
+    # ---- normalize
     if sft_texts:
         scores = score_all(sft_texts)
-        # D13: PPO subtracts the mean; the loss never sees it, for it depends on differences alone
+        # PPO subtracts the mean; the loss never sees it, for it depends on differences alone (D13)
         model.config.reward_mean = float(scores.mean())
-        model.config.reward_std = float(scores.std()) if args.normalize_std and scores.std() > 0 else 1.0
+        if args.normalize_std and scores.std() > 0:
+            model.config.reward_std = float(scores.std())
 
-    # ------------------------------------------------------------------------------------------------- what it leaves
-    result = evaluate()
-    low, high = wilson_interval(result["accuracy"], len(eval_pairs))
+    # ---- what it leaves
+    result, pairs = evaluate(), len(eval_pairs)
+    low, high = wilson_interval(result["accuracy"], pairs)
+    result["mean_margin"] /= model.config.reward_std
+    seconds = time.time() - started
     if process.is_main:
         utils.save_model(model, tokenizer, out)
-        summary = {
-            "accuracy": result["accuracy"],
-            "accuracy_interval": [low, high],
-            "pairs": len(eval_pairs),
-            "mean_margin": result["mean_margin"] / model.config.reward_std,
-            "score_length_correlation": result["score_length_correlation"],
-            "seconds": time.time() - started,
-        }
-        with utils.writing(out):
-            utils.write_json(out / "summary.json", summary)
-        print(
-            f"reward_model: accuracy {result['accuracy']:.3f} (95% interval {low:.3f} to {high:.3f}) on "
-            f"{len(eval_pairs)} held-out pairs, margin {summary['mean_margin']:.2f}, correlation with length "
-            f"{result['score_length_correlation']:+.2f}; {summary['seconds']:.0f} s, "
-            f"peak memory {utils.peak_memory_gb():.2f} GB; model in {out}"
-        )
+        summary = result | {"accuracy_interval": [low, high], "pairs": pairs, "seconds": seconds}
+        utils.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    utils.say(
+        f"reward_model: accuracy {result['accuracy']:.3f} (95% interval {low:.3f} to {high:.3f}) "
+        f"on {pairs} held-out pairs, margin {result['mean_margin']:.2f}, correlation with length "
+        f"{result['score_length_correlation']:+.2f}; {seconds:.0f} s; model in {out}"
+    )
     logger.close()
-    utils.end_process()
 
 
 class Pair(NamedTuple):
-    """A preference in token ids, each side with its prompt, and the lengths of the responses alone."""
+    """A preference in token ids, each side with its prompt; lengths of the responses alone."""
 
     chosen: list[int]
     rejected: list[int]
@@ -257,18 +266,25 @@ class Pair(NamedTuple):
     rejected_length: int
 
 
-def encode(tokenizer, data: utils.Data, max_length: int) -> list[Pair]:
-    """Pairs in token ids; those with a side longer than `max_length` are left out, for a cut text has no EOS (B19)."""
-    sides = []
-    for column in ("chosen", "rejected"):
-        pairs = [(row.get("prompt", ""), row[column]) for row in data.rows]
-        sides.append(utils.encode_pairs(tokenizer, pairs, data.places))
-    (prompts, chosen), (_, rejected) = sides
-    pairs = [Pair(p + c, p + r, len(c), len(r)) for p, c, r in zip(prompts, chosen, rejected, strict=True)]
-    kept = [p for p in pairs if max(len(p.chosen), len(p.rejected)) <= max_length]
+def length(pair: Pair) -> int:
+    """Tokens of both sides, prompts included."""
+    return len(pair.chosen) + len(pair.rejected)
+
+
+def encode(tokenizer: Any, data: dataset.Data, max_length: int) -> list[Pair]:
+    """Pairs in token ids.
+
+    Those with a side longer than `max_length` are left out, for a cut text has no EOS (B19).
+    """
+    rows = [(row.get("prompt", ""), row["chosen"], row["rejected"]) for row in data.rows]
+    prompts, chosen = dataset.encode_pairs(tokenizer, [(p, c) for p, c, _ in rows], data.places)
+    _, rejected = dataset.encode_pairs(tokenizer, [(p, r) for p, _, r in rows], data.places)
+    sides = zip(prompts, chosen, rejected, strict=True)
+    pairs = [Pair(p + c, p + r, len(c), len(r)) for p, c, r in sides]
+    kept = [pair for pair in pairs if max(len(pair.chosen), len(pair.rejected)) <= max_length]
     if len(kept) < len(pairs):
-        left_out = f"{len(pairs) - len(kept)} of {len(pairs)} pairs are longer than {max_length} tokens"
-        print(f"reward_model: {left_out} and are left out (--max-length)")
+        what = f"{len(pairs) - len(kept)} of {len(pairs)} pairs are longer than {max_length} tokens"
+        utils.say(f"reward_model: {what} and are left out (--max-length)")
     return kept
 
 
@@ -280,4 +296,4 @@ def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float
 
 
 if __name__ == "__main__":
-    main(utils.parse_flags(Args))
+    main(tyro.cli(Args))

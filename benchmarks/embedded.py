@@ -33,14 +33,18 @@ class Args:
 
 
 def main(args: Args) -> None:
-    rows = [json.loads(line) for line in (ROOT / "data/support/preferences/validation.jsonl").open()]
+    rows = [
+        json.loads(line) for line in (ROOT / "data/support/preferences/validation.jsonl").open()
+    ]
     ceiling = gold.agreement(rows)
     default = args.dtype == Args.dtype
     name = "embedded" if default else f"embedded_{args.dtype}"
     seeds = []
     for seed in args.seeds:
         folder = args.runs / (f"seed{seed}" if default else f"{args.dtype}-seed{seed}")
-        sft, reward_model, ppo, kl0 = (folder / name for name in ("sft", "reward_model", "ppo_rlhf", "kl0"))
+        sft, reward_model, ppo, kl0 = (
+            folder / name for name in ("sft", "reward_model", "ppo_rlhf", "kl0")
+        )
         commands = {
             "sft": f"sft.py --output-dir {sft}",
             "reward_model": f"reward_model.py --output-dir {reward_model} --model {sft}",
@@ -84,7 +88,9 @@ def judge_samples(folder: Path) -> dict:
         names = ("remedy_right", "product_right", "polite", "rude", "words", "faults", "score")
         result[who] = {name: sum(float(j[name]) for j in judged) / len(judged) for name in names}
         result[who]["both_right"] = sum(right) / len(right)
-    way = (result["policy"]["score"] - result["reference"]["score"]) / (best - result["reference"]["score"])
+    way = (result["policy"]["score"] - result["reference"]["score"]) / (
+        best - result["reference"]["score"]
+    )
     return {"labeler": result, "best": best, "share_of_the_way": way}
 
 

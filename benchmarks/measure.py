@@ -37,7 +37,11 @@ def machine(threads: int) -> dict:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return {"processor": next(names, platform.processor()), "threads": threads, "python": platform.python_version()}
+    return {
+        "processor": next(names, platform.processor()),
+        "threads": threads,
+        "python": platform.python_version(),
+    }
 
 
 def load_module(path: str) -> ModuleType:

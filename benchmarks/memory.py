@@ -49,7 +49,9 @@ class Shape:
     def products(self) -> int:
         """Weights of the layers' matrix products."""
         attention = 2 * self.hidden**2 + 2 * self.hidden * self.key_value
-        return self.layers * (attention + (3 if self.gated else 2) * self.hidden * self.intermediate)
+        return self.layers * (
+            attention + (3 if self.gated else 2) * self.hidden * self.intermediate
+        )
 
     @property
     def embedding(self) -> int:
@@ -74,15 +76,23 @@ def needed(
     frozen = 2 * (shape.products + head) + 4 * shape.embedding
     frozen += 2 * shape.products + 4 * shape.embedding if reward_model else 0
     # autocast's bfloat16 copies of the weights that are trained, kept from the forward to the backward pass
-    copies = 2 * (shape.products + shape.embedding) + (2 * shape.products if advantage == "gae" else 0)
+    copies = 2 * (shape.products + shape.embedding) + (
+        2 * shape.products if advantage == "gae" else 0
+    )
     length = prompt + response
     tokens = micro_batch * length
     # checkpointed: a float32 hidden state for each layer, and all that one layer makes, forward and backward
-    layer = 4 * shape.hidden * 14 + 2 * (4 * shape.hidden + 2 * shape.key_value) + 10 * shape.intermediate
+    layer = (
+        4 * shape.hidden * 14
+        + 2 * (4 * shape.hidden + 2 * shape.key_value)
+        + 10 * shape.intermediate
+    )
     activations = tokens * (4 * shape.hidden * shape.layers + layer)
     logits = 4 * 4 * min(utils.LOGITS_AT_A_TIME, micro_batch * response * shape.vocabulary)
     cache = 2 * 2 * shape.layers * shape.key_value * batch * length
-    sampling = batch * shape.vocabulary * (4 * 3 + 8)  # one step's logits, probabilities, cumulative sum
+    sampling = (
+        batch * shape.vocabulary * (4 * 3 + 8)
+    )  # one step's logits, probabilities, cumulative sum
     return trained + frozen + copies + max(activations + logits, cache + sampling)
 
 
@@ -103,13 +113,17 @@ def llama(shape: Shape) -> transformers.LlamaConfig:
     )
 
 
-def measured(shape: Shape, batch: int, micro_batch: int, prompt: int, response: int, advantage: str = "gae") -> float:
+def measured(
+    shape: Shape, batch: int, micro_batch: int, prompt: int, response: int, advantage: str = "gae"
+) -> float:
     """Peak resident bytes of a run of two updates."""
     with tempfile.TemporaryDirectory() as folder:
         random_model(Path(folder), llama(shape), prompt, None, response)
         flags = f"--model {folder}/model --reward-model {folder}/reward_model --dataset {folder}/prompts"
         flags += f" --output-dir {folder}/out --batch-size {batch} --micro-batch-size {micro_batch}"
-        flags += f" --total-episodes {2 * batch} --response-length {response} --advantage {advantage}"
+        flags += (
+            f" --total-episodes {2 * batch} --response-length {response} --advantage {advantage}"
+        )
         flags += " --gradient-checkpointing --eval-prompts 8 --eval-every 0 --save-every 0 --learning-rate 1e-9"
         run = run_process(["ppo_rlhf.py", *flags.split()], 2)
     return run["peak_memory_gb"] * 1e9
@@ -138,8 +152,13 @@ def main(out: Path = Path("benchmarks/results")) -> None:
     for name, sizes in MODELS.items():
         for advantage in ("gae", "rloo"):
             gb = needed(Shape(*sizes, gated="Pythia" not in name), 64, 8, 512, 128, advantage) / 1e9
-            fits = [gpu for gpu in GPUS if gb < 0.9 * gpu]  # a tenth for CUDA itself and for fragments
-            report["largest"].setdefault(name, {})[advantage] = {"needs_gb": gb, "fits_gb": min(fits, default=None)}
+            fits = [
+                gpu for gpu in GPUS if gb < 0.9 * gpu
+            ]  # a tenth for CUDA itself and for fragments
+            report["largest"].setdefault(name, {})[advantage] = {
+                "needs_gb": gb,
+                "fits_gb": min(fits, default=None),
+            }
     (ROOT / out / "memory.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report["largest"], indent=1))
 

@@ -43,11 +43,19 @@ def main(args: Args) -> None:
     sft, reward_model = args.models / "sft", args.runs / "reward_model"
     shutil.copytree(ROOT / args.models / "reward_model", ROOT / reward_model, dirs_exist_ok=True)
     config = json.loads((ROOT / reward_model / "config.json").read_text())
-    (ROOT / reward_model / "config.json").write_text(json.dumps(config | {"reward_mean": 0.0, "reward_std": 1.0}))
+    (ROOT / reward_model / "config.json").write_text(
+        json.dumps(config | {"reward_mean": 0.0, "reward_std": 1.0})
+    )
     common = f"--model {sft} --reward-model {reward_model} --dataset {PROMPTS} --dtype float32"
-    common += f" --total-episodes {args.episodes} --batch-size {BATCH} --micro-batch-size {MICRO_BATCH}"
-    common += f" --num-ppo-epochs {EPOCHS} --response-length {RESPONSE} --learning-rate {LEARNING_RATE}"
-    common += f" --temperature {TEMPERATURE} --kl-coef {KL_COEF} --missing-eos-penalty {EOS_PENALTY}"
+    common += (
+        f" --total-episodes {args.episodes} --batch-size {BATCH} --micro-batch-size {MICRO_BATCH}"
+    )
+    common += (
+        f" --num-ppo-epochs {EPOCHS} --response-length {RESPONSE} --learning-rate {LEARNING_RATE}"
+    )
+    common += (
+        f" --temperature {TEMPERATURE} --kl-coef {KL_COEF} --missing-eos-penalty {EOS_PENALTY}"
+    )
     common += f" --eval-every {EVAL_EVERY}"
     report = {"machine": machine(args.threads), "runs": []}
     for seed in args.seeds:
@@ -57,7 +65,16 @@ def main(args: Args) -> None:
         ):
             folder = args.runs / f"{Path(script).stem}{seed}"
             run_process(
-                [script, *common.split(), *own.split(), "--seed", str(seed), "--output-dir", str(folder)], args.threads
+                [
+                    script,
+                    *common.split(),
+                    *own.split(),
+                    "--seed",
+                    str(seed),
+                    "--output-dir",
+                    str(folder),
+                ],
+                args.threads,
             )
             report["runs"].append({"by": by, "seed": seed} | summary(folder))
             args.out.mkdir(parents=True, exist_ok=True)
@@ -71,9 +88,14 @@ def summary(folder: Path) -> dict:
     """The curves of a run, the means of their last five points, and the median seconds of an update."""
     rows = [json.loads(line) for line in (ROOT / folder / "metrics.jsonl").open()]
     names = {"score": "objective/scores", "kl": "objective/kl", "labeler": "eval/judge"}
-    curves = {name: [(r["update"], round(r[key], 4)) for r in rows if key in r] for name, key in names.items()}
+    curves = {
+        name: [(r["update"], round(r[key], 4)) for r in rows if key in r]
+        for name, key in names.items()
+    }
     ends = {name: statistics.mean(y for _, y in curve[-5:]) for name, curve in curves.items()}
-    seconds = statistics.median(sum(r[f"time/{part}"] for part in ("rollout", "score", "train")) for r in rows)
+    seconds = statistics.median(
+        sum(r[f"time/{part}"] for part in ("rollout", "score", "train")) for r in rows
+    )
     return {"ends": ends, "update_seconds": seconds, "curves": curves}
 
 
@@ -85,13 +107,20 @@ def plot(runs: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
-    titles = {"score": "reward model's score", "kl": "KL from the reference, nats", "labeler": "labeler's score"}
+    titles = {
+        "score": "reward model's score",
+        "kl": "KL from the reference, nats",
+        "labeler": "labeler's score",
+    }
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         for by, color in (("ppo_rlhf.py", "tab:blue"), ("TRL 1.11.0", "tab:orange")):
             curves = [run["curves"][name] for run in runs if run["by"] == by]
             for curve in curves:
                 axis.plot(*zip(*curve, strict=True), color=color, alpha=0.3, linewidth=0.8)
-            mean = [(x, statistics.mean(curve[i][1] for curve in curves)) for i, (x, _) in enumerate(curves[0])]
+            mean = [
+                (x, statistics.mean(curve[i][1] for curve in curves))
+                for i, (x, _) in enumerate(curves[0])
+            ]
             axis.plot(*zip(*mean, strict=True), color=color, label=by)
         axis.set(title=title, xlabel="update")
     axes[0].legend()

@@ -52,9 +52,20 @@ def main(args: Args) -> None:
     report = {"machine": machine(args.threads) | versions, "seed": args.seed}
     args.out.mkdir(parents=True, exist_ok=True)
     for name, command in stages.items():
-        flags = [*command.split(), "--seed", str(args.seed), "--eval-every", "0", "--save-every", "0", "--overwrite"]
+        flags = [
+            *command.split(),
+            "--seed",
+            str(args.seed),
+            "--eval-every",
+            "0",
+            "--save-every",
+            "0",
+            "--overwrite",
+        ]
         places = {args.model: "MODEL"} | {f"{args.data}/{kind}": f"DATA/{kind}" for kind in KINDS}
-        report[name] = run_stage(flags, args.threads) | {"command": " ".join(places.get(f, f) for f in flags)}
+        report[name] = run_stage(flags, args.threads) | {
+            "command": " ".join(places.get(f, f) for f in flags)
+        }
         (args.out / "reviews.json").write_text(json.dumps(report, indent=2) + "\n")
         print(json.dumps(report[name], indent=2), flush=True)
     keep_samples(ppo, args.out / "reviews_samples.jsonl", 20)

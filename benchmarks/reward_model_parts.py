@@ -17,6 +17,7 @@ import tyro
 from measure import ROOT, load_module
 
 sys.path.insert(0, str(ROOT))
+import dataset
 import utils
 
 make = load_module("data/support/make.py")
@@ -37,14 +38,30 @@ class Args:
 
 def replies(rng: random.Random, product: str, problem: str) -> dict[str, str]:
     """The perfect reply and its variants, by name."""
-    layout = [0.0, 1.0, 1.0, 0.5]  # an opening that does not name the product, no closing, no product in the body
+    layout = [
+        0.0,
+        1.0,
+        1.0,
+        0.5,
+    ]  # an opening that does not name the product, no closing, no product in the body
     named = [0.0, 1.0, 0.0, 0.5]  # the same, with the product in the opening
     apology = ("apology", rng.choice(wordings.APOLOGIES), "")
     lead = rng.choice(wordings.LEADS)
     right = (lead, rng.choice(wordings.REMEDIES[problem]), "")
     wrong = (lead, rng.choice(wordings.REMEDIES[make.other(rng, wordings.PROBLEMS, problem)]), "")
-    ramble = wordings.RAMBLE_STARTS[0] + " " + rng.choice(wordings.RAMBLE_MIDDLES) + rng.choice(wordings.RAMBLE_ENDS)
-    perfect = {"tone": apology, "remedy": right, "product": product, "ramble": None, "layout": named}
+    ramble = (
+        wordings.RAMBLE_STARTS[0]
+        + " "
+        + rng.choice(wordings.RAMBLE_MIDDLES)
+        + rng.choice(wordings.RAMBLE_ENDS)
+    )
+    perfect = {
+        "tone": apology,
+        "remedy": right,
+        "product": product,
+        "ramble": None,
+        "layout": named,
+    }
     variants = {
         "perfect": {},
         "a wrong remedy": {"remedy": wrong},
@@ -64,14 +81,18 @@ def main(args: Args) -> None:
     device = torch.device("cpu")
     model = utils.load_classifier(args.reward_model, device, trained=True)
     tokenizer = utils.load_tokenizer(args.reward_model)
-    rows = [json.loads(line) for line in (ROOT / "data/support/prompts/validation.jsonl").open()][: args.prompts]
+    rows = [json.loads(line) for line in (ROOT / "data/support/prompts/validation.jsonl").open()][
+        : args.prompts
+    ]
     rng = random.Random(1)
     by_prompt = [replies(rng, row["product"], row["problem"]) for row in rows]
     means = {}
     for name in by_prompt[0]:
         pairs = [(row["prompt"], reply[name]) for row, reply in zip(rows, by_prompt, strict=True)]
-        encoded = utils.encode_pairs(tokenizer, pairs, [""] * len(pairs))
-        ids, mask = utils.pad([p + c for p, c in zip(*encoded, strict=True)], tokenizer.pad_token_id, "right", device)
+        encoded = dataset.encode_pairs(tokenizer, pairs, [""] * len(pairs))
+        ids, mask = dataset.pad(
+            [p + c for p, c in zip(*encoded, strict=True)], tokenizer.pad_token_id, "right", device
+        )
         scores = utils.normalize_scores(model, utils.last_token_scores(model, ids, mask))
         labels = gold.score([p for p, _ in pairs], [c for _, c in pairs])
         means[name] = {"labeler": sum(labels) / len(labels), "reward_model": scores.mean().item()}
@@ -80,7 +101,9 @@ def main(args: Args) -> None:
     args.out.write_text(json.dumps(report, indent=2) + "\n")
     for name, mean in means.items():
         change = {who: mean[who] - means["perfect"][who] for who in mean}
-        print(f"{name:16} labeler {change['labeler']:+6.2f}  reward model {change['reward_model']:+6.2f}")
+        print(
+            f"{name:16} labeler {change['labeler']:+6.2f}  reward model {change['reward_model']:+6.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -45,9 +45,7 @@ def main(args: Args) -> None:
     if not WINDOW <= args.settled <= args.updates - WINDOW:
         sys.exit(f"--settled: must leave {WINDOW} updates before and after; pass another")
     command = f"ppo_rlhf.py --model {args.models}/sft --reward-model {args.models}/reward_model --dtype {args.dtype}"
-    command += (
-        f" --total-episodes {args.updates * BATCH} --batch-size {BATCH} --micro-batch-size 8 --num-mini-batches 2"
-    )
+    command += f" --total-episodes {args.updates * BATCH} --batch-size {BATCH} --micro-batch-size 8 --num-mini-batches 2"
     command += " --num-ppo-epochs 2 --response-length 24 --learning-rate 5e-5 --eval-prompts 16 --eval-every 50"
     command += f" --save-every 100 --save-rollouts 100 --output-dir {args.runs}"
     shutil.rmtree(ROOT / args.runs, ignore_errors=True)
@@ -64,13 +62,17 @@ def main(args: Args) -> None:
     }
     report |= {"early": summary(seen, args.settled), "late": summary(seen, args.updates)}
     report["memory_ratio"] = report["late"]["memory_mb"] / report["early"]["memory_mb"]
-    report["curve_mb"] = [(update, round(seen[update]["memory_mb"], 1)) for update in sorted(seen)[::10]]
+    report["curve_mb"] = [
+        (update, round(seen[update]["memory_mb"], 1)) for update in sorted(seen)[::10]
+    ]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print({name: value for name, value in report.items() if name != "curve_mb"})
     grown = [name for name in ("files", "threads") if report["late"][name] > report["early"][name]]
     if report["memory_ratio"] > 1.05 or grown:
-        sys.exit(f"memory at the end is {report['memory_ratio']:.3f} of that at update {args.settled}; grown: {grown}")
+        sys.exit(
+            f"memory at the end is {report['memory_ratio']:.3f} of that at update {args.settled}; grown: {grown}"
+        )
 
 
 def watch(process: subprocess.Popen, metrics: Path) -> dict[int, dict[str, float]]:

@@ -24,7 +24,9 @@ def samples(name: str) -> list[dict]:
 
 
 def table(header: list[str], rows: list[list[object]]) -> str:
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ").strip() for cell in row] for row in rows]
+    cells = [
+        [str(cell).replace("|", "\\|").replace("\n", " ").strip() for cell in row] for row in rows
+    ]
     lines = [header, ["---"] * len(header), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -34,7 +36,15 @@ def embedded_samples() -> str:
     rows = []
     for s in samples("embedded_samples.jsonl"):
         customer = s["prompt"].removeprefix("Customer: ").removesuffix("\nAgent:")
-        rows.append([customer, s["reference"], f"{s['reference_judge']:.1f}", s["policy"], f"{s['policy_judge']:.1f}"])
+        rows.append(
+            [
+                customer,
+                s["reference"],
+                f"{s['reference_judge']:.1f}",
+                s["policy"],
+                f"{s['policy_judge']:.1f}",
+            ]
+        )
     return table(["customer", "before: SFT model", "labeler", "after: PPO", "labeler"], rows)
 
 
@@ -46,9 +56,20 @@ def embedded_seeds() -> str:
     for seed in result("embedded.json")["seeds"]:
         ppo = seed["ppo"]
         before, after = ppo["labeler"]["reference"], ppo["labeler"]["policy"]
-        row = [seed["seed"], f"{ppo['eval']['win_rate']:.3f}", f"{before['score']:.2f}", f"{after['score']:.2f}"]
-        row += [f"{ppo['best']:.0f}", f"{ppo['share_of_the_way']:.3f}", f"{before['both_right']:.3f}"]
-        rows.append([*row, f"{after['both_right']:.3f}", f"{ppo['eval']['policy']['eos_rate']:.3f}"])
+        row = [
+            seed["seed"],
+            f"{ppo['eval']['win_rate']:.3f}",
+            f"{before['score']:.2f}",
+            f"{after['score']:.2f}",
+        ]
+        row += [
+            f"{ppo['best']:.0f}",
+            f"{ppo['share_of_the_way']:.3f}",
+            f"{before['both_right']:.3f}",
+        ]
+        rows.append(
+            [*row, f"{after['both_right']:.3f}", f"{ppo['eval']['policy']['eos_rate']:.3f}"]
+        )
     return table(header, rows)
 
 
@@ -81,7 +102,9 @@ def embedded_times() -> str:
     for stage, name in names.items():
         runs = [seed[stage] for seed in report["seeds"]]
         seconds = ", ".join(f"{run['wall_seconds']:.0f}" for run in runs)
-        rows.append([f"`{name}`", seconds, ", ".join(f"{run['peak_memory_gb']:.2f}" for run in runs)])
+        rows.append(
+            [f"`{name}`", seconds, ", ".join(f"{run['peak_memory_gb']:.2f}" for run in runs)]
+        )
     machine = report["machine"]
     where = f"On {machine['threads']} threads of an {machine['processor']}, start-up included."
     seeds = ", ".join(str(seed["seed"]) for seed in report["seeds"])
@@ -101,7 +124,12 @@ def embedded_kl() -> str:
         mean, right = run["eval"][who], run["labeler"][who]["both_right"]
         row = [name, f"{mean['score']:.2f}", f"{mean['judge']:.2f}", f"{right:.3f}"]
         rows.append([*row, f"{mean['kl']:.1f}", f"{mean['length']:.1f}"])
-    header = [f"seed {seed['seed']}", "reward model's score", "labeler's score", "right product and remedy"]
+    header = [
+        f"seed {seed['seed']}",
+        "reward model's score",
+        "labeler's score",
+        "right product and remedy",
+    ]
     return table([*header, "KL from the reference, nats", "length, tokens"], rows)
 
 
@@ -111,11 +139,26 @@ def embedded_precision() -> str:
     for dtype, name in (("bfloat16", "embedded.json"), ("float32", "embedded_float32.json")):
         for seed in result(name)["seeds"]:
             ppo = seed["ppo"]
-            row = [dtype, seed["seed"], f"{ppo['eval']['win_rate']:.3f}", f"{ppo['share_of_the_way']:.3f}"]
-            row += [f"{seed['reward_model']['accuracy']:.3f}", f"{abs(ppo['first_kl_per_token']):.1g}"]
+            row = [
+                dtype,
+                seed["seed"],
+                f"{ppo['eval']['win_rate']:.3f}",
+                f"{ppo['share_of_the_way']:.3f}",
+            ]
+            row += [
+                f"{seed['reward_model']['accuracy']:.3f}",
+                f"{abs(ppo['first_kl_per_token']):.1g}",
+            ]
             seconds = sum(seed[stage]["wall_seconds"] for stage in ("sft", "reward_model", "ppo"))
             rows.append([*row, f"{ppo['largest_ratio_start_error']:.1g}", f"{seconds:.0f}"])
-    header = ["products", "seed", "win rate", "share of the way", "reward model", "first update's KL per token"]
+    header = [
+        "products",
+        "seed",
+        "win rate",
+        "share of the way",
+        "reward model",
+        "first update's KL per token",
+    ]
     return table([*header, "ratio's largest error at the start", "seconds, three stages"], rows)
 
 
@@ -137,7 +180,11 @@ def reviews_results() -> str:
             f"{reward_model['accuracy']:.3f} (95% interval {low:.3f} to {high:.3f})",
         ],
         ["win rate of the policy over the SFT model, by VADER", held_out, f"{ppo['win_rate']:.3f}"],
-        ["mean VADER score, SFT model and policy", "the same", f"{before['judge']:.2f} and {after['judge']:.2f}"],
+        [
+            "mean VADER score, SFT model and policy",
+            "the same",
+            f"{before['judge']:.2f} and {after['judge']:.2f}",
+        ],
         ["KL from the reference", "the same", f"{after['kl']:.1f} nats a response"],
         [
             "responses that end by themselves, SFT model and policy",
@@ -179,11 +226,26 @@ def throughput() -> str:
         medians = entry["medians"]
         ours, theirs = medians["ppo_rlhf.py"], medians["benchmarks/trl_ppo.py"]
         row = [*name.split(), *(f"{ours[p]:.2f}" for p in ("rollout", "score", "train", "update"))]
-        row += [f"{theirs['update']:.2f}", f"**{medians['speedup']:.1f}x**", f"{ours['tokens_per_second']:,.0f}"]
+        row += [
+            f"{theirs['update']:.2f}",
+            f"**{medians['speedup']:.1f}x**",
+            f"{ours['tokens_per_second']:,.0f}",
+        ]
         rows.append([*row, f"{ours['peak_memory_gb']:.2f}", f"{theirs['peak_memory_gb']:.2f}"])
-    header = ["", "products", "rollout, s", "score, s", "train, s", "update, s", "TRL 1.11.0, s", "faster"]
+    header = [
+        "",
+        "products",
+        "rollout, s",
+        "score, s",
+        "train, s",
+        "update, s",
+        "TRL 1.11.0, s",
+        "faster",
+    ]
     machine = report["machine"]
-    where = f"On {machine['threads']} threads of an {machine['processor']}, torch {machine['torch']}."
+    where = (
+        f"On {machine['threads']} threads of an {machine['processor']}, torch {machine['torch']}."
+    )
     return table([*header, "tokens/s", "peak GB", "TRL's peak GB"], rows) + f"\n\n{where}"
 
 
@@ -208,7 +270,16 @@ def machine_share() -> str:
             shares = [f"{rate / c:.0%} of {c:.0f}" for c in (ceiling["float32"], fastest)]
             rows.append([name, dtype, f"{rate:.0f}", *shares])
     torch_product = "of torch's float32 product"
-    return table(["", "products", "train step, GFLOP/s", torch_product, "of the fastest one in that precision"], rows)
+    return table(
+        [
+            "",
+            "products",
+            "train step, GFLOP/s",
+            torch_product,
+            "of the fastest one in that precision",
+        ],
+        rows,
+    )
 
 
 def scaling() -> str:
@@ -216,7 +287,9 @@ def scaling() -> str:
     rows = []
     for flag, by_size in result("throughput.json")["scaling"].items():
         growth = by_size["growth"]
-        sizes = [f"{size}: {seconds:.2f} s" for size, seconds in by_size.items() if size != "growth"]
+        sizes = [
+            f"{size}: {seconds:.2f} s" for size, seconds in by_size.items() if size != "growth"
+        ]
         rows.append([f"`--{flag}`", *sizes, f"{growth:.2f}x for 4x"])
     return table(["", "1x", "2x", "4x", "growth"], rows)
 
@@ -225,7 +298,12 @@ def startup() -> str:
     """Seconds of start-up."""
     times = result("throughput.json")["startup"]
     rows = [["`python ppo_rlhf.py --help`", f"{times['help']:.1f}"]]
-    rows.append(["the command to the end of the embedded task's first update", f"{times['first_update']:.1f}"])
+    rows.append(
+        [
+            "the command to the end of the embedded task's first update",
+            f"{times['first_update']:.1f}",
+        ]
+    )
     return table(["start-up", "seconds, median of 5"], rows)
 
 
@@ -255,10 +333,15 @@ def soak() -> str:
     report = result("soak.json")
     early, late = report["early"], report["late"]
     rows = [
-        ["resident memory, MB", *(f"{x['memory_mb']:.0f}" for x in (early, late)), f"{report['memory_ratio']:.3f}x"]
+        [
+            "resident memory, MB",
+            *(f"{x['memory_mb']:.0f}" for x in (early, late)),
+            f"{report['memory_ratio']:.3f}x",
+        ]
     ]
     rows += [
-        [f"open {name}" if name == "files" else name, early[name], late[name], ""] for name in ("files", "threads")
+        [f"open {name}" if name == "files" else name, early[name], late[name], ""]
+        for name in ("files", "threads")
     ]
     return table(["", f"update {report['settled']}", f"update {report['updates']}", ""], rows)
 

@@ -38,13 +38,20 @@ from measure import ROOT, machine, run_process
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 sys.path.insert(0, str(ROOT))
+import dataset
+import generate
 import utils
 
 PARTS = ("W1", "W2", "W3", "W4", "rollout", "scaling", "startup")
 GPU_PARTS = ("W5", "W6")
 PHASES = ("rollout", "score", "train")
 PAD, EOS = 0, 1
-SPECIAL = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None, "tie_word_embeddings": False}
+SPECIAL = {
+    "pad_token_id": PAD,
+    "eos_token_id": EOS,
+    "bos_token_id": None,
+    "tie_word_embeddings": False,
+}
 # what ppo_rlhf.py does beside its updates, as little of it as there can be
 BESIDE = ["--save-every", "0", "--eval-every", "0", "--eval-prompts", "8", "--overwrite"]
 
@@ -92,7 +99,9 @@ def main(args: Args) -> None:
 # ----------------------------------------------------------------------------------------------------------- workloads
 
 
-def random_model(folder: Path, config: Any, prompt_tokens: int, mean_length: float | None, most: int) -> None:
+def random_model(
+    folder: Path, config: Any, prompt_tokens: int, mean_length: float | None, most: int
+) -> None:
     """Write policy, reward model and prompts: random weights, and a word for each token.
 
     Responses are `mean_length` tokens long on average where the maximum is `most`; None: none ends early. Embeddings
@@ -101,7 +110,9 @@ def random_model(folder: Path, config: Any, prompt_tokens: int, mean_length: flo
     words = {"<pad>": PAD, "<eos>": EOS} | {f"w{i}": i for i in range(2, config.vocab_size)}
     bare = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="<pad>", eos_token="<eos>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bare, pad_token="<pad>", eos_token="<eos>"
+    )
     torch.manual_seed(1)
     config.num_labels = 1
     classifier = transformers.AutoModelForSequenceClassification.from_config(config)
@@ -111,7 +122,7 @@ def random_model(folder: Path, config: Any, prompt_tokens: int, mean_length: flo
         head = model.get_output_embeddings()
         model.get_input_embeddings().weight[:, 0] = 1.0
         head.weight[:, 0] = head.weight[EOS] = 0.0
-        given = utils.inputs(model, ids, torch.ones_like(ids))
+        given = utils.model_inputs(model, ids, torch.ones_like(ids))
         others = model(**given).logits.logsumexp(-1).mean()
         low, high = 1e-12, 1.0 - 1e-6  # probability of EOS at each step
         while mean_length and high - low > 1e-6:
@@ -132,38 +143,88 @@ def random_model(folder: Path, config: Any, prompt_tokens: int, mean_length: flo
 
 def small_llama() -> Any:
     """2.75M parameters."""
-    sizes = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 6}
-    return transformers.LlamaConfig(vocab_size=2048, max_position_embeddings=1024, **sizes, **SPECIAL)
+    sizes = {
+        "hidden_size": 192,
+        "intermediate_size": 768,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+    }
+    return transformers.LlamaConfig(
+        vocab_size=2048, max_position_embeddings=1024, **sizes, **SPECIAL
+    )
 
 
 def workload(args: Args, name: str) -> dict[str, Any]:
     """Flags of a workload; what it needs is made on the first call."""
     folder = args.runs / name
     flags: dict[str, Any] = {"model": folder / "model", "reward-model": folder / "reward_model"}
-    flags |= {"dataset": folder / "prompts", "temperature": 1.0, "kl-coef": 0.05, "missing-eos-penalty": 1.0}
+    flags |= {
+        "dataset": folder / "prompts",
+        "temperature": 1.0,
+        "kl-coef": 0.05,
+        "missing-eos-penalty": 1.0,
+    }
     flags |= {"num-ppo-epochs": 4, "learning-rate": 1e-12, "micro-batch-size": 32}
     if name in ("W1", "W2"):
         flags |= {"batch-size": 64, "response-length": 48}
         random_model(folder, small_llama(), 16, 19.2 if name == "W2" else None, 48)
     elif name == "W3":
-        flags |= {"model": args.models / "sft", "reward-model": args.models / "reward_model", "kl-coef": 0.1}
-        flags |= {"dataset": "data/support/prompts", "batch-size": 128, "response-length": 64, "temperature": 0.5}
+        flags |= {
+            "model": args.models / "sft",
+            "reward-model": args.models / "reward_model",
+            "kl-coef": 0.1,
+        }
+        flags |= {
+            "dataset": "data/support/prompts",
+            "batch-size": 128,
+            "response-length": 64,
+            "temperature": 0.5,
+        }
     elif name == "W4":
-        flags |= {"model": args.smollm2, "dataset": args.reviews / "prompts", "batch-size": 32, "response-length": 24}
+        flags |= {
+            "model": args.smollm2,
+            "dataset": args.reviews / "prompts",
+            "batch-size": 32,
+            "response-length": 24,
+        }
         torch.manual_seed(1)
         judge = utils.load_classifier(args.smollm2, torch.device("cpu"))
         judge.score.weight.data.normal_(std=0.02)
         utils.save_model(judge, utils.load_tokenizer(args.smollm2), ROOT / folder / "reward_model")
     elif name == "W5":
-        sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 8}
-        config = transformers.GPTNeoXConfig(vocab_size=50304, max_position_embeddings=2048, **sizes, **SPECIAL)
+        sizes = {
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 8,
+        }
+        config = transformers.GPTNeoXConfig(
+            vocab_size=50304, max_position_embeddings=2048, **sizes, **SPECIAL
+        )
         random_model(folder, config, 512, None, 53)
-        flags |= {"batch-size": 512, "response-length": 53, "micro-batch-size": 64, "device": "cuda"}
+        flags |= {
+            "batch-size": 512,
+            "response-length": 53,
+            "micro-batch-size": 64,
+            "device": "cuda",
+        }
     else:
-        sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
+        sizes = {
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+        }
         sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 2048}
-        random_model(folder, transformers.Qwen2Config(vocab_size=151936, **sizes, **SPECIAL), 64, None, 512)
-        flags |= {"batch-size": 256, "response-length": 512, "micro-batch-size": 16, "device": "cuda"}
+        random_model(
+            folder, transformers.Qwen2Config(vocab_size=151936, **sizes, **SPECIAL), 64, None, 512
+        )
+        flags |= {
+            "batch-size": 256,
+            "response-length": 512,
+            "micro-batch-size": 16,
+            "device": "cuda",
+        }
     return flags
 
 
@@ -189,24 +250,37 @@ def compare(args: Args, name: str, dtype: str) -> dict[str, Any]:
     medians: dict[str, Any] = {}
     for script, measured in rows.items():
         medians[script] = {"update": statistics.median(map(update_seconds, measured))}
-        medians[script] |= {p: statistics.median(row[f"time/{p}"] for row in measured) for p in PHASES}
+        medians[script] |= {
+            p: statistics.median(row[f"time/{p}"] for row in measured) for p in PHASES
+        }
         medians[script]["peak_memory_gb"] = max(memory[script])
     ours, theirs = medians.values()
-    ours["tokens_per_second"] = statistics.median(row["tokens_per_second"] for row in rows["ppo_rlhf.py"])
+    ours["tokens_per_second"] = statistics.median(
+        row["tokens_per_second"] for row in rows["ppo_rlhf.py"]
+    )
     ours["response_length"] = statistics.mean(row["response/length"] for row in rows["ppo_rlhf.py"])
     ours["train_gflops"] = train_gflop(flags, rows["ppo_rlhf.py"]) / ours["train"]
     medians["speedup"] = theirs["update"] / ours["update"]
     runs = {
-        script: [[row[f"time/{phase}"] for phase in PHASES] for row in measured] for script, measured in rows.items()
+        script: [[row[f"time/{phase}"] for phase in PHASES] for row in measured]
+        for script, measured in rows.items()
     }
-    shown = {flag: str(value) for flag, value in flags.items() if flag not in ("model", "reward-model", "dataset")}
-    of_products = {product: statistics.median(rates[product] for rates in ceilings) for product in ceilings[0]}
+    shown = {
+        flag: str(value)
+        for flag, value in flags.items()
+        if flag not in ("model", "reward-model", "dataset")
+    }
+    of_products = {
+        product: statistics.median(rates[product] for rates in ceilings) for product in ceilings[0]
+    }
     return {"flags": shown, "medians": medians, "ceiling": of_products, "seconds": runs}
 
 
 def measured_updates(out: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl but for the first, in which it warmed up."""
-    return [json.loads(line) for line in (ROOT / out / "metrics.jsonl").read_text().splitlines()][1:]
+    return [json.loads(line) for line in (ROOT / out / "metrics.jsonl").read_text().splitlines()][
+        1:
+    ]
 
 
 def ceiling(device: torch.device) -> dict[str, float]:
@@ -239,8 +313,15 @@ def train_gflop(flags: dict[str, Any], rows: list[dict]) -> float:
     Each epoch passes prompt and response through policy and value model; the output head sees the responses alone.
     """
     model = transformers.AutoModelForCausalLM.from_pretrained(ROOT / flags["model"])
-    products = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()]
-    body, head = sum(m.weight.numel() for m in products), model.get_output_embeddings().weight.numel()
+    products = [
+        m
+        for m in model.modules()
+        if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()
+    ]
+    body, head = (
+        sum(m.weight.numel() for m in products),
+        model.get_output_embeddings().weight.numel(),
+    )
     tokens = statistics.mean(row["tokens_per_second"] * update_seconds(row) for row in rows)
     responses = statistics.mean(row["response/length"] for row in rows) * flags["batch-size"]
     return 6 * flags["num-ppo-epochs"] * (2 * body * tokens + head * responses) / 1e9
@@ -253,11 +334,15 @@ def rollout(args: Args) -> dict[str, Any]:
     for name in ("W1", "W3"):
         flags = workload(args, name)
         model = utils.load_causal_lm(str(ROOT / flags["model"]), torch.device("cpu"))
-        plain = transformers.AutoModelForCausalLM.from_pretrained(ROOT / flags["model"], dtype=torch.float32)
+        plain = transformers.AutoModelForCausalLM.from_pretrained(
+            ROOT / flags["model"], dtype=torch.float32
+        )
         tokenizer = utils.load_tokenizer(str(ROOT / flags["model"]))
-        prompts = utils.load_prompts(tokenizer, str(ROOT / flags["dataset"]), "train", 512)[: flags["batch-size"]]
+        prompts = dataset.load_prompts(tokenizer, str(ROOT / flags["dataset"]), "train", 512)[
+            : flags["batch-size"]
+        ]
         pad, stop = tokenizer.pad_token_id, tokenizer.eos_token_id
-        ids, mask = utils.pad([p.ids for p in prompts], pad, "left", model.device)
+        ids, mask = dataset.pad([p.ids for p in prompts], pad, "left", model.device)
         R, temperature = flags["response-length"], flags["temperature"]
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         sampling |= {"max_new_tokens": R, "eos_token_id": stop, "pad_token_id": pad}
@@ -267,16 +352,24 @@ def rollout(args: Args) -> dict[str, Any]:
                 started = time.perf_counter()
                 with utils.autocast(model.device, dtype):
                     rng = utils.generator("cpu", turn)
-                    _, real = utils.generate(model, ids, mask, R, [stop], pad, temperature, rng=rng)
+                    _, real = generate.generate(
+                        model, ids, mask, R, [stop], pad, temperature, rng=rng
+                    )
                 rates["generate"].append(real.sum().item() / (time.perf_counter() - started))
                 torch.manual_seed(turn)
                 started = time.perf_counter()
                 with torch.no_grad(), utils.autocast(model.device, dtype):
-                    texts = plain.generate(input_ids=ids, attention_mask=mask, **sampling)[:, ids.shape[1] :]
+                    texts = plain.generate(input_ids=ids, attention_mask=mask, **sampling)[
+                        :, ids.shape[1] :
+                    ]
                 seconds = time.perf_counter() - started
                 ended = (texts == stop).cumsum(1)
-                rates["model.generate"].append(((ended == 0).sum() + (ended[:, -1] > 0).sum()).item() / seconds)
-            medians = {who: statistics.median(rate[3:]) for who, rate in rates.items()}  # the first ones warm up
+                rates["model.generate"].append(
+                    ((ended == 0).sum() + (ended[:, -1] > 0).sum()).item() / seconds
+                )
+            medians = {
+                who: statistics.median(rate[3:]) for who, rate in rates.items()
+            }  # the first ones warm up
             ratio = medians["generate"] / medians["model.generate"]
             report[f"{name} {dtype}"] = {"tokens_per_second": medians, "ratio": ratio}
     return report
@@ -291,12 +384,21 @@ def scaling(args: Args) -> dict[str, Any]:
     report: dict[str, Any] = {}
     for flag in ("batch-size", "response-length"):
         seconds: dict[str, list[float]] = {}
-        for factor in (1, 2, 4) * args.rounds:  # in turn, so that a slow minute of the machine falls on all
+        for factor in (
+            1,
+            2,
+            4,
+        ) * args.rounds:  # in turn, so that a slow minute of the machine falls on all
             flags = base | {flag: base[flag] * factor}
             flags["total-episodes"] = flags["batch-size"] * (1 + args.updates)
-            out, given = args.runs / "W1/scaling", [w for f, v in flags.items() for w in (f"--{f}", str(v))]
+            out, given = (
+                args.runs / "W1/scaling",
+                [w for f, v in flags.items() for w in (f"--{f}", str(v))],
+            )
             run_process(["ppo_rlhf.py", *given, *BESIDE, "--output-dir", str(out)], args.threads)
-            seconds.setdefault(str(flags[flag]), []).extend(map(update_seconds, measured_updates(out)))
+            seconds.setdefault(str(flags[flag]), []).extend(
+                map(update_seconds, measured_updates(out))
+            )
         report[flag] = {size: statistics.median(times) for size, times in seconds.items()}
         report[flag]["growth"] = report[flag][str(4 * base[flag])] / report[flag][str(base[flag])]
     plot_scaling(report, args.out / "scaling.png")
@@ -315,7 +417,13 @@ def plot_scaling(report: dict[str, Any], path: Path) -> None:
         points = [(int(size), seconds) for size, seconds in by_size.items() if size != "growth"]
         sizes, seconds = zip(*points, strict=True)
         axis.plot(sizes, seconds, "o-", label="measured")
-        axis.plot(sizes, [seconds[0] * size / sizes[0] for size in sizes], "--", color="gray", label="proportional")
+        axis.plot(
+            sizes,
+            [seconds[0] * size / sizes[0] for size in sizes],
+            "--",
+            color="gray",
+            label="proportional",
+        )
         axis.set(xlabel=f"--{flag}", ylabel="seconds per update", ylim=(0, None), xlim=(0, None))
         axis.legend()
     figure.tight_layout()
@@ -327,17 +435,28 @@ def startup(args: Args) -> dict[str, float]:
     seconds = []
     for _ in range(5):
         started = time.perf_counter()
-        subprocess.run([sys.executable, "ppo_rlhf.py", "--help"], cwd=ROOT, capture_output=True, check=True)
+        subprocess.run(
+            [sys.executable, "ppo_rlhf.py", "--help"], cwd=ROOT, capture_output=True, check=True
+        )
         seconds.append(time.perf_counter() - started)
     report = {"help": statistics.median(seconds)}
     out, seconds = args.runs / "startup", []
-    flags = ["--model", args.models / "sft", "--reward-model", args.models / "reward_model", "--output-dir", out]
+    flags = [
+        "--model",
+        args.models / "sft",
+        "--reward-model",
+        args.models / "reward_model",
+        "--output-dir",
+        out,
+    ]
     for _ in range(5):
         metrics = ROOT / out / "metrics.jsonl"
         metrics.unlink(missing_ok=True)
         started = time.perf_counter()
         command = [sys.executable, "ppo_rlhf.py", *map(str, flags), "--overwrite"]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        with subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as run:
             while not (metrics.exists() and metrics.stat().st_size):
                 if run.poll() is not None:
                     sys.exit("ppo_rlhf.py ended before its first update")

@@ -19,6 +19,7 @@ from measure import ROOT, load_module
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 sys.path.insert(0, str(ROOT))
+import dataset
 import utils
 
 
@@ -51,21 +52,33 @@ def main(args: Args) -> None:
     device = torch.device(args.device)
     tokenizer = utils.load_tokenizer(args.model)
     tokenizer.padding_side = "left"
-    language_model, classifier = transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification
-    policy, reference = (language_model.from_pretrained(args.model, dtype=torch.float32) for _ in range(2))
+    language_model, classifier = (
+        transformers.AutoModelForCausalLM,
+        transformers.AutoModelForSequenceClassification,
+    )
+    policy, reference = (
+        language_model.from_pretrained(args.model, dtype=torch.float32) for _ in range(2)
+    )
     value_model, judge = (
-        classifier.from_pretrained(args.reward_model, num_labels=1, dtype=torch.float32) for _ in range(2)
+        classifier.from_pretrained(args.reward_model, num_labels=1, dtype=torch.float32)
+        for _ in range(2)
     )
     train, held_out = (
-        utils.load_prompts(tokenizer, args.dataset, s, utils.context_length(policy) - args.response_length)
+        dataset.load_prompts(
+            tokenizer, args.dataset, s, utils.context_length(policy) - args.response_length
+        )
         for s in ("train", "validation")
     )
     held_out = held_out[:200]
-    datasets = [Dataset.from_list([{"input_ids": p.ids} for p in prompts]) for prompts in (train, held_out)]
+    datasets = [
+        Dataset.from_list([{"input_ids": p.ids} for p in prompts]) for prompts in (train, held_out)
+    ]
     config = PPOConfig(
         output_dir=str(args.output_dir / "trl"),
         per_device_train_batch_size=args.micro_batch_size,
-        gradient_accumulation_steps=args.batch_size // args.num_mini_batches // args.micro_batch_size,
+        gradient_accumulation_steps=args.batch_size
+        // args.num_mini_batches
+        // args.micro_batch_size,
         num_mini_batches=args.num_mini_batches,
         num_ppo_epochs=args.num_ppo_epochs,
         total_episodes=args.total_episodes,
@@ -94,10 +107,19 @@ def main(args: Args) -> None:
 
     def labeler() -> float:
         """Mean score by the embedded task's labeler of replies to the held-out prompts."""
-        ids, mask = utils.pad([p.ids for p in held_out], tokenizer.pad_token_id, "left", device)
-        rng, stops, pad = utils.generator(device, args.seed), [tokenizer.eos_token_id], tokenizer.pad_token_id
-        replies, real = utils.generate(policy, ids, mask, args.response_length, stops, pad, args.temperature, rng=rng)
-        texts = [tokenizer.decode(r[m.bool()], skip_special_tokens=True) for r, m in zip(replies, real, strict=True)]
+        ids, mask = dataset.pad([p.ids for p in held_out], tokenizer.pad_token_id, "left", device)
+        rng, stops, pad = (
+            utils.generator(device, args.seed),
+            [tokenizer.eos_token_id],
+            tokenizer.pad_token_id,
+        )
+        replies, real = generate.generate(
+            policy, ids, mask, args.response_length, stops, pad, args.temperature, rng=rng
+        )
+        texts = [
+            tokenizer.decode(r[m.bool()], skip_special_tokens=True)
+            for r, m in zip(replies, real, strict=True)
+        ]
         return statistics.mean(gold.score([p.text for p in held_out], texts))
 
     clock: dict[str, float] = {}
@@ -128,7 +150,10 @@ def main(args: Args) -> None:
             self.update += 1
             end = utils.now(device)
             row = {"update": self.update, "time/rollout": clock["generated"] - clock["start"]}
-            row |= {"time/score": clock["scored"] - clock["generated"], "time/train": end - clock.pop("scored")}
+            row |= {
+                "time/score": clock["scored"] - clock["generated"],
+                "time/train": end - clock.pop("scored"),
+            }
             row |= {name: value for name, value in logs.items() if isinstance(value, float | int)}
             if args.eval_every and self.update % args.eval_every == 0:
                 row["eval/judge"] = labeler()

@@ -61,10 +61,11 @@ def deterministic():
 
 @pytest.fixture(autouse=True)
 def ctrl_c_ends_the_tests():
-    """A run that a test lets fail leaves its signal handlers behind, as it may where its process ends with it."""
+    """A run leaves its signal handlers behind, as it may where its process ends with it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
-    while utils.handlers_before:
-        signal.signal(*utils.handlers_before.popitem())
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -74,7 +75,11 @@ def sft_rows() -> list[dict]:
     """Answers of two lengths: a mean over rows is not a mean over tokens."""
     rows = []
     for count, kind, fruit in itertools.product(COUNTS, KINDS, FRUITS):
-        answer = f" Yes, {count} {fruit}." if kind == "ripe" else f" Yes, {count} {kind} {fruit}, in a box of {count}."
+        answer = (
+            f" Yes, {count} {fruit}."
+            if kind == "ripe"
+            else f" Yes, {count} {kind} {fruit}, in a box of {count}."
+        )
         rows.append({"prompt": f"Q: {count} {kind} {fruit}?\nA:", "completion": answer})
     return rows
 
@@ -92,21 +97,34 @@ def preference_rows() -> list[dict]:
 def prompt_rows() -> list[dict]:
     """Prompts of different lengths, with a column for reward functions."""
     return [
-        {"prompt": ("Hello! " if i % 3 == 0 else "") + row["prompt"], "fruit": FRUITS[i % len(FRUITS)]}
+        {
+            "prompt": ("Hello! " if i % 3 == 0 else "") + row["prompt"],
+            "fruit": FRUITS[i % len(FRUITS)],
+        }
         for i, row in enumerate(sft_rows())
     ]
 
 
 def as_chat(row: dict) -> dict:
     """A row of text as a row of messages."""
-    role = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
-    return {k: [{"role": role[k], "content": v.strip()}] if k in role else v for k, v in row.items()}
+    role = {
+        "prompt": "user",
+        "completion": "assistant",
+        "chosen": "assistant",
+        "rejected": "assistant",
+    }
+    return {
+        k: [{"role": role[k], "content": v.strip()}] if k in role else v for k, v in row.items()
+    }
 
 
 def write_jsonl(path: Path, rows: list) -> Path:
     """One JSON object a line; a row that is a string is written as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii="\\ud83d" in repr(row)) for row in rows]
+    lines = [
+        row if isinstance(row, str) else json.dumps(row, ensure_ascii="\\ud83d" in repr(row))
+        for row in rows
+    ]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path
 
@@ -124,9 +142,17 @@ def write_data(folder: Path, rows: list, validation: int = 12) -> str:
 def data(tmp_path_factory) -> SimpleNamespace:
     """Folders of the three stages' data, as text and as chat messages."""
     folder, made = tmp_path_factory.mktemp("data"), SimpleNamespace()
-    for name, rows in (("sft", sft_rows()), ("preferences", preference_rows()), ("prompts", prompt_rows())):
+    for name, rows in (
+        ("sft", sft_rows()),
+        ("preferences", preference_rows()),
+        ("prompts", prompt_rows()),
+    ):
         setattr(made, name, write_data(folder / name, rows))
-        setattr(made, f"chat_{name}", write_data(folder / f"chat_{name}", [as_chat(row) for row in rows]))
+        setattr(
+            made,
+            f"chat_{name}",
+            write_data(folder / f"chat_{name}", [as_chat(row) for row in rows]),
+        )
     return made
 
 
@@ -150,7 +176,13 @@ def rewards(tmp_path_factory) -> str:
 # -------------------------------------------------------------------------------------------------------------- models
 
 
-def make_tokenizer(pad: str = "<pad>", eos: str = "<eos>", bos: str | None = None, chat: bool = False, size: int = 400):
+def make_tokenizer(
+    pad: str = "<pad>",
+    eos: str = "<eos>",
+    bos: str | None = None,
+    chat: bool = False,
+    size: int = 400,
+):
     """A byte-level BPE trained on the rows above, with special tokens for chats; `bos` is put before every text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -210,7 +242,9 @@ def make_gpt2():
 
     torch.manual_seed(0)
     config = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=60, bos_token_id=None, eos_token_id=1, **config)).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=60, bos_token_id=None, eos_token_id=1, **config)
+    ).eval()
 
 
 def save_pair(folder: Path, model, tokenizer) -> str:
@@ -259,7 +293,13 @@ def sft(base, data) -> Stage:
     import sft
 
     def run(out: Path, **flags) -> Path:
-        defaults = {"model": base.plain, "dataset": data.sft, "device": "cpu", "learning_rate": 1e-2, "max_length": 64}
+        defaults = {
+            "model": base.plain,
+            "dataset": data.sft,
+            "device": "cpu",
+            "learning_rate": 1e-2,
+            "max_length": 64,
+        }
         defaults |= {"batch_size": 16, "micro_batch_size": 16, "epochs": 1, "dtype": "float32"}
         sft.main(sft.Args(**defaults | flags, output_dir=str(out)))
         return out
@@ -273,8 +313,18 @@ def reward_model(base, data) -> Stage:
     import reward_model
 
     def run(out: Path, **flags) -> Path:
-        defaults = {"model": base.plain, "dataset": data.preferences, "normalize_with": data.sft, "device": "cpu"}
-        defaults |= {"batch_size": 16, "micro_batch_size": 16, "learning_rate": 3e-3, "max_length": 64}
+        defaults = {
+            "model": base.plain,
+            "dataset": data.preferences,
+            "normalize_with": data.sft,
+            "device": "cpu",
+        }
+        defaults |= {
+            "batch_size": 16,
+            "micro_batch_size": 16,
+            "learning_rate": 3e-3,
+            "max_length": 64,
+        }
         defaults |= {"dtype": "float32"}
         reward_model.main(reward_model.Args(**defaults | flags, output_dir=str(out)))
         return out
@@ -287,7 +337,9 @@ def models(sft, reward_model, tmp_path_factory) -> SimpleNamespace:
     """Folders of the first two stages' results, `sft` and `reward_model`, made by the stages themselves."""
     folder = tmp_path_factory.mktemp("models")
     trained = sft(folder / "sft", epochs=2)
-    return SimpleNamespace(sft=trained, reward_model=reward_model(folder / "reward_model", model=str(trained)))
+    return SimpleNamespace(
+        sft=trained, reward_model=reward_model(folder / "reward_model", model=str(trained))
+    )
 
 
 @pytest.fixture(scope="session")
@@ -296,9 +348,24 @@ def ppo(models, data) -> Stage:
     import ppo_rlhf
 
     def run(out: Path, **flags) -> Path:
-        defaults = {"model": str(models.sft), "reward_model": str(models.reward_model), "dataset": data.prompts}
-        defaults |= {"device": "cpu", "total_episodes": 16, "batch_size": 8, "micro_batch_size": 4, "eval_prompts": 4}
-        defaults |= {"num_ppo_epochs": 2, "response_length": 10, "learning_rate": 1e-3, "dtype": "float32"}
+        defaults = {
+            "model": str(models.sft),
+            "reward_model": str(models.reward_model),
+            "dataset": data.prompts,
+        }
+        defaults |= {
+            "device": "cpu",
+            "total_episodes": 16,
+            "batch_size": 8,
+            "micro_batch_size": 4,
+            "eval_prompts": 4,
+        }
+        defaults |= {
+            "num_ppo_epochs": 2,
+            "response_length": 10,
+            "learning_rate": 1e-3,
+            "dtype": "float32",
+        }
         defaults |= {"temperature": 1.0, "kl_coef": 0.05}
         ppo_rlhf.main(ppo_rlhf.Args(**defaults | flags, output_dir=str(out)))
         return out
@@ -309,7 +376,13 @@ def ppo(models, data) -> Stage:
 @pytest.fixture(scope="session")
 def chain(models, ppo, tmp_path_factory) -> SimpleNamespace:
     """All three stages one after the other: `sft`, `reward_model` and `ppo`, the last with every rollout saved."""
-    out = ppo(tmp_path_factory.mktemp("chain") / "ppo", save_rollouts=1, eval_every=1, save_every=1, num_mini_batches=2)
+    out = ppo(
+        tmp_path_factory.mktemp("chain") / "ppo",
+        save_rollouts=1,
+        eval_every=1,
+        save_every=1,
+        num_mini_batches=2,
+    )
     return SimpleNamespace(sft=models.sft, reward_model=models.reward_model, ppo=out)
 
 
@@ -339,7 +412,9 @@ def without_times(row: dict) -> dict:
 def assert_same_run(a: Path, b: Path, tolerance: float = 0.0) -> None:
     """Final weights, metrics and summary of two runs agree, to the bit if the tolerance is 0."""
     for (name, x), y in zip(weights_of(a).items(), weights_of(b).values(), strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            x, y, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
     rows_a, rows_b = metrics_of(a), metrics_of(b)
     assert len(rows_a) == len(rows_b)
     for x, y in zip(rows_a, rows_b, strict=True):
@@ -364,7 +439,9 @@ def plain_classifier(folder: Path | str):
 
 
 @torch.no_grad()
-def plain_logprobs(model, prompt: list[int], response: list[int], temperature: float = 1.0) -> np.ndarray:
+def plain_logprobs(
+    model, prompt: list[int], response: list[int], temperature: float = 1.0
+) -> np.ndarray:
     """log pi of each response token in nats by teacher forcing: one sequence, no padding, no mask, float64 softmax."""
     ids = torch.tensor([[*prompt, *response]])
     logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].double() / temperature
@@ -380,10 +457,10 @@ def plain_scores(folder: Path | str, sequences: list[list[int]]) -> np.ndarray:
 
 
 def target_logits(model, ids, is_target) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `utils.map_logits` gives its function: logits [N, V] at the targets, and the tokens there [N]."""
-    given = (model, ids, is_target)
-    logits, tokens = (utils.map_logits(lambda *both, i=i: both[i], *given) for i in (0, 1))
-    return logits, tokens
+    """Logits [N, V] one position before each target, as the stages take them, and tokens [N]."""
+    is_target = is_target[:, 1:]
+    hidden, tokens = utils.hidden_states(model, ids)[:, :-1][is_target], ids[:, 1:][is_target]
+    return utils.in_chunks(lambda h, t: utils.logits_of(model, h), model, hidden, tokens), tokens
 
 
 class Rollout:
@@ -393,7 +470,10 @@ class Rollout:
         with safe_open(path, "pt") as file:
             self.tensors = {name: file.get_tensor(name) for name in file.keys()}
             self.meta = file.metadata()
-        self.a = {name: t.double().numpy() if t.is_floating_point() else t.numpy() for name, t in self.tensors.items()}
+        self.a = {
+            name: t.double().numpy() if t.is_floating_point() else t.numpy()
+            for name, t in self.tensors.items()
+        }
         self.real = self.a["response_mask"] == 1
         self.lengths = self.real.sum(1)
 
@@ -478,4 +558,6 @@ def refused(request, capsys, tmp_path):
 
 def command(*args: str) -> subprocess.CompletedProcess:
     """A script as one runs it."""
-    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )

@@ -66,7 +66,9 @@ def kill(child: int, out: Path, pattern: str | None, seconds: float) -> bool:
     """Kill a process when it has begun a file of the pattern, or after so many seconds; False if it ended before."""
     begun, until = time.time(), time.monotonic() + (60 if pattern else seconds)
     while not ended(child):
-        if time.monotonic() > until or (pattern and any(is_newer(path, begun) for path in out.glob(pattern))):
+        if time.monotonic() > until or (
+            pattern and any(is_newer(path, begun) for path in out.glob(pattern))
+        ):
             time.sleep(seconds / 100 if pattern else 0)
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
@@ -95,7 +97,9 @@ def main(plan: list[dict]) -> None:
                 if resume:
                     kills += 1
                     break
-                shutil.rmtree(out)  # it came to its end first, so there is nothing to go on with: once more
+                shutil.rmtree(
+                    out
+                )  # it came to its end first, so there is nothing to go on with: once more
         child = start(chain["module"], chain["flags"] | {"resume": True}, log)
         while not ended(child):
             time.sleep(0.01)

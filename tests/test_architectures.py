@@ -6,12 +6,19 @@ import torch.nn.functional as F
 from conftest import make_tokenizer, metrics_of, plain_lm, save_pair, summary_of, target_logits
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import dataset
+import generate
 import utils
 
 CPU = torch.device("cpu")
 PROMPTS = [[10, 11, 12, 13], [20, 21], [30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41], [50]]
 
-WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.1}
+WIDTH = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.1,
+}
 ROPE = WIDTH | {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 128}
 GEMMA = {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}
 FAMILIES = {
@@ -24,9 +31,11 @@ FAMILIES = {
     "gemma2": ROPE | GEMMA | {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 5.0},
     "gemma3_text": ROPE | GEMMA,
     "phi3": ROPE,
-    "opt": WIDTH | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 128, "init_std": 0.1},
+    "opt": WIDTH
+    | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 128, "init_std": 0.1},
     "falcon": WIDTH | {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
-    "falcon-alibi": WIDTH | {"alibi": True, "multi_query": False, "new_decoder_architecture": False},
+    "falcon-alibi": WIDTH
+    | {"alibi": True, "multi_query": False, "new_decoder_architecture": False},
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.1},
     "olmo2": ROPE,
 }
@@ -45,7 +54,9 @@ def family(request, tmp_path_factory) -> str:
     }
     kind = request.param.removesuffix("-alibi")
     # rows to spare, as most models have: the tokenizer class of some families adds a token of its own
-    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer) + 4, **special, **FAMILIES[request.param])
+    config = AutoConfig.for_model(
+        kind, vocab_size=len(tokenizer) + 4, **special, **FAMILIES[request.param]
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # some are born with the same logits everywhere
@@ -63,9 +74,11 @@ def test_padding_changes_nothing(family):
     plain = AutoModelForCausalLM.from_pretrained(family, attn_implementation="eager")
     for row, prompt in enumerate(PROMPTS):
         alone = plain(input_ids=torch.tensor([prompt])).logits[0].log_softmax(-1)
-        scores = classifier.score(classifier.base_model(input_ids=torch.tensor([prompt])).last_hidden_state)[0, :, 0]
+        scores = classifier.score(
+            classifier.base_model(input_ids=torch.tensor([prompt])).last_hidden_state
+        )[0, :, 0]
         for width in (0, 30):
-            ids, mask = utils.pad(PROMPTS, 0, "right", CPU, width)
+            ids, mask = dataset.pad(PROMPTS, 0, "right", CPU, width)
             is_target = mask.bool() & (torch.arange(len(PROMPTS)) == row)[:, None]
             logits, tokens = target_logits(model, ids, is_target)
             assert tokens.tolist() == prompt[1:]
@@ -77,14 +90,16 @@ def test_padding_changes_nothing(family):
 @torch.no_grad()
 def test_frozen_in_bfloat16_they_compute_the_same(family):
     """Half the memory and not a bit's difference: the KL of the first update stays 0."""
-    ids, mask = utils.pad(PROMPTS, 0, "right", CPU)
+    ids, mask = dataset.pad(PROMPTS, 0, "right", CPU)
     is_target = mask.bool()
     for load in (utils.load_causal_lm, utils.load_classifier):
         model, frozen = load(family, CPU), utils.freeze(load(family, CPU), "bfloat16")
         for each in (model, frozen):
             if load is utils.load_classifier:
                 each.score.weight.fill_(0.1)
-        assert sum(p.nbytes for p in frozen.parameters()) < sum(p.nbytes for p in model.parameters())
+        assert sum(p.nbytes for p in frozen.parameters()) < sum(
+            p.nbytes for p in model.parameters()
+        )
         with utils.autocast(CPU, "bfloat16"):
             if load is utils.load_causal_lm:
                 a, b = (target_logits(each, ids, is_target)[0] for each in (model, frozen))
@@ -98,12 +113,14 @@ def test_frozen_in_bfloat16_they_compute_the_same(family):
 def test_decoding_without_a_look_at_the_device_is_the_same(family, dtype):
     """In strides of 8 tokens, over columns of the cache that are not written yet: as on CUDA, without the graph."""
     model = utils.load_causal_lm(family, CPU)
-    ids, mask = utils.pad(PROMPTS * 3, 0, "left", CPU)
+    ids, mask = dataset.pad(PROMPTS * 3, 0, "left", CPU)
     results = []
     for stride in (1, 8):
         with utils.autocast(CPU, dtype):
             rng = utils.generator(CPU, 1)
-            results.append(utils.generate(model, ids, mask, 20, [1, 2, 3, 4, 5], 0, rng=rng, stride=stride))
+            results.append(
+                generate.generate(model, ids, mask, 20, [1, 2, 3, 4, 5], 0, rng=rng, stride=stride)
+            )
     (a, a_mask), (b, b_mask) = results
     assert a_mask.sum(1).unique().numel() > 2  # rows end at different times, and some are dropped
     if dtype == "float32":
@@ -116,8 +133,8 @@ def test_decoding_without_a_look_at_the_device_is_the_same(family, dtype):
 def test_greedy_decoding_is_that_of_transformers(family):
     """D2: token for token, over prompts of different lengths padded on the left."""
     model = utils.load_causal_lm(family, CPU)
-    ids, mask = utils.pad(PROMPTS, 0, "left", CPU)
-    got, _ = utils.generate(model, ids, mask, 20, [1], 0, temperature=0)
+    ids, mask = dataset.pad(PROMPTS, 0, "left", CPU)
+    got, _ = generate.generate(model, ids, mask, 20, [1], 0, temperature=0)
     flags = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": 1, "pad_token_id": 0}
     expected = model.generate(input_ids=ids, attention_mask=mask, **flags)[:, ids.shape[1] :]
     width = expected.shape[1]
@@ -132,8 +149,13 @@ def test_greedy_decoding_is_that_of_transformers(family):
 def test_sampled_tokens_have_the_probabilities_of_teacher_forcing(family):
     """B11: drawn step by step over the cache, and asked about afterwards in one forward pass."""
     model = utils.load_causal_lm(family, CPU)
-    ids, mask = utils.pad(PROMPTS, 0, "left", CPU)
-    sample, keep, live, drawn = utils.sample, utils.KeyValueCache.keep, torch.arange(len(ids)), torch.zeros(len(ids), 0)
+    ids, mask = dataset.pad(PROMPTS, 0, "left", CPU)
+    sample, keep, live, drawn = (
+        generate.sample,
+        generate.KeyValueCache.keep,
+        torch.arange(len(ids)),
+        torch.zeros(len(ids), 0),
+    )
 
     def recorded(logits, *args):
         nonlocal drawn
@@ -148,17 +170,21 @@ def test_sampled_tokens_have_the_probabilities_of_teacher_forcing(family):
         keep(cache, rows)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "sample", recorded)
-        patch.setattr(utils.KeyValueCache, "keep", recorded_keep)
-        got, got_mask = utils.generate(model, ids, mask, 15, [1], 0, rng=utils.generator(CPU, 1))
+        patch.setattr(generate, "sample", recorded)
+        patch.setattr(generate.KeyValueCache, "keep", recorded_keep)
+        got, got_mask = generate.generate(model, ids, mask, 15, [1], 0, rng=utils.generator(CPU, 1))
     responses = [row[real.bool()].tolist() for row, real in zip(got, got_mask, strict=True)]
-    whole, _ = utils.pad([p + r for p, r in zip(PROMPTS, responses, strict=True)], 0, "right", CPU)
+    whole, _ = dataset.pad(
+        [p + r for p, r in zip(PROMPTS, responses, strict=True)], 0, "right", CPU
+    )
     is_target = torch.zeros_like(whole).bool()
     for row, prompt in enumerate(PROMPTS):
         is_target[row, len(prompt) : len(prompt) + len(responses[row])] = True
     logits, tokens = target_logits(model, whole, is_target)
     expected = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
-    torch.testing.assert_close(drawn[got_mask[:, : drawn.shape[1]].bool()], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        drawn[got_mask[:, : drawn.shape[1]].bool()], expected, rtol=0, atol=1e-5
+    )
 
 
 def test_the_three_stages_run(family, sft, reward_model, ppo, tmp_path):
@@ -168,7 +194,9 @@ def test_the_three_stages_run(family, sft, reward_model, ppo, tmp_path):
     assert losses[-1] < losses[0]
     judge = reward_model(tmp_path / "reward_model", model=str(first))
     assert summary_of(judge)["accuracy"] > 0.5
-    out = ppo(tmp_path / "ppo", model=str(first), reward_model=str(judge), gradient_checkpointing=True)
+    out = ppo(
+        tmp_path / "ppo", model=str(first), reward_model=str(judge), gradient_checkpointing=True
+    )
     rows = metrics_of(out)
     assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
     assert max(row["val/ratio_start_error"] for row in rows) < 1e-5
@@ -176,19 +204,25 @@ def test_the_three_stages_run(family, sft, reward_model, ppo, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind, flags", [("granite", {"logits_scaling": 3.0}), ("cohere", {"logit_scale": 0.25})])
+@pytest.mark.parametrize(
+    "kind, flags", [("granite", {"logits_scaling": 3.0}), ("cohere", {"logit_scale": 0.25})]
+)
 def test_what_some_do_after_the_output_head(kind, flags, tmp_path, capsys, monkeypatch):
     """D8: logits at the targets are the model's own; one that does something unknown is refused."""
     config = AutoConfig.for_model(
         kind, vocab_size=400, pad_token_id=0, eos_token_id=1, bos_token_id=None, **ROPE | flags
     )
-    folder = save_pair(tmp_path / "model", AutoModelForCausalLM.from_config(config), make_tokenizer())
+    folder = save_pair(
+        tmp_path / "model", AutoModelForCausalLM.from_config(config), make_tokenizer()
+    )
     model = utils.load_causal_lm(folder, CPU)
-    ids, mask = utils.pad(PROMPTS, 0, "right", CPU)
+    ids, mask = dataset.pad(PROMPTS, 0, "right", CPU)
     logits, _ = target_logits(model, ids, mask.bool())
     own = model(input_ids=ids, attention_mask=mask).logits[:, :-1][mask[:, 1:].bool()]
     torch.testing.assert_close(logits, own, rtol=0, atol=1e-5)
-    monkeypatch.setattr(utils, "logits_of", lambda model, hidden: model.get_output_embeddings()(hidden).float())
+    monkeypatch.setattr(
+        utils, "logits_of", lambda model, hidden: model.get_output_embeddings()(hidden).float()
+    )
     with pytest.raises(SystemExit) as exit_:
         utils.load_causal_lm(folder, CPU)
     assert exit_.value.code == 2
@@ -204,10 +238,14 @@ def test_on_a_gpu_attention_is_fused_where_the_architecture_has_it(tmp_path, mon
         return original(auto_class, model, **kwargs)
 
     monkeypatch.setattr(utils, "from_pretrained", recorded)
-    monkeypatch.setattr(torch.nn.Module, "to", lambda model, *device: model)  # there is no GPU to move to
+    monkeypatch.setattr(
+        torch.nn.Module, "to", lambda model, *device: model
+    )  # there is no GPU to move to
     for kind, expected in (("gemma2", "eager"), ("llama", "sdpa")):
         config = AutoConfig.for_model(kind, vocab_size=400, pad_token_id=0, **ROPE | GEMMA)
-        folder = save_pair(tmp_path / kind, AutoModelForCausalLM.from_config(config), make_tokenizer())
+        folder = save_pair(
+            tmp_path / kind, AutoModelForCausalLM.from_config(config), make_tokenizer()
+        )
         given = (AutoModelForCausalLM, folder, torch.device("cuda"))
         assert utils.load_model(*given).config._attn_implementation == expected
     assert asked == [None, None]
@@ -219,7 +257,9 @@ def test_a_model_without_keys_and_values_is_refused(tmp_path, capsys):
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "initializer_range": 0.5}
     config = MambaConfig(vocab_size=400, pad_token_id=0, eos_token_id=1, bos_token_id=None, **sizes)
-    folder = save_pair(tmp_path / "mamba", AutoModelForCausalLM.from_config(config), make_tokenizer())
+    folder = save_pair(
+        tmp_path / "mamba", AutoModelForCausalLM.from_config(config), make_tokenizer()
+    )
     with pytest.raises(SystemExit) as exit_:
         utils.load_causal_lm(folder, CPU)
     assert exit_.value.code == 2
@@ -233,7 +273,9 @@ def test_a_reward_model_that_sees_later_tokens_is_refused(tmp_path, capsys):
     sizes = ROPE | {"head_dim": 8, "use_bidirectional_attention": True, "sliding_window": 16}
     config = Gemma3TextConfig(vocab_size=400, pad_token_id=0, eos_token_id=1, num_labels=1, **sizes)
     torch.manual_seed(0)
-    folder = save_pair(tmp_path / "model", Gemma3TextForSequenceClassification(config), make_tokenizer())
+    folder = save_pair(
+        tmp_path / "model", Gemma3TextForSequenceClassification(config), make_tokenizer()
+    )
     with pytest.raises(SystemExit) as exit_:
         utils.load_classifier(folder, CPU)
     assert exit_.value.code == 2
@@ -244,11 +286,20 @@ def test_positions_count_from_0_where_a_model_would_count_otherwise():
     """A RoBERTa that decodes starts at its pad token's id plus 1; sampling does not, so learning must not."""
     from transformers import RobertaConfig, RobertaForCausalLM
 
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    config = RobertaConfig(vocab_size=400, pad_token_id=1, is_decoder=True, max_position_embeddings=64, **sizes)
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+    config = RobertaConfig(
+        vocab_size=400, pad_token_id=1, is_decoder=True, max_position_embeddings=64, **sizes
+    )
     torch.manual_seed(0)
     model = RobertaForCausalLM(config).eval()
-    ids, mask = utils.pad(PROMPTS, 1, "right", CPU)
+    ids, mask = dataset.pad(PROMPTS, 1, "right", CPU)
     with torch.no_grad():
-        own = model(**utils.inputs(model, ids, mask)).logits
-        torch.testing.assert_close(model(**utils.inputs(model, ids)).logits[mask.bool()], own[mask.bool()])
+        own = model(**utils.model_inputs(model, ids, mask)).logits
+        torch.testing.assert_close(
+            model(**utils.model_inputs(model, ids)).logits[mask.bool()], own[mask.bool()]
+        )

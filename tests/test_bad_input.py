@@ -75,7 +75,9 @@ def test_a_data_set_without_rows(refused, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", STAGES)
-@pytest.mark.parametrize("line", ["{'prompt': 'a'}", '{"prompt": "a"', "[1, 2]", '"text"', "null", "é{"])
+@pytest.mark.parametrize(
+    "line", ["{'prompt': 'a'}", '{"prompt": "a"', "[1, 2]", '"text"', "null", "é{"]
+)
 def test_a_line_that_is_no_json_object(refused, name, line, tmp_path):
     """File and line number, for a slip of the pen and for JSON that is no object."""
     folder, place = broken_data(tmp_path / "data", name, line)
@@ -147,7 +149,10 @@ def test_a_file_that_cannot_be_read(refused, tmp_path):
 )
 def test_a_wrong_column_name(refused, name, right, wrong, tmp_path):
     """The line says which column was meant."""
-    rows = [{wrong if key == right else key: value for key, value in row.items()} for row in ROWS[name]()[:20]]
+    rows = [
+        {wrong if key == right else key: value for key, value in row.items()}
+        for row in ROWS[name]()[:20]
+    ]
     folder = write_data(tmp_path / "data", rows, 4)
     refused(name, f"{folder}/train.jsonl:1", f"rename it to '{right}'", dataset=folder)
 
@@ -199,7 +204,9 @@ def test_an_empty_prompt(refused, name, tmp_path):
 def test_a_missing_column(refused, name, tmp_path):
     """In a single row, where the line is named, and in all of them."""
     rows, column = ROWS[name]()[:20], COLUMNS[name]
-    folder, place = broken_data(tmp_path / "data", name, {k: v for k, v in rows[4].items() if k != column})
+    folder, place = broken_data(
+        tmp_path / "data", name, {k: v for k, v in rows[4].items() if k != column}
+    )
     refused(name, place, column, dataset=folder)
     others = [{"question": row["prompt"]} for row in rows]
     folder = write_data(tmp_path / "other", others, 4)
@@ -239,9 +246,14 @@ NOTHING_TO_ANSWER = [
 @pytest.mark.parametrize(("name", "column"), [("sft", "messages"), ("reward_model", "chosen")])
 def test_a_chat_to_learn_from(refused, base, name, column, messages, what, tmp_path):
     """Its messages, their roles, and that the assistant has the last word."""
-    good = [{column: [USER, ASSISTANT], "rejected": [USER, ASSISTANT | {"content": f"No {i}."}]} for i in range(20)]
+    good = [
+        {column: [USER, ASSISTANT], "rejected": [USER, ASSISTANT | {"content": f"No {i}."}]}
+        for i in range(20)
+    ]
     folder = write_data(tmp_path / "data", good, 4)
-    path = write_jsonl(tmp_path / "data" / "train.jsonl", [*good[:4], good[4] | {column: messages}, *good[5:]])
+    path = write_jsonl(
+        tmp_path / "data" / "train.jsonl", [*good[:4], good[4] | {column: messages}, *good[5:]]
+    )
     refused(name, f"{path}:5", column, what, dataset=folder, model=base.chat)
 
 
@@ -250,7 +262,9 @@ def test_a_chat_to_answer(refused, chat_model, messages, what, tmp_path):
     """Its messages, their roles, and that there is something to answer."""
     good = [{"prompt": [USER]} for _ in range(20)]
     folder = write_data(tmp_path / "data", good, 4)
-    path = write_jsonl(tmp_path / "data" / "train.jsonl", [*good[:4], {"prompt": messages}, *good[5:]])
+    path = write_jsonl(
+        tmp_path / "data" / "train.jsonl", [*good[:4], {"prompt": messages}, *good[5:]]
+    )
     refused("ppo", f"{path}:5", "prompt", what, dataset=folder, **chat_model)
 
 
@@ -260,14 +274,20 @@ def chat_model(base, rewards) -> dict:
     return {"model": base.chat, "reward_fn": f"{rewards}:length"}
 
 
-@pytest.mark.parametrize("messages", ["hello", [{"role": "user", "content": "hi"}], [{"role": "assistant"}]])
+@pytest.mark.parametrize(
+    "messages", ["hello", [{"role": "user", "content": "hi"}], [{"role": "assistant"}]]
+)
 def test_messages_that_are_no_conversation(refused, base, messages, tmp_path):
     """A text where messages belong, a chat that the user ends, a message without content."""
-    good = [{"messages": row["prompt"] + row["completion"]} for row in map(as_chat, sft_rows()[:20])]
+    good = [
+        {"messages": row["prompt"] + row["completion"]} for row in map(as_chat, sft_rows()[:20])
+    ]
     for number in (1, 5):
         folder = tmp_path / f"data{number}"
         write_data(folder, good, 4)
-        path = write_jsonl(folder / "train.jsonl", [*good[: number - 1], {"messages": messages}, *good[number:]])
+        path = write_jsonl(
+            folder / "train.jsonl", [*good[: number - 1], {"messages": messages}, *good[number:]]
+        )
         refused("sft", f"{path}:{number}", dataset=str(folder), model=base.chat)
         refused("sft", f"{path}:{number}", dataset=str(folder), model="tiny")
 
@@ -288,7 +308,9 @@ def test_a_chat_that_the_template_refuses(refused, base, tmp_path):
     )
     good = [{"messages": [USER, ASSISTANT]} for _ in range(20)]
     write_data(folder, good, 4)
-    path = write_jsonl(folder / "train.jsonl", [*good[:4], {"messages": [USER, USER, ASSISTANT]}, *good[5:]])
+    path = write_jsonl(
+        folder / "train.jsonl", [*good[:4], {"messages": [USER, USER, ASSISTANT]}, *good[5:]]
+    )
     refused("sft", f"{path}:5", "turns must alternate", dataset=str(folder), model=str(model))
 
 
@@ -308,9 +330,13 @@ def test_a_pair_of_text_and_chat(refused, base, tmp_path):
     """One side would go through the chat template and the other would not."""
     row = preference_rows()[4] | {"rejected": [ASSISTANT]}
     folder, place = broken_data(tmp_path / "data", "reward_model", row)
-    refused("reward_model", place, "one is a text, the other a chat", dataset=folder, model=base.chat)
+    refused(
+        "reward_model", place, "one is a text, the other a chat", dataset=folder, model=base.chat
+    )
     row = {"prompt": [USER], "completion": " Yes."}
-    folder, place = broken_data(tmp_path / "sft", "sft", row | {"prompt": "two figs?", "completion": [ASSISTANT]})
+    folder, place = broken_data(
+        tmp_path / "sft", "sft", row | {"prompt": "two figs?", "completion": [ASSISTANT]}
+    )
     refused("sft", place, "write both as messages or as texts", dataset=folder, model=base.chat)
 
 
@@ -351,7 +377,13 @@ def test_a_prompt_that_fills_the_context(refused, tmp_path):
 def short(tmp_path) -> str:
     """A GPT-2, whose learned positions end at 48: what is longer does not merely work badly, it fails."""
     tokenizer = make_tokenizer()
-    config = {"vocab_size": len(tokenizer), "n_positions": 48, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    config = {
+        "vocab_size": len(tokenizer),
+        "n_positions": 48,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 2,
+    }
     config |= {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     return save_pair(tmp_path / "short", GPT2LMHeadModel(GPT2Config(**config)), tokenizer)
 
@@ -365,7 +397,12 @@ def test_a_response_that_overflows_the_reward_model(refused, reward_model, data,
 def test_ptx_rows_that_overflow_the_context(ppo, rewards, short, tmp_path, capsys):
     """They are cut as in sft.py, or refused with their line; they do not end in an IndexError."""
     path = write_jsonl(tmp_path / "ptx" / "train.jsonl", [{"text": "two figs " * 60}] * 4)
-    flags = {"ptx_coef": 1.0, "ptx_dataset": str(path.parent), "reward_fn": f"{rewards}:length", "model": short}
+    flags = {
+        "ptx_coef": 1.0,
+        "ptx_dataset": str(path.parent),
+        "reward_fn": f"{rewards}:length",
+        "model": short,
+    }
     try:
         out = ppo(tmp_path / "out", **flags)
     except SystemExit as exit_:
@@ -383,7 +420,12 @@ def test_pairs_that_are_all_too_long(refused):
 def test_demonstrations_for_the_normalization_are_read_before_training(refused, data, tmp_path):
     """What --normalize-with names is checked like the rest, not after hours of training."""
     refused("reward_model", "nowhere", normalize_with=str(tmp_path / "nowhere"))
-    refused("reward_model", f"{data.chat_sft}/train.jsonl:1", "chat template", normalize_with=data.chat_sft)
+    refused(
+        "reward_model",
+        f"{data.chat_sft}/train.jsonl:1",
+        "chat template",
+        normalize_with=data.chat_sft,
+    )
     long = write_data(tmp_path / "long", [{"prompt": "Q:", "completion": " two figs" * 100}] * 8, 2)
     refused("reward_model", long, normalize_with=long)
 
@@ -433,15 +475,23 @@ def test_rows_that_stand_there_twice(request, name, capsys, tmp_path):
 DAMAGES = {
     "empty": lambda folder: [path.unlink() for path in folder.iterdir()],
     "without weights": lambda folder: (folder / "model.safetensors").unlink(),
-    "with half the weights": lambda folder: (folder / "model.safetensors").write_bytes(b"\x00" * 20),
+    "with half the weights": lambda folder: (folder / "model.safetensors").write_bytes(
+        b"\x00" * 20
+    ),
     "with a weight missing": lambda folder: save_file(
-        {k: v for k, v in load_file(folder / "model.safetensors").items() if "layers.1.mlp.up_proj" not in k},
+        {
+            k: v
+            for k, v in load_file(folder / "model.safetensors").items()
+            if "layers.1.mlp.up_proj" not in k
+        },
         folder / "model.safetensors",
         {"format": "pt"},
     ),
     "without tokenizer": lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
     "with an illegible config": lambda folder: (folder / "config.json").write_text("{"),
-    "of an unknown kind": lambda folder: (folder / "config.json").write_text('{"model_type": "nothing"}'),
+    "of an unknown kind": lambda folder: (folder / "config.json").write_text(
+        '{"model_type": "nothing"}'
+    ),
 }
 
 
@@ -478,7 +528,9 @@ def test_a_tokenizer_larger_than_the_embedding(refused, name, tmp_path):
     tokenizer.add_tokens(["<new>"])
     folder = save_pair(tmp_path / "model", model, tokenizer)
     rows = len(tokenizer) - 1
-    refused(name, folder, f"ids up to {rows}", f"{rows} rows", "resize_token_embeddings", model=folder)
+    refused(
+        name, folder, f"ids up to {rows}", f"{rows} rows", "resize_token_embeddings", model=folder
+    )
 
 
 def test_a_reward_model_whose_tokenizer_is_larger(refused, models, tmp_path):
@@ -517,7 +569,9 @@ def test_a_reward_model_that_is_none(refused, models, tmp_path):
     headless = Path(shutil.copytree(models.reward_model, tmp_path / "headless"))
     weights = load_file(headless / "model.safetensors")
     save_file(
-        {k: v for k, v in weights.items() if k != "score.weight"}, headless / "model.safetensors", {"format": "pt"}
+        {k: v for k, v in weights.items() if k != "score.weight"},
+        headless / "model.safetensors",
+        {"format": "pt"},
     )
     refused("ppo", str(headless), "score.weight", reward_model=str(headless))
 
@@ -560,7 +614,14 @@ def test_flags_of_all_stages(refused, name, flags, monkeypatch):
 
 @pytest.mark.parametrize("name", ["sft", "reward_model"])
 @pytest.mark.parametrize(
-    "flags", [{"epochs": 0}, {"max_length": 1}, {"warmup_ratio": 1.0}, {"warmup_ratio": -0.1}, {"epochs": -1}]
+    "flags",
+    [
+        {"epochs": 0},
+        {"max_length": 1},
+        {"warmup_ratio": 1.0},
+        {"warmup_ratio": -0.1},
+        {"epochs": -1},
+    ],
 )
 def test_flags_of_the_first_two_stages(refused, name, flags):
     """Out of range."""
@@ -574,14 +635,33 @@ def test_normalization_of_nothing(refused):
 
 NAN, INF = float("nan"), float("inf")
 PPO_FLAGS = [
-    *({name: 0} for name in ("total_episodes", "num_mini_batches", "num_ppo_epochs", "samples_per_prompt")),
+    *(
+        {name: 0}
+        for name in ("total_episodes", "num_mini_batches", "num_ppo_epochs", "samples_per_prompt")
+    ),
     *({name: 0} for name in ("response_length", "kl_horizon", "eval_prompts")),
-    *({name: 0.0} for name in ("temperature", "cliprange", "cliprange_value", "kl_target", "reward_clip", "target_kl")),
+    *(
+        {name: 0.0}
+        for name in (
+            "temperature",
+            "cliprange",
+            "cliprange_value",
+            "kl_target",
+            "reward_clip",
+            "target_kl",
+        )
+    ),
     *({name: -1} for name in ("top_k", "critic_warmup_updates", "save_rollouts")),
-    *({name: -0.5} for name in ("missing_eos_penalty", "kl_coef", "vf_coef", "entropy_coef", "ptx_coef")),
+    *(
+        {name: -0.5}
+        for name in ("missing_eos_penalty", "kl_coef", "vf_coef", "entropy_coef", "ptx_coef")
+    ),
     *({name: NAN} for name in ("kl_coef", "temperature", "gamma", "top_p", "reward_clip")),
     *({name: INF} for name in ("temperature", "cliprange", "reward_clip", "missing_eos_penalty")),
-    *({name: -8} for name in ("total_episodes", "num_mini_batches", "response_length", "eval_prompts")),
+    *(
+        {name: -8}
+        for name in ("total_episodes", "num_mini_batches", "response_length", "eval_prompts")
+    ),
     *({name: 1.5} for name in ("gamma", "lam", "top_p")),
     {"top_p": 0.0},
     {"kl_horizon": 1, "kl_target": 6.0},
@@ -602,7 +682,9 @@ PPO_FLAGS = [
 ]
 
 
-@pytest.mark.parametrize("flags", PPO_FLAGS, ids=lambda flags: "-".join(f"{k}={v}" for k, v in flags.items()))
+@pytest.mark.parametrize(
+    "flags", PPO_FLAGS, ids=lambda flags: "-".join(f"{k}={v}" for k, v in flags.items())
+)
 def test_flags_of_ppo(refused, flags):
     """Out of range, or at odds with one another; the first is the one to be named."""
     refused("ppo", "--" + next(iter(flags)).replace("_", "-"), **flags)
@@ -637,7 +719,8 @@ TYPED_FOR_PPO = [
 
 @pytest.mark.parametrize(
     ("name", "typed", "what", "mend"),
-    [(name, *case) for name in STAGES for case in TYPED] + [("ppo", *case) for case in TYPED_FOR_PPO],
+    [(name, *case) for name in STAGES for case in TYPED]
+    + [("ppo", *case) for case in TYPED_FOR_PPO],
 )
 def test_flags_as_typed(capsys, name, typed, what, mend):
     """Words that are no flag, values of the wrong type: one line, with the nearest flag or what would fit."""
@@ -767,7 +850,11 @@ AT_ONCE = [
     ("sft", "--dataset {long}", "{long}/train.jsonl:5"),
     ("reward_model", "--model {tmp}/nowhere", "{tmp}/nowhere"),
     ("reward_model", "--epoch 3", "did you mean --epochs?"),
-    ("reward_model", "--model {model} --dataset {ties} --normalize-with none", "{ties}/train.jsonl:5"),
+    (
+        "reward_model",
+        "--model {model} --dataset {ties} --normalize-with none",
+        "{ties}/train.jsonl:5",
+    ),
     ("ppo", "--temperature 0", "--temperature"),
     ("ppo", "--cliprange 0", "--cliprange"),
     ("ppo", "--ptx-coef 1", "--ptx-coef"),
@@ -785,7 +872,12 @@ def test_errors_on_the_command_line(base, name, typed, what, tmp_path):
     broken_data(ties, "reward_model", rows[4] | {"rejected": rows[4]["chosen"]})
     broken_data(tmp_path / "broken", "sft", '{"prompt": "a", "completion": }')
     broken_data(tmp_path / "long", "sft", long)
-    places = {"tmp": tmp_path, "ties": ties, "broken": tmp_path / "broken", "long": tmp_path / "long"}
+    places = {
+        "tmp": tmp_path,
+        "ties": ties,
+        "broken": tmp_path / "broken",
+        "long": tmp_path / "long",
+    }
     places["model"] = base.plain
     out, started = tmp_path / "out", time.monotonic()
     words = typed.format(**places).split()
@@ -802,4 +894,7 @@ def test_special_tokens_beyond_the_embedding_are_accepted(tmp_path):
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    assert len(utils.load_tokenizer(save_pair(tmp_path / "model", model, tokenizer))) == model.vocab_size + 1
+    assert (
+        len(utils.load_tokenizer(save_pair(tmp_path / "model", model, tokenizer)))
+        == model.vocab_size + 1
+    )

@@ -55,7 +55,9 @@ def launch(*flags: str, **kwargs) -> str:
         process.wait(30)
     if process.returncode:
         wanted = ("error: ", "Error: ", "File ")
-        pytest.fail("\n".join(line for line in stderr.splitlines() if any(w in line for w in wanted))[:3000])
+        pytest.fail(
+            "\n".join(line for line in stderr.splitlines() if any(w in line for w in wanted))[:3000]
+        )
     return stdout
 
 
@@ -63,15 +65,37 @@ def launch(*flags: str, **kwargs) -> str:
 def flags(models, base, tmp_path_factory) -> dict[str, tuple[str, dict]]:
     """The runs by name: 33 rows in sixteens leave one for the last batch, where the second process has none."""
     folder = tmp_path_factory.mktemp("uneven")
-    for name, rows in (("sft", sft_rows()), ("preferences", preference_rows()), ("prompts", prompt_rows())):
+    for name, rows in (
+        ("sft", sft_rows()),
+        ("preferences", preference_rows()),
+        ("prompts", prompt_rows()),
+    ):
         write_jsonl(folder / name / "train.jsonl", rows[::4][:33])
         write_jsonl(folder / name / "validation.jsonl", rows[1::4][:5])
     write_data(folder / "alike", prompt_rows()[:1] * 20, 4)
-    data = SimpleNamespace(**{name: str(folder / name) for name in ("sft", "preferences", "prompts")})
+    data = SimpleNamespace(
+        **{name: str(folder / name) for name in ("sft", "preferences", "prompts")}
+    )
     common = {"device": "cpu", "dtype": "float32", "learning_rate": 1e-3}
-    learn = common | {"model": base.plain, "batch_size": 16, "micro_batch_size": 4, "max_length": 64, "epochs": 2}
-    ppo = common | {"model": str(models.sft), "reward_model": str(models.reward_model), "dataset": data.prompts}
-    ppo |= {"batch_size": 8, "micro_batch_size": 2, "num_ppo_epochs": 2, "response_length": 10, "eval_prompts": 5}
+    learn = common | {
+        "model": base.plain,
+        "batch_size": 16,
+        "micro_batch_size": 4,
+        "max_length": 64,
+        "epochs": 2,
+    }
+    ppo = common | {
+        "model": str(models.sft),
+        "reward_model": str(models.reward_model),
+        "dataset": data.prompts,
+    }
+    ppo |= {
+        "batch_size": 8,
+        "micro_batch_size": 2,
+        "num_ppo_epochs": 2,
+        "response_length": 10,
+        "eval_prompts": 5,
+    }
     ppo |= {"total_episodes": 16, "save_rollouts": 1, "temperature": 1.0}
     one_step = {
         "num_ppo_epochs": 1,
@@ -84,11 +108,20 @@ def flags(models, base, tmp_path_factory) -> dict[str, tuple[str, dict]]:
     warm = {"total_episodes": 24, "critic_warmup_updates": 1, "save_every": 2}
     return {
         "sft": ("sft", learn | {"dataset": data.sft, "eval_every": 2}),
-        "reward_model": ("reward_model", learn | {"dataset": data.preferences, "normalize_with": data.sft}),
+        "reward_model": (
+            "reward_model",
+            learn | {"dataset": data.preferences, "normalize_with": data.sft},
+        ),
         "ppo": ("ppo", ppo | {"whiten_rewards": True, "eval_every": 1, "save_every": 1}),
         "ppo_one_step": ("ppo", ppo | one_step),
-        "ppo_rloo": ("ppo", ppo | {"advantage": "rloo", "samples_per_prompt": 2, "whiten_advantages": False}),
-        "ppo_batch_mean": ("ppo", ppo | {"advantage": "batch_mean", "dataset": str(folder / "alike")} | ptx),
+        "ppo_rloo": (
+            "ppo",
+            ppo | {"advantage": "rloo", "samples_per_prompt": 2, "whiten_advantages": False},
+        ),
+        "ppo_batch_mean": (
+            "ppo",
+            ppo | {"advantage": "batch_mean", "dataset": str(folder / "alike")} | ptx,
+        ),
         "ppo_warm": ("ppo", ppo | warm),
     }
 
@@ -97,11 +130,20 @@ def flags(models, base, tmp_path_factory) -> dict[str, tuple[str, dict]]:
 def two(flags, tmp_path_factory):
     """The folders of the runs by two processes; they start once, for all runs."""
     folder = tmp_path_factory.mktemp("two")
-    runs = [(kind, args | {"output_dir": str(folder / name)}) for name, (kind, args) in flags.items()]
+    runs = [
+        (kind, args | {"output_dir": str(folder / name)}) for name, (kind, args) in flags.items()
+    ]
     (folder / "driver.py").write_text(DRIVER)
     (folder / "runs.json").write_text(json.dumps(runs))
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    launch("--standalone", "--nproc-per-node", "2", str(folder / "driver.py"), str(folder / "runs.json"), env=env)
+    launch(
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(folder / "driver.py"),
+        str(folder / "runs.json"),
+        env=env,
+    )
     return folder
 
 
@@ -129,7 +171,10 @@ def test_two_processes_leave_one_set_of_files(two):
     assert [row["update"] for row in metrics_of(out)] == [1, 2]
     assert len(list(out.glob("events.out.tfevents.*"))) == 1
     assert [p.name for p in (out / "checkpoint").iterdir()] == ["000001"]
-    assert sorted(p.name for p in (out / "rollouts").iterdir()) == ["000001.safetensors", "000002.safetensors"]
+    assert sorted(p.name for p in (out / "rollouts").iterdir()) == [
+        "000001.safetensors",
+        "000002.safetensors",
+    ]
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert [s["prompt"] for s in samples] == [row["prompt"] for row in prompt_rows()[1::4][:5]]
     assert summary_of(out)["eval"]["prompts"] == 5
@@ -212,6 +257,8 @@ def test_torchrun_on_the_script_itself(flags, tmp_path):
         name = utils.flag(key)
         words += [name] if value is True else [name, str(value)]
     out = tmp_path / "out"
-    stdout = launch("--standalone", "--nproc-per-node", "2", "ppo_rlhf.py", *words, "--output-dir", str(out))
+    stdout = launch(
+        "--standalone", "--nproc-per-node", "2", "ppo_rlhf.py", *words, "--output-dir", str(out)
+    )
     assert stdout.count("ppo_rlhf: the policy wins") == 1
     assert summary_of(out)["updates"] == 2

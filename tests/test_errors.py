@@ -43,7 +43,11 @@ def test_nan_stops_the_run_and_the_checkpoint_stands(request, name, monkeypatch,
         return result * float("nan") if spoil else result
 
     with monkeypatch.context() as patch:
-        patch.setattr(utils.Logger, "log", lambda self, step, metrics: (logged.append(step), log(self, step, metrics)))
+        patch.setattr(
+            utils.Logger,
+            "log",
+            lambda self, step, metrics: (logged.append(step), log(self, step, metrics)),
+        )
         patch.setattr(utils, function, spoiled)
         line = fails(stage, out, capsys, **flags)
     assert ("update 3" if name == "ppo" else "step 3") in line
@@ -98,7 +102,9 @@ def test_no_space_for_the_results(request, name, file, monkeypatch, capsys, tmp_
     if file == "model":
         monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
     elif file == "summary.json":
-        monkeypatch.setattr(os, "replace", lambda a, b: full() if Path(b).name == file else replace(a, b))
+        monkeypatch.setattr(
+            os, "replace", lambda a, b: full() if Path(b).name == file else replace(a, b)
+        )
     else:
         import torch.utils.tensorboard
 
@@ -151,7 +157,9 @@ def test_help_on_the_command_line(script):
 def test_a_stage_on_the_command_line(base, data, tmp_path):
     """A run by its flags, from the command line."""
     flags = f"--model {base.plain} --dataset {data.sft} --device cpu --batch-size 16 --micro-batch-size 16 --epochs 1"
-    result = command("sft.py", *flags.split(), "--max-length", "64", "--output-dir", str(tmp_path / "out"))
+    result = command(
+        "sft.py", *flags.split(), "--max-length", "64", "--output-dir", str(tmp_path / "out")
+    )
     assert result.returncode == 0, result.stderr
     assert "sft: held-out loss" in result.stdout
     for noise in ("Traceback", "Warning", "LOAD REPORT", "Loading weights", "Writing model shards"):

@@ -4,6 +4,8 @@ import pytest
 import torch
 from conftest import metrics_of, target_logits
 
+import dataset
+import generate
 import utils
 
 pytestmark = [
@@ -19,14 +21,14 @@ def test_the_captured_graph_decodes_what_single_steps_do(base, dtype):
     """Token for token in float32; greedy, and sampled with the same numbers."""
     device = torch.device("cuda")
     model = utils.load_causal_lm(base.plain, device)
-    ids, mask = utils.pad(PROMPTS, 0, "left", device)
+    ids, mask = dataset.pad(PROMPTS, 0, "left", device)
     for temperature in (0, 1.0):
         results = []
         for stride in (1, 32):  # 1: no graph
             with utils.autocast(device, dtype):
                 rng = utils.generator(device, 1)
                 given = (ids, mask, 70, [1, 2, 3], 0, temperature)
-                results.append(utils.generate(model, *given, rng=rng, stride=stride))
+                results.append(generate.generate(model, *given, rng=rng, stride=stride))
         (a, a_mask), (b, b_mask) = results
         if dtype == "float32":
             assert torch.equal(a, b) and torch.equal(a_mask, b_mask)
@@ -40,7 +42,7 @@ def test_log_probabilities_are_those_of_the_cpu(base):
     logits = []
     for device in (torch.device("cpu"), torch.device("cuda")):
         model = utils.load_causal_lm(base.plain, device)
-        ids, mask = utils.pad(PROMPTS, 0, "left", device)
+        ids, mask = dataset.pad(PROMPTS, 0, "left", device)
         logits.append(target_logits(model, ids, mask, mask.bool())[0].cpu())
     torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
 
@@ -51,7 +53,13 @@ def test_the_three_stages_run(sft, reward_model, ppo, dtype, tmp_path):
     flags = {"device": "cuda", "dtype": dtype}
     first = sft(tmp_path / "sft", **flags)
     judge = reward_model(tmp_path / "reward_model", model=str(first), **flags)
-    out = ppo(tmp_path / "ppo", model=str(first), reward_model=str(judge), micro_batch_size="auto", **flags)
+    out = ppo(
+        tmp_path / "ppo",
+        model=str(first),
+        reward_model=str(judge),
+        micro_batch_size="auto",
+        **flags,
+    )
     rows = metrics_of(out)
     assert abs(rows[0]["objective/kl"]) < 1e-3
     assert max(row["val/ratio_start_error"] for row in rows) < 1e-3

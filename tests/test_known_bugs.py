@@ -25,6 +25,8 @@ from conftest import (
     write_data,
 )
 
+import dataset
+import generate
 import utils
 
 CPU = torch.device("cpu")
@@ -52,7 +54,13 @@ def penalties_of(rollout: Rollout) -> np.ndarray:
 def moved(ppo, tmp_path_factory):
     """Three updates with large steps, k3 as the penalty: log-ratios, values and rewards are far from 0."""
     out = tmp_path_factory.mktemp("moved") / "out"
-    flags = {"total_episodes": 24, "save_rollouts": 1, "learning_rate": 1e-2, "kl_coef": 0.3, "kl_estimator": "k3"}
+    flags = {
+        "total_episodes": 24,
+        "save_rollouts": 1,
+        "learning_rate": 1e-2,
+        "kl_coef": 0.3,
+        "kl_estimator": "k3",
+    }
     return ppo(out, **flags, whiten_advantages=False)
 
 
@@ -71,7 +79,9 @@ def test_b02_the_missing_eos_penalty_knows_the_stop_token(ppo, rewards, tmp_path
     out = ppo(tmp_path / "out", save_rollouts=1, batch_size=16, response_length=6, **flags)
     rollout, tokenizer = rollout_of(out), utils.load_tokenizer(str(out))
     stops = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(".")}
-    expected = [0.0 if response[-1] in stops else -3.0 for _, response in prompts_and_responses(rollout)]
+    expected = [
+        0.0 if response[-1] in stops else -3.0 for _, response in prompts_and_responses(rollout)
+    ]
     assert set(expected) == {0.0, -3.0}
     assert rollout.a["scores"].tolist() == expected
 
@@ -79,11 +89,15 @@ def test_b02_the_missing_eos_penalty_knows_the_stop_token(ppo, rewards, tmp_path
 def test_b03_an_eos_in_the_prompt_is_no_end(ppo, base, data, rewards, tmp_path):
     """huggingface/trl#6805: a chat template puts EOS into the prompt, so no response seemed to lack it."""
     flags = {"model": base.chat, "dataset": data.chat_prompts, "reward_fn": f"{rewards}:nothing"}
-    out = ppo(tmp_path / "out", save_rollouts=1, response_length=2, missing_eos_penalty=3.0, **flags)
+    out = ppo(
+        tmp_path / "out", save_rollouts=1, response_length=2, missing_eos_penalty=3.0, **flags
+    )
     rollout, eos = rollout_of(out), utils.load_tokenizer(str(out)).eos_token_id
     rows = prompts_and_responses(rollout)
     assert all(eos in prompt for prompt, _ in rows)
-    assert rollout.a["scores"].tolist() == [0.0 if response[-1] == eos else -3.0 for _, response in rows]
+    assert rollout.a["scores"].tolist() == [
+        0.0 if response[-1] == eos else -3.0 for _, response in rows
+    ]
     assert (rollout.a["scores"] == -3.0).any()
 
 
@@ -92,10 +106,10 @@ def test_b04_eos_is_seen_though_it_is_the_pad_token(model, side):
     """huggingface/trl#5303: masks made by comparing ids with the pad id hid real EOS tokens."""
     eos = 1
     sequences = [[10, eos, 11, 12, eos], [20, eos]]
-    ids, mask = utils.pad(sequences, eos, side, CPU)
+    ids, mask = dataset.pad(sequences, eos, side, CPU)
     assert mask.sum(1).tolist() == [5, 2]
     with torch.no_grad():
-        padded = model(**utils.inputs(model, ids, mask)).logits[mask.bool()]
+        padded = model(**utils.model_inputs(model, ids, mask)).logits[mask.bool()]
         alone = [model(input_ids=torch.tensor([sequence])).logits[0] for sequence in sequences]
     torch.testing.assert_close(padded, torch.cat(alone), rtol=0, atol=1e-5)
 
@@ -114,16 +128,24 @@ def test_b05_a_reward_model_with_another_tokenizer_reads_text(ppo, reward_model,
             + [tokenizer.eos_token_id]
             for s in samples
         ]
-        assert [s[f"{name}_score"] for s in samples] == pytest.approx(plain_scores(judge, sequences), abs=1e-4)
+        assert [s[f"{name}_score"] for s in samples] == pytest.approx(
+            plain_scores(judge, sequences), abs=1e-4
+        )
 
 
-def test_b05_chats_go_through_the_reward_models_own_template(ppo, reward_model, base, data, tmp_path):
+def test_b05_chats_go_through_the_reward_models_own_template(
+    ppo, reward_model, base, data, tmp_path
+):
     """The policy's template and special tokens mean nothing to a reward model of another family."""
     tokenizer = make_tokenizer(size=300, eos="<|end|>")
-    turn = "{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + '<|end|>' }}{% endfor %}"
+    turn = (
+        "{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + '<|end|>' }}{% endfor %}"
+    )
     tokenizer.chat_template = turn + "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
     other = save_pair(tmp_path / "other", make_model(tokenizer), tokenizer)
-    judge = reward_model(tmp_path / "rm", model=other, dataset=data.chat_preferences, normalize_with=data.chat_sft)
+    judge = reward_model(
+        tmp_path / "rm", model=other, dataset=data.chat_preferences, normalize_with=data.chat_sft
+    )
     flags = {"model": base.chat, "dataset": data.chat_prompts, "reward_model": str(judge)}
     out = ppo(tmp_path / "out", eval_prompts=12, **flags)
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
@@ -145,7 +167,9 @@ def test_b06_padding_is_not_counted_in_metrics(ppo, models, tmp_path):
     assert not real.all()
     for prompt, response in prompts_and_responses(rollout):
         with torch.no_grad():
-            logits = policy(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].double()
+            logits = (
+                policy(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].double()
+            )
         entropies.append(-(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1))
     value_errors = (rollout.a["values"] - rollout.a["returns"])[real]
     expected = {
@@ -197,10 +221,10 @@ def test_b10_padding_changes_no_probability():
     with torch.no_grad():
         alone = model(torch.tensor([LONG])).logits[0, :-1]
         for width in (7, 8, 30):  # prompts to sample from
-            ids, mask = utils.pad([SHORT, LONG], 0, "left", CPU, width)
-            logits = model(**utils.inputs(model, ids, mask)).logits[1, -len(LONG) : -1]
+            ids, mask = dataset.pad([SHORT, LONG], 0, "left", CPU, width)
+            logits = model(**utils.model_inputs(model, ids, mask)).logits[1, -len(LONG) : -1]
             torch.testing.assert_close(logits, alone, rtol=0, atol=1e-5)
-        ids, mask = utils.pad([SHORT, LONG], 0, "right", CPU, 40)  # sequences to learn from
+        ids, mask = dataset.pad([SHORT, LONG], 0, "right", CPU, 40)  # sequences to learn from
         logits, tokens = target_logits(model, ids, mask.bool() & (torch.arange(2) == 1)[:, None])
         assert tokens.tolist() == LONG[1:]
         torch.testing.assert_close(logits, alone, rtol=0, atol=1e-5)
@@ -209,13 +233,15 @@ def test_b10_padding_changes_no_probability():
 def test_b11_samples_come_from_the_distribution_that_is_scored(tokenizer):
     """huggingface/trl#1017, #235: minimum length and penalties changed sampling alone, and the KL went below 0."""
     model = make_model(tokenizer)
-    model.generation_config.update(min_new_tokens=3, repetition_penalty=5.0, top_k=1, temperature=9.0)
-    prompts, prompt_mask = utils.pad([LONG] * 4000, 0, "left", CPU)
+    model.generation_config.update(
+        min_new_tokens=3, repetition_penalty=5.0, top_k=1, temperature=9.0
+    )
+    prompts, prompt_mask = dataset.pad([LONG] * 4000, 0, "left", CPU)
     with torch.no_grad():
         p = model(torch.tensor([LONG])).logits[0, -1].double().softmax(-1)
     eos = int(p.argmax())  # a token that is often the very first
     rng = utils.generator(CPU, 1)
-    ids, mask = utils.generate(model, prompts, prompt_mask, 1, [eos], 0, rng=rng)
+    ids, mask = generate.generate(model, prompts, prompt_mask, 1, [eos], 0, rng=rng)
     counts = torch.bincount(ids[:, 0], minlength=len(p)).double()
     standard_error = (p * (1 - p) / 4000).sqrt()
     assert ((counts / 4000 - p).abs() <= 5 * standard_error + 1e-3).all()
@@ -226,7 +252,10 @@ def test_b11_samples_come_from_the_distribution_that_is_scored(tokenizer):
 @pytest.mark.parametrize("name", ["sft", "reward_model", "ppo"])
 def test_b12_accumulation_is_exact(request, name, tmp_path):
     """huggingface/trl#2596, huggingface/transformers#34191: means of micro-batches were averaged."""
-    stage, flags = request.getfixturevalue(name), {"batch_size": 8, "learning_rate": 1e-3, "max_grad_norm": 1e-3}
+    stage, flags = (
+        request.getfixturevalue(name),
+        {"batch_size": 8, "learning_rate": 1e-3, "max_grad_norm": 1e-3},
+    )
     a, b = (stage(tmp_path / str(size), micro_batch_size=size, **flags) for size in (8, 2))
     # the first gradient: sums that differ in order alone
     assert metrics_of(a)[0]["grad_norm"] == pytest.approx(metrics_of(b)[0]["grad_norm"], rel=1e-4)
@@ -259,7 +288,9 @@ def test_b15_advantages_are_of_the_return(ppo, tmp_path):
     """natolambert/rlhf-book#216: reward minus value, where what is still to come belongs too."""
     flags = {"lam": 1.0, "whiten_advantages": False, "kl_coef": 0.0}
     rollout = rollout_of(ppo(tmp_path / "out", save_rollouts=1, **flags))
-    returns = rollout.a["scores"][:, None] * rollout.real  # undiscounted: the score, from every token
+    returns = (
+        rollout.a["scores"][:, None] * rollout.real
+    )  # undiscounted: the score, from every token
     np.testing.assert_allclose(rollout.a["returns"], returns, atol=1e-4)
     np.testing.assert_allclose(rollout.a["advantages"], returns - rollout.a["values"], atol=1e-4)
 
@@ -277,7 +308,13 @@ def test_b17_one_token_can_be_whitened(ppo, tmp_path):
     one = torch.tensor([[7.0, 0.0]])
     assert utils.masked_variance(one, torch.tensor([[1, 0]])).item() == 0.0
     assert utils.whiten(one, torch.tensor([[1, 0]])).tolist() == [[0.0, 0.0]]
-    flags = {"response_length": 1, "batch_size": 1, "micro_batch_size": 1, "total_episodes": 2, "whiten_rewards": True}
+    flags = {
+        "response_length": 1,
+        "batch_size": 1,
+        "micro_batch_size": 1,
+        "total_episodes": 2,
+        "whiten_rewards": True,
+    }
     for row in metrics_of(ppo(tmp_path / "out", **flags)):
         assert all(np.isfinite(value) for value in row.values())
 
@@ -287,12 +324,17 @@ def test_b18_a_saved_reward_model_keeps_head_and_normalization(reward_model, dat
     out = reward_model(tmp_path / "out", normalize_std=True)
     tokenizer = utils.load_tokenizer(str(out))
     lines = [json.loads(line) for line in open(f"{data.sft}/train.jsonl", encoding="utf-8")]
-    texts = [tokenizer(r["prompt"] + r["completion"])["input_ids"] + [tokenizer.eos_token_id] for r in lines]
+    texts = [
+        tokenizer(r["prompt"] + r["completion"])["input_ids"] + [tokenizer.eos_token_id]
+        for r in lines
+    ]
     scores = plain_scores(out, texts)
     assert scores.mean() == pytest.approx(0, abs=1e-4)
     assert scores.std() == pytest.approx(1, abs=1e-3)
     model = utils.load_classifier(str(out), CPU, trained=True)
-    raw = utils.last_token_scores(model, *utils.pad(texts[:5], tokenizer.pad_token_id, "right", CPU))
+    raw = utils.last_token_scores(
+        model, *dataset.pad(texts[:5], tokenizer.pad_token_id, "right", CPU)
+    )
     got = utils.normalize_scores(model, raw).detach()
     np.testing.assert_allclose(got.numpy(), scores[:5], atol=1e-4)
 
@@ -312,7 +354,9 @@ def test_b19_the_reward_model_is_asked_about_whole_texts(ppo, models, tmp_path):
     rows = prompts_and_responses(rollout)
     assert any(response[-1] != eos for _, response in rows)
     sequences = [p + r + ([] if r[-1] == eos else [eos]) for p, r in rows]
-    np.testing.assert_allclose(rollout.a["scores"], plain_scores(models.reward_model, sequences), atol=1e-4)
+    np.testing.assert_allclose(
+        rollout.a["scores"], plain_scores(models.reward_model, sequences), atol=1e-4
+    )
 
 
 def test_b20_the_score_is_read_at_the_end_not_at_a_pad_id_in_the_text(base):
@@ -320,7 +364,7 @@ def test_b20_the_score_is_read_at_the_end_not_at_a_pad_id_in_the_text(base):
     model, pad = utils.load_classifier(base.plain, CPU), 0
     torch.nn.init.normal_(model.score.weight)
     sequences = [[10, pad, 11, 12, pad], [20, 21], [pad, 30, 31]]
-    got = utils.last_token_scores(model, *utils.pad(sequences, pad, "right", CPU)).detach()
+    got = utils.last_token_scores(model, *dataset.pad(sequences, pad, "right", CPU)).detach()
     model.config.pad_token_id = None  # transformers' own search for the end, which compares ids
     with torch.no_grad():
         expected = [model(input_ids=torch.tensor([ids])).logits.item() for ids in sequences]
@@ -332,8 +376,12 @@ def test_b21_with_pad_as_eos_chosen_and_rejected_differ(reward_model, tmp_path):
     outs = []
     for pad in ("<pad>", "<eos>"):
         tokenizer = make_tokenizer(pad=pad)
-        base = save_pair(tmp_path / pad.strip("<>"), make_model(tokenizer, pad_token_id=None), tokenizer)
-        outs.append(reward_model(tmp_path / f"rm-{pad.strip('<>')}", model=base, normalize_with="none"))
+        base = save_pair(
+            tmp_path / pad.strip("<>"), make_model(tokenizer, pad_token_id=None), tokenizer
+        )
+        outs.append(
+            reward_model(tmp_path / f"rm-{pad.strip('<>')}", model=base, normalize_with="none")
+        )
     a, b = outs
     for x, y in zip(metrics_of(a), metrics_of(b), strict=True):
         assert x["loss"] == pytest.approx(y["loss"], abs=1e-5)

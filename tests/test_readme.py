@@ -21,7 +21,11 @@ def test_quoted_lines_are_in_the_code():
     code = squeezed("".join((ROOT / name).read_text(encoding="utf-8") for name in FILES))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     formulas = readme.split("## The formulas and their lines")[1].split("\n## ")[0]
-    lines = [line for block in re.findall(r"```python\n(.*?)```", formulas, re.S) for line in block.splitlines()]
+    lines = [
+        line
+        for block in re.findall(r"```python\n(.*?)```", formulas, re.S)
+        for line in block.splitlines()
+    ]
     assert len(lines) > 20
     assert [line for line in lines if squeezed(line) not in code] == []
 

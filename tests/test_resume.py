@@ -23,8 +23,19 @@ STAGES = ["sft", "reward_model", "ppo"]
 FLAGS = {  # with everything that has a state
     "sft": {"epochs": 1, "save_every": 2, "eval_every": 2, "micro_batch_size": 4},
     "reward_model": {"save_every": 2, "eval_every": 2, "micro_batch_size": 4},
-    "ppo": {"total_episodes": 40, "save_every": 1, "eval_every": 2, "kl_target": 0.5, "kl_horizon": 20}
-    | {"save_rollouts": 1, "critic_warmup_updates": 1, "num_mini_batches": 2, "micro_batch_size": 2},
+    "ppo": {
+        "total_episodes": 40,
+        "save_every": 1,
+        "eval_every": 2,
+        "kl_target": 0.5,
+        "kl_horizon": 20,
+    }
+    | {
+        "save_rollouts": 1,
+        "critic_warmup_updates": 1,
+        "num_mini_batches": 2,
+        "micro_batch_size": 2,
+    },
 }
 
 
@@ -32,7 +43,11 @@ def assert_same_records(a: Path, b: Path) -> None:
     """Weights, metrics, summary, samples and rollouts of two runs, to the bit; and nothing half-written is left."""
     assert_same_run(a, b)
     assert [*a.rglob("*.part")] == [*b.rglob("*.part")] == []
-    assert {p.name for p in a.iterdir()} - {"metrics.jsonl"} >= {"model.safetensors", "args.json", "summary.json"}
+    assert {p.name for p in a.iterdir()} - {"metrics.jsonl"} >= {
+        "model.safetensors",
+        "args.json",
+        "summary.json",
+    }
     if (a / "samples.jsonl").exists():
         assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
         assert [p.name for p in sorted((a / "rollouts").iterdir())] == [
@@ -62,18 +77,32 @@ def whole(request, tmp_path_factory):
 @pytest.mark.slow
 def test_runs_killed_at_any_moment_go_on_exactly(whole, tmp_path):
     """kill -9, twenty times and more, some in the middle of a save: the three runs end as if nothing had been."""
-    usual = ["args.json.part", None, "checkpoint/*.part", "metrics.jsonl.part", None, "checkpoint/*.part", "model.part"]
-    moments = dict.fromkeys(STAGES, usual) | {"ppo": ["rollouts/*.part", *usual, "samples.jsonl.part"]}
+    usual = [
+        "args.json.part",
+        None,
+        "checkpoint/*.part",
+        "metrics.jsonl.part",
+        None,
+        "checkpoint/*.part",
+        "model.part",
+    ]
+    moments = dict.fromkeys(STAGES, usual) | {
+        "ppo": ["rollouts/*.part", *usual, "samples.jsonl.part"]
+    }
     plan = []
     for name in STAGES:
-        args = json.loads((whole(name) / "args.json").read_text()) | {"output_dir": str(tmp_path / name)}
+        args = json.loads((whole(name) / "args.json").read_text()) | {
+            "output_dir": str(tmp_path / name)
+        }
         module = "ppo_rlhf" if name == "ppo" else name
         plan.append({"module": module, "flags": args, "moments": moments[name], "seconds": 0.7})
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     command = [sys.executable, str(ROOT / "tests" / "kill_runs.py"), str(tmp_path / "plan.json")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr + "".join(p.read_text()[-2000:] for p in tmp_path.glob("*.log"))
+    assert run.returncode == 0, run.stderr + "".join(
+        p.read_text()[-2000:] for p in tmp_path.glob("*.log")
+    )
     kills = [int(line.split()[1]) for line in run.stdout.splitlines()]
     assert kills == [len(moments[name]) for name in STAGES]
     for name in STAGES:
@@ -103,7 +132,9 @@ def send_at(monkeypatch, moment: str, after: int, number: int) -> None:
         return wrapped
 
     log = utils.Logger.log
-    monkeypatch.setattr(utils.Logger, "log", lambda self, step, row: (logged.append(step), log(self, step, row))[1])
+    monkeypatch.setattr(
+        utils.Logger, "log", lambda self, step, row: (logged.append(step), log(self, step, row))[1]
+    )
     where, name = {
         "forward": (utils, "map_logits"),  # the policy's log-probabilities, in PPO of the rollout
         "generation": (utils, "generate"),
@@ -135,7 +166,11 @@ def test_a_signal_saves_and_resume_goes_on_exactly(
 ):
     """SIGTERM and Ctrl-C, with --save-every 0: the last whole step is saved and named; the code is 128 + the number."""
     number = (signal.SIGTERM, signal.SIGINT)[after % 2]
-    stage, flags, out = request.getfixturevalue(name), FLAGS[name] | {"save_every": 0}, tmp_path / "out"
+    stage, flags, out = (
+        request.getfixturevalue(name),
+        FLAGS[name] | {"save_every": 0},
+        tmp_path / "out",
+    )
     expected = whole(name)
     before = signal.getsignal(number)
     capfd.readouterr()
@@ -146,7 +181,9 @@ def test_a_signal_saves_and_resume_goes_on_exactly(
     assert exit_.value.code == 128 + number
     lines = [line for line in capfd.readouterr().err.splitlines() if "interrupted" in line]
     step_name = "update" if name == "ppo" else "step"
-    assert lines == [f"interrupted after {step_name} {saved}: the same flags with --resume go on from there"]
+    assert lines == [
+        f"interrupted after {step_name} {saved}: the same flags with --resume go on from there"
+    ]
     assert [int(path.name) for path in utils.checkpoints(out)] == ([saved] if saved else [])
     assert len(metrics_of(out)) == saved
     assert not (out / "run.lock").exists()
@@ -213,15 +250,27 @@ def flip(path: Path) -> None:
 
 
 DAMAGES = {
-    "a byte of a weight": (lambda folder: flip(folder / "model.safetensors"), "model.safetensors: checksum differs"),
-    "a byte of the state": (lambda folder: flip(folder / "state.json"), "state.json: checksum differs"),
+    "a byte of a weight": (
+        lambda folder: flip(folder / "model.safetensors"),
+        "model.safetensors: checksum differs",
+    ),
+    "a byte of the state": (
+        lambda folder: flip(folder / "state.json"),
+        "state.json: checksum differs",
+    ),
     "half a file": (
         lambda folder: os.truncate(folder / "optimizer.safetensors", 999),
         "optimizer.safetensors: checksum",
     ),
-    "a missing file": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: is missing"),
+    "a missing file": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        "model.safetensors: is missing",
+    ),
     "no checksums": (lambda folder: (folder / "SHA256SUMS").unlink(), "SHA256SUMS: is missing"),
-    "empty checksums": (lambda folder: os.truncate(folder / "SHA256SUMS", 0), "model.safetensors: checksum differs"),
+    "empty checksums": (
+        lambda folder: os.truncate(folder / "SHA256SUMS", 0),
+        "model.safetensors: checksum differs",
+    ),
 }
 
 
@@ -242,20 +291,32 @@ def test_a_damaged_checkpoint_is_passed_over(sft, saved, damage, capsys, tmp_pat
     sft(out, **FLAGS["sft"], resume=True)
     lines = [line for line in capsys.readouterr().out.splitlines() if "is damaged" in line]
     assert [line.split(" ")[0] for line in lines] == ["checkpoint/000008", "checkpoint/000006"]
-    assert all(f"is damaged ({what}" in line and line.endswith("going on from checkpoint/000004") for line in lines)
+    assert all(
+        f"is damaged ({what}" in line and line.endswith("going on from checkpoint/000004")
+        for line in lines
+    )
     assert_same_records(saved, out)
-    assert [path.name for path in utils.checkpoints(out)] == ["000008", "000006"]  # made again, and whole
+    assert [path.name for path in utils.checkpoints(out)] == [
+        "000008",
+        "000006",
+    ]  # made again, and whole
     assert not any(utils.damage(path, {"model": None}) for path in utils.checkpoints(out))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_checkpoints_alone_are_no_reason_to_start_again(sft, saved, damage, capsys, tmp_path):
+def test_damaged_checkpoints_alone_are_no_reason_to_start_again(
+    sft, saved, damage, capsys, tmp_path
+):
     """Exit code 1, what is wrong with each, and everything left as it was."""
     out = Path(shutil.copytree(saved, tmp_path / "out"))
     harm, what = DAMAGES[damage]
     for folder in (out / "checkpoint").iterdir():
         harm(folder)
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "args.json"}
+    before = {
+        path: path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and path.name != "args.json"
+    }
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
         sft(out, **FLAGS["sft"], resume=True)
@@ -264,7 +325,11 @@ def test_damaged_checkpoints_alone_are_no_reason_to_start_again(sft, saved, dama
     assert exit_.value.code == 1
     assert "no checkpoint is whole" in line
     assert line.count(what) == 4
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "args.json"} == before
+    assert {
+        path: path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and path.name != "args.json"
+    } == before
 
 
 def test_a_checkpoint_of_another_model_is_refused(sft, base, saved, capsys, tmp_path):
@@ -280,7 +345,12 @@ def test_a_checkpoint_of_another_model_is_refused(sft, base, saved, capsys, tmp_
 def test_checksums_are_those_of_sha256sum(saved):
     """Anybody can check a checkpoint without this code."""
     folder = saved / "checkpoint" / "000008"
-    run = subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, capture_output=True, text=True)
+    run = subprocess.run(
+        ["sha256sum", "--check", "--strict", "SHA256SUMS"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.count(": OK") == len(list(folder.iterdir())) - 1 == 3
 
@@ -360,7 +430,10 @@ def test_overwrite_leaves_no_old_model(sft, saved, monkeypatch, tmp_path):
     }
     sft(out, **FLAGS["sft"] | {"seed": 2}, resume=True)
     assert not (out / "chat_template.jinja").exists()
-    assert any(not torch.equal(a, b) for a, b in zip(weights_of(out).values(), weights_of(saved).values(), strict=True))
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(weights_of(out).values(), weights_of(saved).values(), strict=True)
+    )
 
 
 def test_overwrite_spares_the_model_that_the_run_starts_from(sft, saved, capsys, tmp_path):
@@ -393,7 +466,9 @@ def small_disk(tmp_path):
 
     yield mount
     for folder in mounted:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # this process holds files in it
+        subprocess.run(
+            ["umount", "--lazy", str(folder)], check=True
+        )  # this process holds files in it
 
 
 @pytest.mark.parametrize("room", [1, 2, 3])
@@ -517,7 +592,9 @@ def debug_of(out: Path) -> tuple[dict, dict]:
     return json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
 
 
-def spoil(monkeypatch, function: str, after: int, when=lambda: True, value: float = float("nan")) -> None:
+def spoil(
+    monkeypatch, function: str, after: int, when=lambda: True, value: float = float("nan")
+) -> None:
     """Let what a function of utils gives hold NaN, or another value, in the step or update after this number."""
     logged, log, original = [0], utils.Logger.log, getattr(utils, function)
 
@@ -529,7 +606,9 @@ def spoil(monkeypatch, function: str, after: int, when=lambda: True, value: floa
         first = torch.cat([first[:1] * value, first[1:]])
         return (first, *rest) if rest else first
 
-    monkeypatch.setattr(utils.Logger, "log", lambda self, step, row: (logged.append(step), log(self, step, row))[1])
+    monkeypatch.setattr(
+        utils.Logger, "log", lambda self, step, row: (logged.append(step), log(self, step, row))[1]
+    )
     monkeypatch.setattr(utils, function, spoiled)
 
 
@@ -538,7 +617,13 @@ def spoil(monkeypatch, function: str, after: int, when=lambda: True, value: floa
     [
         ("sft", "map_logits", True, float("nan"), "nan in the loss"),
         ("reward_model", "last_token_scores", True, float("nan"), "nan in the loss"),
-        ("reward_model", "last_token_scores", True, float("inf"), "nan in the gradient norm"),  # the loss is 0
+        (
+            "reward_model",
+            "last_token_scores",
+            True,
+            float("inf"),
+            "nan in the gradient norm",
+        ),  # the loss is 0
         ("ppo", "last_token_scores", False, float("nan"), "nan in the scores"),
         ("ppo", "map_logits", False, float("nan"), "nan in the logprobs"),
         ("ppo", "head_outputs", False, float("nan"), "nan in the values"),
@@ -552,7 +637,9 @@ def test_what_is_not_finite_stops_before_the_step(
     """The line says which quantity and where, the batch is kept, and no optimizer step is made of it."""
     stage, out, steps = request.getfixturevalue(name), tmp_path / "out", []
     step = torch.optim.AdamW.step
-    flags = {"save_every": 2} | ({"total_episodes": 40, "num_ppo_epochs": 1} if name == "ppo" else {})
+    flags = {"save_every": 2} | (
+        {"total_episodes": 40, "num_ppo_epochs": 1} if name == "ppo" else {}
+    )
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", lambda self: (steps.append(1), step(self))[1])
         spoil(patch, function, 2, lambda: torch.is_grad_enabled() == in_training, value)
@@ -573,7 +660,12 @@ def test_what_is_not_finite_stops_before_the_step(
         assert len(batch["chosen_lengths"]) == len(batch["rejected_lengths"]) == 16
     else:
         assert batch["ids"].shape == batch["mask"].shape
-        assert batch["response_mask"].shape == batch["logprobs"].shape == batch["values"].shape == (8, 10)
+        assert (
+            batch["response_mask"].shape
+            == batch["logprobs"].shape
+            == batch["values"].shape
+            == (8, 10)
+        )
         assert batch["scores"].shape == (8,)
     stage(out, **flags, resume=True)
     assert_same_run(out, stage(tmp_path / "whole", **flags))
@@ -589,7 +681,9 @@ def test_what_is_not_finite_is_saved_where_it_can_be(monkeypatch, capsys, tmp_pa
     process = utils.Process(0, 1, torch.device("cpu"))
     utils.check_finite(tmp_path, process, "step 1", {"loss": 1.0}, {})
     with pytest.raises(SystemExit) as exit_:
-        utils.check_finite(tmp_path, process, "step 1", {"loss": float("-inf")}, {"ids": torch.zeros(2)})
+        utils.check_finite(
+            tmp_path, process, "step 1", {"loss": float("-inf")}, {"ids": torch.zeros(2)}
+        )
     assert exit_.value.code == 1
     assert "step 1: -inf in the loss;" in error_line(capsys.readouterr().err)
 
@@ -614,13 +708,16 @@ def whole_batch(prompts, completions):
 
 
 @pytest.mark.parametrize(
-    ("function", "place"), [(each, "at the prompt 'second'"), (whole_batch, "for 3 prompts, 'first' first")]
+    ("function", "place"),
+    [(each, "at the prompt 'second'"), (whole_batch, "for 3 prompts, 'first' first")],
 )
 @pytest.mark.parametrize(("update", "code"), [(0, 2), (7, 1)])
 def test_the_prompt_that_a_reward_function_fails_on(function, place, update, code, capsys):
     """It is named where the function's variables tell; else the batch, by its first prompt."""
     with pytest.raises(SystemExit) as exit_:
-        utils.call_reward_function(function, "--reward-fn", ["first", "second", "third"], list("abc"), [{}] * 3, update)
+        utils.call_reward_function(
+            function, "--reward-fn", ["first", "second", "third"], list("abc"), [{}] * 3, update
+        )
     assert exit_.value.code == code
     line = error_line(capsys.readouterr().err)
     assert f"--reward-fn: raised ValueError: no luck, {place}; " in line
@@ -639,7 +736,9 @@ def test_a_reward_function_that_takes_too_long(update, code, monkeypatch, capsys
         return [1.0] * len(prompts)
 
     args = slow, "--reward-fn", ["first", "second"], ["a", "b"], [{}, {}], update
-    assert utils.call_reward_function(*args, 30.0) == utils.call_reward_function(*args) == [1.0, 1.0]
+    assert (
+        utils.call_reward_function(*args, 30.0) == utils.call_reward_function(*args) == [1.0, 1.0]
+    )
     assert ends == []
     utils.call_reward_function(*args, 0.1)
     assert ends == [code]
@@ -674,7 +773,9 @@ def test_a_reward_function_that_hangs_ends_the_run(whole, tmp_path):
         "        open(__file__ + '.hang', 'w').close()\n"
         "    return [float(len(c)) for c in completions]\n"
     )
-    args = json.loads((whole("ppo") / "args.json").read_text()) | {"output_dir": str(tmp_path / "out")}
+    args = json.loads((whole("ppo") / "args.json").read_text()) | {
+        "output_dir": str(tmp_path / "out")
+    }
     args |= {"reward_fn": f"{tmp_path}/f.py:f", "reward_timeout": 2.0, "eval_every": 0}
     command = [sys.executable, "ppo_rlhf.py", *words_of(args)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -690,9 +791,22 @@ def test_a_reward_function_that_hangs_ends_the_run(whole, tmp_path):
 def test_two_processes_are_interrupted_together(whole, number, tmp_path):
     """torchrun passes a signal on to both: they stop at the same place, one saves, and --resume goes on."""
     args = json.loads((whole("ppo") / "args.json").read_text())
-    args |= {"output_dir": str(tmp_path / "out"), "save_every": 0, "total_episodes": 8 * 200, "eval_every": 0}
+    args |= {
+        "output_dir": str(tmp_path / "out"),
+        "save_every": 0,
+        "total_episodes": 8 * 200,
+        "eval_every": 0,
+    }
     args |= {"save_rollouts": 0, "num_mini_batches": 1}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "ppo_rlhf.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "ppo_rlhf.py",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*command, *words_of(args)], cwd=ROOT, env=environment, **pipes) as run:

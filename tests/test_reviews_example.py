@@ -14,7 +14,11 @@ import pytest
 
 REVIEWS = Path(__file__).resolve().parents[1] / "examples" / "reviews"
 TABLE = "movieReviewSnippets_GroundTruth.txt"
-NAMES = [f"{kind}/{split}" for kind in ("sft", "preferences", "prompts") for split in ("train", "validation")]
+NAMES = [
+    f"{kind}/{split}"
+    for kind in ("sft", "preferences", "prompts")
+    for split in ("train", "validation")
+]
 
 
 def load(name):
@@ -30,8 +34,14 @@ prepare = load("prepare")
 def table() -> str:
     rng = random.Random(7)
     rows = [(rng.uniform(-4, 4), f"Film number {i} is a work of some kind.") for i in range(60)]
-    rows += [(rng.uniform(-4, 4), f"Rated twice by two panels, number {i % 10}.") for i in range(20)]
-    rows += [(2.0, "A  ''quoted''   caf\u00e9 scene &amp; little else."), (1.0, "Too short."), (1.0, "word " * 41)]
+    rows += [
+        (rng.uniform(-4, 4), f"Rated twice by two panels, number {i % 10}.") for i in range(20)
+    ]
+    rows += [
+        (2.0, "A  ''quoted''   caf\u00e9 scene &amp; little else."),
+        (1.0, "Too short."),
+        (1.0, "word " * 41),
+    ]
     return "".join(f"{i}\t{rating:.12g}\t{text}\r\n" for i, (rating, text) in enumerate(rows, 1))
 
 
@@ -58,25 +68,41 @@ def refused(capsys, *args, **flags):
     with pytest.raises(SystemExit) as stop:
         build(*args, **flags)
     message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1 and "; " in message
+    assert (
+        stop.value.code == 2
+        and message.startswith("error: ")
+        and message.count("\n") == 1
+        and "; " in message
+    )
     return message
 
 
 def test_outputs(source, tmp_path):
-    files = {name: rows(blob) for name, blob in build(source, tmp_path / "out", min_gap=1.5).items()}
+    files = {
+        name: rows(blob) for name, blob in build(source, tmp_path / "out", min_gap=1.5).items()
+    }
     published = {line.split("\t")[2]: None for line in table().splitlines()}
     whole = {}
     for split in ("train", "validation"):
         sft = files[f"sft/{split}"]
         assert all(list(row) == ["prompt", "completion", "rating"] for row in sft)
-        assert all(3 <= len(row["prompt"].split()) <= 5 and row["completion"].startswith(" ") for row in sft)
-        assert all(-4 <= row["rating"] <= 4 and row["rating"] == round(row["rating"], 3) for row in sft)
+        assert all(
+            3 <= len(row["prompt"].split()) <= 5 and row["completion"].startswith(" ")
+            for row in sft
+        )
+        assert all(
+            -4 <= row["rating"] <= 4 and row["rating"] == round(row["rating"], 3) for row in sft
+        )
         assert files[f"prompts/{split}"] == [{"prompt": row["prompt"]} for row in sft]
         whole[split] = {row["prompt"] + row["completion"] for row in sft}
         for pair in files[f"preferences/{split}"]:
             assert list(pair) == ["chosen", "rejected", "chosen_rating", "rejected_rating"]
-            assert pair["chosen_rating"] - pair["rejected_rating"] >= 1.5 - 0.001  # both ratings are rounded
-            assert {pair["chosen"], pair["rejected"]} <= whole[split] and pair["chosen"] != pair["rejected"]
+            assert (
+                pair["chosen_rating"] - pair["rejected_rating"] >= 1.5 - 0.001
+            )  # both ratings are rounded
+            assert {pair["chosen"], pair["rejected"]} <= whole[split] and pair["chosen"] != pair[
+                "rejected"
+            ]
     cleaned = 'A "quoted" caf\u00e9 scene & little else.'
     every = whole["train"] | whole["validation"]
     assert cleaned in every and every - {cleaned} <= set(published)
@@ -94,7 +120,10 @@ def test_seed_decides(source, tmp_path):
 def test_no_sentence_in_both_splits_whatever_the_seed(source, tmp_path):
     for seed in range(8):
         files = build(source, tmp_path / str(seed), seed=seed)
-        sets = [{r["prompt"] + r["completion"] for r in rows(files[f"sft/{s}"])} for s in ("train", "validation")]
+        sets = [
+            {r["prompt"] + r["completion"] for r in rows(files[f"sft/{s}"])}
+            for s in ("train", "validation")
+        ]
         assert not sets[0] & sets[1]
 
 
@@ -104,7 +133,9 @@ def test_archive_in_archive_as_published(source, tmp_path):
         t.add(source / TABLE, f"hutto_ICWSM_2014/{TABLE}")
     outer = tmp_path / "vaderSentiment-0.5.zip"
     with zipfile.ZipFile(outer, "w") as z:
-        z.writestr("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz", inner.getvalue())
+        z.writestr(
+            "vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz", inner.getvalue()
+        )
     assert build(outer, tmp_path / "a") == build(source, tmp_path / "b")
 
 
@@ -124,10 +155,23 @@ def test_refusals(source, tmp_path, capsys):
 def test_existing_out_is_kept(source, tmp_path):
     out = tmp_path / "out"
     first = build(source, out)
-    script = [sys.executable, str(REVIEWS / "prepare.py"), "--source", str(source), "--out", str(out), "--seed", "1"]
+    script = [
+        sys.executable,
+        str(REVIEWS / "prepare.py"),
+        "--source",
+        str(source),
+        "--out",
+        str(out),
+        "--seed",
+        "1",
+    ]
     done = subprocess.run(script, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith(f"error: {out}: ") and "--overwrite" in done.stderr
+    assert (
+        done.stderr.count("\n") == 1
+        and done.stderr.startswith(f"error: {out}: ")
+        and "--overwrite" in done.stderr
+    )
     assert {name: (out / f"{name}.jsonl").read_bytes() for name in NAMES} == first
     assert build(source, out, seed=1, overwrite=True) != first
 
@@ -135,7 +179,9 @@ def test_existing_out_is_kept(source, tmp_path):
 def test_vader_score():
     pytest.importorskip("vaderSentiment")
     vader = load("vader")
-    good, bad = vader.score(["A wonderful", "A dreadful"], [" film, I loved it.", " film, I hated it."], rating=[3, -3])
+    good, bad = vader.score(
+        ["A wonderful", "A dreadful"], [" film, I loved it.", " film, I hated it."], rating=[3, -3]
+    )
     assert -1 <= bad < 0 < good <= 1
     assert vader.analyzer() is vader.analyzer()
     assert vader.score([], []) == []

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from conftest import Rollout, metrics_of, plain_classifier, plain_lm, plain_logprobs, plain_scores, rollouts_of
+from conftest import (
+    Rollout,
+    metrics_of,
+    plain_classifier,
+    plain_lm,
+    plain_logprobs,
+    plain_scores,
+    rollouts_of,
+)
 from safetensors.torch import load_model
 
 import utils
@@ -15,16 +23,43 @@ FLAGS = {  # every way in which rewards, advantages and returns are made
     "discounted": {"gamma": 0.9, "lam": 0.8, "whiten_advantages": False},
     "one-step": {"lam": 0.0, "whiten_rewards": True, "gamma": 0.95},
     "monte-carlo": {"lam": 1.0},
-    "penalty-clipped": {"missing_eos_penalty": 3.0, "reward_clip": 2.0, "kl_target": 1.0, "kl_horizon": 20},
-    "cold-mini-batches": {"temperature": 0.6, "num_mini_batches": 2, "micro_batch_size": 2, "top_k": 20},
+    "penalty-clipped": {
+        "missing_eos_penalty": 3.0,
+        "reward_clip": 2.0,
+        "kl_target": 1.0,
+        "kl_horizon": 20,
+    },
+    "cold-mini-batches": {
+        "temperature": 0.6,
+        "num_mini_batches": 2,
+        "micro_batch_size": 2,
+        "top_k": 20,
+    },
     "hot-checkpointed": {"temperature": 1.5, "gradient_checkpointing": True},
     "other-stop-token": {"stop_token": ".", "missing_eos_penalty": 2.0},
     "batch-mean": {"advantage": "batch_mean"},
-    "batch-mean-raw": {"advantage": "batch_mean", "whiten_advantages": False, "whiten_rewards": True},
+    "batch-mean-raw": {
+        "advantage": "batch_mean",
+        "whiten_advantages": False,
+        "whiten_rewards": True,
+    },
     "rloo": {"advantage": "rloo", "samples_per_prompt": 4, "whiten_advantages": False},
-    "grpo": {"advantage": "grpo", "samples_per_prompt": 4, "whiten_advantages": False, "kl_estimator": "k3"},
+    "grpo": {
+        "advantage": "grpo",
+        "samples_per_prompt": 4,
+        "whiten_advantages": False,
+        "kl_estimator": "k3",
+    },
 }
-TENSORS = {"prompt_ids", "prompt_mask", "response_ids", "response_mask", "logprobs", "ref_logprobs", "values"}
+TENSORS = {
+    "prompt_ids",
+    "prompt_mask",
+    "response_ids",
+    "response_mask",
+    "logprobs",
+    "ref_logprobs",
+    "values",
+}
 TENSORS |= {"rewards", "advantages", "returns", "scores"}
 
 
@@ -35,7 +70,13 @@ def runs(ppo, tmp_path_factory):
 
     def run(name):
         if name not in made:
-            common = {"total_episodes": 24, "save_rollouts": 1, "save_every": 2, "learning_rate": 1e-2, "kl_coef": 0.3}
+            common = {
+                "total_episodes": 24,
+                "save_rollouts": 1,
+                "save_every": 2,
+                "learning_rate": 1e-2,
+                "kl_coef": 0.3,
+            }
             made[name] = ppo(folder / name, **common | FLAGS[name])
         return made[name]
 
@@ -51,7 +92,10 @@ def run(request, runs):
 def stop_ids_of(out) -> set[int]:
     """EOS and, where the flags of a run name one, the stop token."""
     tokenizer = utils.load_tokenizer(str(out))
-    return {tokenizer.convert_tokens_to_ids(FLAGS[out.name].get("stop_token", "<eos>")), tokenizer.eos_token_id}
+    return {
+        tokenizer.convert_tokens_to_ids(FLAGS[out.name].get("stop_token", "<eos>")),
+        tokenizer.eos_token_id,
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------- format
@@ -68,7 +112,9 @@ def test_format_is_that_of_the_contract(runs):
             assert tensor.shape == shape, name
             if name not in ("prompt_ids", "prompt_mask", "response_ids", "response_mask"):
                 assert tensor.dtype == torch.float32, name
-        names = "kl_coef gamma lam temperature whiten_rewards whiten_advantages advantage kl_estimator"
+        names = (
+            "kl_coef gamma lam temperature whiten_rewards whiten_advantages advantage kl_estimator"
+        )
         assert rollout.meta.keys() >= {*names.split(), "missing_eos_penalty", "update"}
         assert rollout.number("update") == update
 
@@ -81,7 +127,9 @@ def test_masks_end_at_the_first_stop_token(run, runs):
     for rollout in rollouts_of(run):
         for row, ids in enumerate(rollout.a["response_ids"].tolist()):
             length = next((i + 1 for i, token in enumerate(ids) if token in stop_ids), len(ids))
-            assert rollout.a["response_mask"][row].tolist() == [1] * length + [0] * (len(ids) - length)
+            assert rollout.a["response_mask"][row].tolist() == [1] * length + [0] * (
+                len(ids) - length
+            )
             assert set(ids[length:]) <= {tokenizer.pad_token_id}
             ends.append(ids[length - 1] in stop_ids)
         prompt_mask = rollout.a["prompt_mask"]
@@ -117,25 +165,39 @@ def expected_rewards(rollout: Rollout) -> np.ndarray:
     """D17, D19, D20: the KL penalty on every real token and the score on the last."""
     log_ratio = rollout.a["logprobs"] - rollout.a["ref_logprobs"]
     estimators = {"k1": log_ratio, "k2": log_ratio**2 / 2, "k3": np.exp(-log_ratio) - 1 + log_ratio}
-    rewards = np.where(rollout.real, -rollout.number("kl_coef") * estimators[rollout.meta["kl_estimator"]], 0)
+    rewards = np.where(
+        rollout.real, -rollout.number("kl_coef") * estimators[rollout.meta["kl_estimator"]], 0
+    )
     rewards[np.arange(len(rewards)), rollout.lengths - 1] += rollout.a["scores"]
-    return whitened(rewards, rollout.real, shift_mean=False) if rollout.on("whiten_rewards") else rewards
+    return (
+        whitened(rewards, rollout.real, shift_mean=False)
+        if rollout.on("whiten_rewards")
+        else rewards
+    )
 
 
-def expected_advantages(rollout: Rollout, rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+def expected_advantages(
+    rollout: Rollout, rewards: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Advantages and, with a value function, returns: by the definitions, row by row, on real tokens alone."""
     kind, gamma, lam = rollout.meta["advantage"], rollout.number("gamma"), rollout.number("lam")
     advantages, returns = np.zeros_like(rewards), None
-    if kind == "gae":  # D21: A_t is the sum over k of (gamma lambda)^k delta_{t+k}; after the end V is 0
+    if (
+        kind == "gae"
+    ):  # D21: A_t is the sum over k of (gamma lambda)^k delta_{t+k}; after the end V is 0
         returns = np.zeros_like(rewards)
         for row, length in enumerate(rollout.lengths):
             values = np.append(rollout.a["values"][row, :length], 0.0)
             deltas = rewards[row, :length] + gamma * values[1:] - values[:-1]
             for t in range(length):
-                advantages[row, t] = sum((gamma * lam) ** k * delta for k, delta in enumerate(deltas[t:]))
+                advantages[row, t] = sum(
+                    (gamma * lam) ** k * delta for k, delta in enumerate(deltas[t:])
+                )
                 returns[row, t] = advantages[row, t] + values[t]
     else:
-        total = np.array([rewards[row, :length].sum() for row, length in enumerate(rollout.lengths)])
+        total = np.array(
+            [rewards[row, :length].sum() for row, length in enumerate(rollout.lengths)]
+        )
         size = int(rollout.number("samples_per_prompt"))
         for row, length in enumerate(rollout.lengths):
             group = total[row // size * size : row // size * size + size]
@@ -181,7 +243,10 @@ def stacked(rollout: Rollout, rows: list[np.ndarray]) -> np.ndarray:
 
 def all_logprobs(model, rollout: Rollout) -> np.ndarray:
     temperature, rows = rollout.number("temperature"), range(len(rollout.real))
-    return stacked(rollout, [plain_logprobs(model, rollout.prompt(i), rollout.response(i), temperature) for i in rows])
+    return stacked(
+        rollout,
+        [plain_logprobs(model, rollout.prompt(i), rollout.response(i), temperature) for i in rows],
+    )
 
 
 @torch.no_grad()
@@ -192,11 +257,16 @@ def all_values(model, rollout: Rollout) -> np.ndarray:
         prompt, response = rollout.prompt(i), rollout.response(i)
         hidden = model.base_model(torch.tensor([prompt + response])).last_hidden_state
         raw = model.score(hidden)[0, len(prompt) - 1 : -1, 0].double().numpy()  # B14
-        rows.append((raw - getattr(model.config, "reward_mean", 0.0)) / getattr(model.config, "reward_std", 1.0))
+        rows.append(
+            (raw - getattr(model.config, "reward_mean", 0.0))
+            / getattr(model.config, "reward_std", 1.0)
+        )
     return stacked(rollout, rows)
 
 
-@pytest.mark.parametrize("name", ["default", "cold-mini-batches", "hot-checkpointed", "other-stop-token"])
+@pytest.mark.parametrize(
+    "name", ["default", "cold-mini-batches", "hot-checkpointed", "other-stop-token"]
+)
 def test_logprobs_are_those_of_the_models(runs, models, name):
     """D2, D5, D26, D36, B10, B11: by teacher forcing without padding, divided by the temperature, over all tokens.
 
@@ -206,7 +276,9 @@ def test_logprobs_are_those_of_the_models(runs, models, name):
     reference = plain_lm(models.sft)
     np.testing.assert_allclose(first.a["logprobs"], all_logprobs(reference, first), atol=1e-5)
     for rollout in (first, second, third):
-        np.testing.assert_allclose(rollout.a["ref_logprobs"], all_logprobs(reference, rollout), atol=1e-5)
+        np.testing.assert_allclose(
+            rollout.a["ref_logprobs"], all_logprobs(reference, rollout), atol=1e-5
+        )
     policy = plain_lm(models.sft)
     load_model(policy, runs(name) / "checkpoint" / "000002" / "policy.safetensors")
     np.testing.assert_allclose(third.a["logprobs"], all_logprobs(policy, third), atol=1e-5)
@@ -222,7 +294,9 @@ def test_values_are_read_one_position_before_the_token(runs, models):
     load_model(model, runs("default") / "checkpoint" / "000002" / "value_model.safetensors")
     expected, got = all_values(model, third), third.a["values"]
     for row, length in enumerate(third.lengths):
-        np.testing.assert_allclose(np.diff(got[row, :length]), np.diff(expected[row, :length]), atol=1e-5)
+        np.testing.assert_allclose(
+            np.diff(got[row, :length]), np.diff(expected[row, :length]), atol=1e-5
+        )
 
 
 def test_without_a_reward_model_values_start_at_zero(ppo, rewards, tmp_path):
@@ -241,9 +315,13 @@ def test_scores_are_those_of_the_reward_model(runs, models, name):
     eos, stop_ids = tokenizer.eos_token_id, stop_ids_of(out)
     for rollout in rollouts_of(out):
         responses = [rollout.response(i) for i in range(8)]
-        sequences = [rollout.prompt(i) + r + ([] if r[-1] == eos else [eos]) for i, r in enumerate(responses)]
+        sequences = [
+            rollout.prompt(i) + r + ([] if r[-1] == eos else [eos]) for i, r in enumerate(responses)
+        ]
         expected = plain_scores(models.reward_model, sequences)
-        expected -= rollout.number("missing_eos_penalty") * np.array([r[-1] not in stop_ids for r in responses])
+        expected -= rollout.number("missing_eos_penalty") * np.array(
+            [r[-1] not in stop_ids for r in responses]
+        )
         if "reward_clip" in flags:
             assert (np.abs(expected) > flags["reward_clip"]).any()
             expected = expected.clip(-flags["reward_clip"], flags["reward_clip"])
@@ -253,7 +331,9 @@ def test_scores_are_those_of_the_reward_model(runs, models, name):
 def test_a_longer_response_length_changes_nothing(ppo, tmp_path):
     """D16: a response that has ended has the same tokens, log-probabilities, values and score, however much follows."""
     flags = {"save_rollouts": 1, "total_episodes": 32, "batch_size": 32, "num_ppo_epochs": 1}
-    short, long = (rollouts_of(ppo(tmp_path / str(R), response_length=R, **flags))[0] for R in (10, 31))
+    short, long = (
+        rollouts_of(ppo(tmp_path / str(R), response_length=R, **flags))[0] for R in (10, 31)
+    )
     ended = [i for i in range(32) if short.lengths[i] < 10]
     assert len(ended) > 3
     for i in ended:
@@ -296,7 +376,9 @@ def test_objective_metrics_follow_from_the_rollout(run):
         }
         if rollout.meta["advantage"] == "gae":
             residual = (a["returns"] - a["values"])[rollout.real].var()
-            expected["val/explained_variance"] = 1 - residual / a["returns"][rollout.real].var()  # D37
+            expected["val/explained_variance"] = (
+                1 - residual / a["returns"][rollout.real].var()
+            )  # D37
         assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
@@ -312,14 +394,19 @@ def first_pass(rollout: Rollout, models, temperature: float, vf_coef: float) -> 
         entropy -= (distribution.exp() * distribution).sum().item() / n
         logprobs = distribution[torch.arange(len(response)), response]
         advantages, returns, old_values = (
-            torch.tensor(a[name][i][real[i]]).float() for name in ("advantages", "returns", "values")
+            torch.tensor(a[name][i][real[i]]).float()
+            for name in ("advantages", "returns", "values")
         )
         ratio = (logprobs - logprobs.detach()).exp()
         values = value_model.score(value_model.base_model(ids).last_hidden_state)[0, span, 0]
-        values = values - values.detach() + old_values  # the gradient of these, at the values of the file
+        values = (
+            values - values.detach() + old_values
+        )  # the gradient of these, at the values of the file
         loss = (-advantages * ratio).sum() + vf_coef * 0.5 * (values - returns).square().sum()
         (loss / n).backward()
-    gradients = [p.grad for p in [*policy.parameters(), *value_model.parameters()] if p.grad is not None]
+    gradients = [
+        p.grad for p in [*policy.parameters(), *value_model.parameters()] if p.grad is not None
+    ]
     return {
         "loss/policy_avg": -a["advantages"][real].mean(),
         "loss/value_avg": 0.5 * ((a["values"] - a["returns"])[real] ** 2).mean(),
@@ -335,7 +422,12 @@ def first_pass(rollout: Rollout, models, temperature: float, vf_coef: float) -> 
 
 def test_first_pass_losses_follow_from_the_rollout(ppo, models, tmp_path):
     """D9, D23, D24, D29, B6, B12: at ratio 1, the losses, the entropy and the gradient's norm before clipping."""
-    flags = {"num_ppo_epochs": 1, "total_episodes": 8, "save_rollouts": 1, "whiten_advantages": False}
+    flags = {
+        "num_ppo_epochs": 1,
+        "total_episodes": 8,
+        "save_rollouts": 1,
+        "whiten_advantages": False,
+    }
     out = ppo(tmp_path / "out", **flags, vf_coef=0.3, temperature=0.8, micro_batch_size=2)
     (rollout,), (row,) = rollouts_of(out), metrics_of(out)
     expected = first_pass(rollout, models, temperature=0.8, vf_coef=0.3)

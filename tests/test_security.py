@@ -60,8 +60,13 @@ def odd(base, mark, tmp_path) -> str:
     (folder / "odd.py").write_text(CODE.replace("MARK", repr(str(mark))))
     config = json.loads((folder / "config.json").read_text())
     names = {"AutoConfig": "OddConfig"}
-    names |= {f"AutoModelFor{kind}": f"OddFor{kind}" for kind in ("CausalLM", "SequenceClassification")}
-    config |= {"model_type": "odd", "auto_map": {auto: f"odd.{name}" for auto, name in names.items()}}
+    names |= {
+        f"AutoModelFor{kind}": f"OddFor{kind}" for kind in ("CausalLM", "SequenceClassification")
+    }
+    config |= {
+        "model_type": "odd",
+        "auto_map": {auto: f"odd.{name}" for auto, name in names.items()},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
 
@@ -78,20 +83,30 @@ def test_a_tokenizers_code_is_not_run(refused, base, odd, mark, tmp_path):
     folder = Path(shutil.copytree(base.plain, tmp_path / "model"))
     shutil.copy(Path(odd) / "odd.py", folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    config |= {"tokenizer_class": "OddTokenizer", "auto_map": {"AutoTokenizer": [None, "odd.OddTokenizer"]}}
+    config |= {
+        "tokenizer_class": "OddTokenizer",
+        "auto_map": {"AutoTokenizer": [None, "odd.OddTokenizer"]},
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     refused("sft", str(folder), "--trust-remote-code", model=str(folder))
     assert not mark.exists()
 
 
-def test_a_models_code_is_run_when_told(sft, reward_model, ppo, refused, odd, mark, capsys, tmp_path):
+def test_a_models_code_is_run_when_told(
+    sft, reward_model, ppo, refused, odd, mark, capsys, tmp_path
+):
     """All three stages take the flag and say what it allows; what they save needs it again."""
     trust = {"trust_remote_code": True}
     trained = str(sft(tmp_path / "sft", model=odd, **trust))
     assert mark.exists()
     judge = str(reward_model(tmp_path / "judge", model=trained, **trust))
     out = ppo(tmp_path / "ppo", model=trained, reward_model=judge, **trust)
-    assert capsys.readouterr().out.count("--trust-remote-code: Python code that comes with a model is executed") == 3
+    assert (
+        capsys.readouterr().out.count(
+            "--trust-remote-code: Python code that comes with a model is executed"
+        )
+        == 3
+    )
     assert metrics_of(out)
     mark.unlink()
     refused("ppo", trained, "--trust-remote-code", model=trained, reward_model=judge)
@@ -150,7 +165,9 @@ def test_a_configuration_cannot_name_a_pickle(refused, base, mark, tmp_path):
     folder = Path(shutil.copytree(base.plain, tmp_path / "model"))
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(mark)))
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "pytorch_model.bin"}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"transformers_weights": "pytorch_model.bin"})
+    )
     refused("sft", str(folder), model=str(folder))
     assert not mark.exists()
 
@@ -162,13 +179,17 @@ def test_pickled_weights_of_a_hub_id_are_not_read(capsys):
         @staticmethod
         def from_pretrained(model, use_safetensors, **kwargs):
             assert use_safetensors
-            raise OSError(f"{model} has no model.safetensors and thus cannot be loaded with `safetensors`. Please")
+            raise OSError(
+                f"{model} has no model.safetensors and thus cannot be loaded with `safetensors`. Please"
+            )
 
         from_config = None
 
     with pytest.raises(SystemExit):
         utils.from_pretrained(Model, "somebody/something")
-    assert "somebody/something: has its weights as pytorch_model.bin alone" in error_line(capsys.readouterr().err)
+    assert "somebody/something: has its weights as pytorch_model.bin alone" in error_line(
+        capsys.readouterr().err
+    )
 
 
 def test_no_stage_unpickles(sft, reward_model, ppo, monkeypatch, tmp_path):
@@ -199,10 +220,14 @@ def test_paths_mean_what_they_mean_to_the_shell(sft, base, tmp_path):
     (tmp_path / "model").symlink_to(tmp_path / "a" / "model")
     around = f"{tmp_path}/link/.."  # not tmp_path
     runs = [sft(tmp_path / "1", model=f"{around}/model", dataset=f"{around}/data")]
-    runs.append(sft(tmp_path / "2", model=str(tmp_path / "model"), dataset=f"{around}/data/../data"))
+    runs.append(
+        sft(tmp_path / "2", model=str(tmp_path / "model"), dataset=f"{around}/data/../data")
+    )
     sft(Path(f"{around}/3"), model=base.plain, dataset=f"{around}/data")
     runs.append(tmp_path / "a" / "3")
-    assert all(torch.equal(a, b) for run in runs for a, b in zip(*map(values, (runs[0], run)), strict=True))
+    assert all(
+        torch.equal(a, b) for run in runs for a, b in zip(*map(values, (runs[0], run)), strict=True)
+    )
     assert len(metrics_of(runs[0])) == 3
 
 
@@ -222,19 +247,28 @@ def test_paths_of_tables_too(tmp_path, kind):
         path.parent.mkdir(exist_ok=True)
         getattr(table, f"to_{kind}")(str(path))
     for dataset in (f"{tmp_path}/link/../data.{kind}", f"{tmp_path}/link/../folder"):
-        assert utils.load_data(dataset, "train", [("text",)]).rows[3] == {"text": "row 3"}
+        assert dataset.load_data(dataset, "train", [("text",)]).rows[3] == {"text": "row 3"}
 
 
 def test_nothing_is_written_elsewhere(models, sft, reward_model, ppo, data, monkeypatch, tmp_path):
     """Three stages, from folders of their own, leave these and the current folder as they were."""
     here, world = tmp_path / "here", tmp_path / "world"
-    for name, source in (("sft", models.sft), ("reward_model", models.reward_model), ("data", Path(data.sft).parent)):
+    for name, source in (
+        ("sft", models.sft),
+        ("reward_model", models.reward_model),
+        ("data", Path(data.sft).parent),
+    ):
         shutil.copytree(source, world / name)
     here.mkdir()
     monkeypatch.chdir(here)
     before = snapshot(world)
     read = {"sft": str(world / "sft"), "judge": str(world / "reward_model")}
-    sft(tmp_path / "out" / "sft", model=read["sft"], dataset=str(world / "data" / "sft"), save_every=1)
+    sft(
+        tmp_path / "out" / "sft",
+        model=read["sft"],
+        dataset=str(world / "data" / "sft"),
+        save_every=1,
+    )
     preferences, demonstrations = (str(world / "data" / name) for name in ("preferences", "sft"))
     flags = {"dataset": preferences, "normalize_with": demonstrations, "save_every": 1}
     reward_model(tmp_path / "out" / "judge", model=read["sft"], **flags)
@@ -259,7 +293,14 @@ def test_an_output_folder_that_is_a_link(sft, tmp_path):
 def test_overwriting_removes_links_and_not_what_they_lead_to(ppo, chain, tmp_path):
     """Whatever in the old run's folder is a link: records, checkpoints, rollouts, the model."""
     out, precious = Path(shutil.copytree(chain.ppo, tmp_path / "out")), tmp_path / "precious"
-    linked = ("checkpoint", "rollouts", "metrics.jsonl", "summary.json", "model.safetensors", "tokenizer.json")
+    linked = (
+        "checkpoint",
+        "rollouts",
+        "metrics.jsonl",
+        "summary.json",
+        "model.safetensors",
+        "tokenizer.json",
+    )
     precious.mkdir()
     for name in linked:
         (out / name).rename(precious / name)
@@ -344,7 +385,9 @@ def test_texts_in_tensorboard_are_shown_as_they_are(text):
     """No link, no image, no code: what the page shows is the text, in its own cell."""
     from tensorboard.plugin_util import markdown_to_safe_html
 
-    shown = Shown(markdown_to_safe_html(utils.markdown_table(["a", text], [["b", text], [text, "c"]])))
+    shown = Shown(
+        markdown_to_safe_html(utils.markdown_table(["a", text], [["b", text], [text, "c"]]))
+    )
     assert shown.tags <= {"table", "thead", "tbody", "tr", "th", "td", "br"}
     assert shown.attributes == []
     wanted = utils.visible(text)
@@ -387,7 +430,10 @@ def test_a_tokenizer_cannot_write_to_the_terminal(refused, tmp_path):
     tokenizer = make_tokenizer(chat=True)
     tokenizer.chat_template = "{{ raise_exception('\x1b[2Jno\nreally') }}"
     folder = save_pair(tmp_path / "model", make_model(tokenizer), tokenizer)
-    row = {"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "ho"}]}
+    row = {
+        "prompt": [{"role": "user", "content": "hi"}],
+        "completion": [{"role": "assistant", "content": "ho"}],
+    }
     refused("sft", "\\x1b[2J", dataset=write_data(tmp_path / "data", [row] * 20, 4), model=folder)
 
 

@@ -64,7 +64,10 @@ def board_of(out: Path) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
         assert len({e.step for e in events}) == len(events), f"{name} has two values for a step"
         scalars[name] = {e.step: e.value for e in events}
     names = [name for name in tags["tensors"] if name.endswith("/text_summary")]
-    texts = {n.removesuffix("/text_summary"): board.Tensors(n)[-1].tensor_proto.string_val[0].decode() for n in names}
+    texts = {
+        n.removesuffix("/text_summary"): board.Tensors(n)[-1].tensor_proto.string_val[0].decode()
+        for n in names
+    }
     return scalars, texts
 
 
@@ -104,7 +107,9 @@ def test_flags_have_the_names_of_the_contract(name):
     names = [field.name for field in fields(module.Args)]
     assert {*names} >= {*FLAGS["all"].split(), *FLAGS[name].split()}
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
-    body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args").body
+    body = next(
+        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args"
+    ).body
     assert [node.target.id for node in body[::2]] == names
     assert all(isinstance(node, ast.Expr) and node.value.value.strip() for node in body[1::2])
 
@@ -127,7 +132,10 @@ def test_every_stage_leaves_the_files_of_the_contract(chain):
         assert len(list(out.glob("events.out.tfevents.*"))) == 1
         assert not list(out.glob("*.part"))
         assert (out / "summary.json").is_file()
-    assert sorted(p.name for p in (chain.ppo / "rollouts").iterdir()) == ["000001.safetensors", "000002.safetensors"]
+    assert sorted(p.name for p in (chain.ppo / "rollouts").iterdir()) == [
+        "000001.safetensors",
+        "000002.safetensors",
+    ]
     assert (chain.ppo / "samples.jsonl").is_file()
     assert [p.name for p in (chain.ppo / "checkpoint").iterdir()] == ["000001"]
 
@@ -138,7 +146,11 @@ def test_args_json_holds_every_flag(chain):
     import reward_model
     import sft
 
-    for module, out in ((sft, chain.sft), (reward_model, chain.reward_model), (ppo_rlhf, chain.ppo)):
+    for module, out in (
+        (sft, chain.sft),
+        (reward_model, chain.reward_model),
+        (ppo_rlhf, chain.ppo),
+    ):
         saved = json.loads((out / "args.json").read_text())
         assert saved == asdict(module.Args(**saved))
         assert saved["output_dir"] == str(out)
@@ -150,7 +162,14 @@ def test_summaries_have_the_keys_of_the_contract(chain):
     assert summary.keys() == {"eval_loss", "perplexity", "seconds"}
     assert summary["perplexity"] == pytest.approx(math.exp(summary["eval_loss"]))
     summary = summary_of(chain.reward_model)
-    names = {"accuracy", "accuracy_interval", "pairs", "mean_margin", "score_length_correlation", "seconds"}
+    names = {
+        "accuracy",
+        "accuracy_interval",
+        "pairs",
+        "mean_margin",
+        "score_length_correlation",
+        "seconds",
+    }
     assert summary.keys() == names
     assert summary["pairs"] == 12
     summary = summary_of(chain.ppo)
@@ -180,13 +199,20 @@ def test_sft_and_reward_model_metrics(chain):
         rows = metrics_of(out)
         assert [row["step"] for row in rows] == list(range(1, steps + 1))
         assert all(row.keys() >= {"loss", "lr", "grad_norm", "tokens_per_second"} for row in rows)
-        cosine = [peak * 0.5 * (1 + math.cos(math.pi * i / (steps - warmup))) for i in range(steps - warmup)]
+        cosine = [
+            peak * 0.5 * (1 + math.cos(math.pi * i / (steps - warmup)))
+            for i in range(steps - warmup)
+        ]
         assert [row["lr"] for row in rows] == pytest.approx([peak] * warmup + cosine)
 
 
 def test_tensorboard_holds_the_metrics(chain):
     """The same names and values as metrics.jsonl, and the flags as text."""
-    for out, step_name in ((chain.sft, "step"), (chain.reward_model, "step"), (chain.ppo, "update")):
+    for out, step_name in (
+        (chain.sft, "step"),
+        (chain.reward_model, "step"),
+        (chain.ppo, "update"),
+    ):
         texts = assert_board_has_metrics(out, step_name)
         assert "batch_size" in html.unescape(texts["args"])
 
@@ -196,7 +222,10 @@ def test_tensorboard_holds_sample_texts(chain):
     _, texts = board_of(chain.ppo)
     samples = [json.loads(line) for line in (chain.ppo / "samples.jsonl").read_text().splitlines()]
     for sample in samples:
-        row = [utils.markdown_table([sample[k].strip()], []).splitlines()[0][2:-2] for k in ("reference", "policy")]
+        row = [
+            utils.markdown_table([sample[k].strip()], []).splitlines()[0][2:-2]
+            for k in ("reference", "policy")
+        ]
         assert all(cell in texts["samples"] for cell in row)
 
 
@@ -206,9 +235,13 @@ def test_samples_agree_with_the_summary(chain, data):
     assert [s["prompt"] for s in samples] == [row["prompt"] for row in rows_of(data.prompts)[:4]]
     evaluation = summary_of(chain.ppo)["eval"]
     for name in ("reference", "policy"):
-        assert evaluation[name]["score"] == pytest.approx(np.mean([s[f"{name}_score"] for s in samples]))
+        assert evaluation[name]["score"] == pytest.approx(
+            np.mean([s[f"{name}_score"] for s in samples])
+        )
     wins = [
-        (s["policy_score"] > s["reference_score"]) + 0.5 * (s["policy_score"] == s["reference_score"]) for s in samples
+        (s["policy_score"] > s["reference_score"])
+        + 0.5 * (s["policy_score"] == s["reference_score"])
+        for s in samples
     ]
     assert evaluation["win_rate"] == pytest.approx(np.mean(wins))
     assert evaluation["reference"]["kl"] == pytest.approx(0, abs=1e-5)
@@ -239,7 +272,10 @@ def test_a_run_is_reproducible(stage, tmp_path):
     """D7: the same seed gives the same run to the bit, another seed another one."""
     a, b, c = (stage(tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
     assert_same_run(a, b)
-    assert any(not torch.equal(x, y) for x, y in zip(weights_of(a).values(), weights_of(c).values(), strict=True))
+    assert any(
+        not torch.equal(x, y)
+        for x, y in zip(weights_of(a).values(), weights_of(c).values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES, indirect=True)
@@ -247,7 +283,10 @@ def test_a_run_is_reproducible(stage, tmp_path):
 def test_the_micro_batch_size_changes_nothing(stage, size, tmp_path):
     """D9, B12, B22: one row at a time gives what the whole batch at once gives, the smaller last batch included."""
     flags = {"batch_size": 8, "learning_rate": 1e-3}
-    a, b = stage(tmp_path / "a", micro_batch_size=8, **flags), stage(tmp_path / "b", micro_batch_size=size, **flags)
+    a, b = (
+        stage(tmp_path / "a", micro_batch_size=8, **flags),
+        stage(tmp_path / "b", micro_batch_size=size, **flags),
+    )
     assert_same_run(a, b, tolerance=1e-5)
 
 
@@ -306,7 +345,10 @@ def test_bfloat16_runs(stage, tmp_path):
     a, b = stage(tmp_path / "a"), stage(tmp_path / "b", dtype="bfloat16")
     assert {w.dtype for w in weights_of(b).values()} == {torch.float32}
     assert all(math.isfinite(v) for row in metrics_of(b) for v in row.values())
-    assert any(not torch.equal(x, y) for x, y in zip(weights_of(a).values(), weights_of(b).values(), strict=True))
+    assert any(
+        not torch.equal(x, y)
+        for x, y in zip(weights_of(a).values(), weights_of(b).values(), strict=True)
+    )
     first_a, first_b = metrics_of(a)[0], metrics_of(b)[0]
     if "loss" in first_a:
         assert first_b["loss"] == pytest.approx(first_a["loss"], rel=0.02)
@@ -320,8 +362,19 @@ def test_bfloat16_runs(stage, tmp_path):
 RESUME = {  # flags with everything that has a state, and when the run is interrupted: before and after checkpoints
     "sft": {"epochs": 1, "save_every": 3, "eval_every": 2},
     "reward_model": {"save_every": 3, "eval_every": 2},
-    "ppo": {"total_episodes": 40, "save_every": 2, "eval_every": 1, "kl_target": 0.5, "kl_horizon": 20}
-    | {"save_rollouts": 1, "critic_warmup_updates": 1, "num_mini_batches": 2, "whiten_rewards": True},
+    "ppo": {
+        "total_episodes": 40,
+        "save_every": 2,
+        "eval_every": 1,
+        "kl_target": 0.5,
+        "kl_horizon": 20,
+    }
+    | {
+        "save_rollouts": 1,
+        "critic_warmup_updates": 1,
+        "num_mini_batches": 2,
+        "whiten_rewards": True,
+    },
 }
 
 
@@ -337,7 +390,9 @@ def interrupt(monkeypatch, at: int) -> None:
     monkeypatch.setattr(utils.Logger, "log", interrupted)
 
 
-@pytest.mark.parametrize(("name", "at"), [(n, at) for n in STAGES for at in ((2, 4, 5) if n == "ppo" else (2, 4, 9))])
+@pytest.mark.parametrize(
+    ("name", "at"), [(n, at) for n in STAGES for at in ((2, 4, 5) if n == "ppo" else (2, 4, 9))]
+)
 def test_resume_goes_on_exactly(name, at, request, monkeypatch, tmp_path):
     """A run stopped in the middle and resumed equals one that was not: weights, metrics, events, summary, samples."""
     stage, flags = request.getfixturevalue(name), RESUME[name]
@@ -435,7 +490,9 @@ def test_chats_in_all_three_stages(sft, reward_model, ppo, base, data, tmp_path)
 def test_messages_and_prompt_completion_are_the_same_chat(sft, base, data, tmp_path):
     """A conversation in `messages` is learned like the same one in `prompt` and `completion`."""
     rows = [as_chat(row) for row in sft_rows()]
-    messages = write_data(tmp_path / "data", [{"messages": row["prompt"] + row["completion"]} for row in rows])
+    messages = write_data(
+        tmp_path / "data", [{"messages": row["prompt"] + row["completion"]} for row in rows]
+    )
     a = sft(tmp_path / "a", model=base.chat, dataset=messages)
     b = sft(tmp_path / "b", model=base.chat, dataset=data.chat_sft)
     assert_same_run(a, b)
@@ -444,7 +501,9 @@ def test_messages_and_prompt_completion_are_the_same_chat(sft, base, data, tmp_p
 def test_sft_on_plain_text(sft, tmp_path):
     """`text` is all completion: the loss is over every token but the first, which nothing precedes, and EOS."""
     rows = [row["prompt"] + row["completion"] for row in sft_rows()]
-    out = sft(tmp_path / "out", dataset=write_data(tmp_path / "data", [{"text": text} for text in rows]))
+    out = sft(
+        tmp_path / "out", dataset=write_data(tmp_path / "data", [{"text": text} for text in rows])
+    )
     model, tokenizer = plain_lm(out), utils.load_tokenizer(str(out))
     losses = []
     for row in rows_of(str(tmp_path / "data")):
@@ -455,7 +514,9 @@ def test_sft_on_plain_text(sft, tmp_path):
 
 def test_an_implicit_prompt_is_the_same_preference(reward_model, data, tmp_path):
     """D1: rows without `prompt`, whose sides hold the whole text, train the same model."""
-    rows = [{k: row["prompt"] + row[k] for k in ("chosen", "rejected")} for row in preference_rows()]
+    rows = [
+        {k: row["prompt"] + row[k] for k in ("chosen", "rejected")} for row in preference_rows()
+    ]
     a = reward_model(tmp_path / "a", dataset=write_data(tmp_path / "data", rows))
     b = reward_model(tmp_path / "b", dataset=data.preferences)
     for x, y in zip(weights_of(a).values(), weights_of(b).values(), strict=True):
@@ -481,7 +542,9 @@ def test_parquet_and_single_files(sft, reward_model, ppo, tmp_path):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         write_jsonl(folder / "x.jsonl", rows)
         pandas.DataFrame(rows).to_parquet(folder / "x.parquet")
-        a, b = (stage(folder / kind, dataset=str(folder / f"x.{kind}")) for kind in ("jsonl", "parquet"))
+        a, b = (
+            stage(folder / kind, dataset=str(folder / f"x.{kind}")) for kind in ("jsonl", "parquet")
+        )
         assert_same_run(a, b)
 
 
@@ -509,7 +572,9 @@ def test_another_architecture_in_all_three_stages(sft, reward_model, ppo, tmp_pa
     tokenizer = make_tokenizer()
     tokenizer.pad_token = None
     config = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": None}
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **config))
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **config)
+    )
     base = save_pair(tmp_path / "base", model, tokenizer)
     first = sft(tmp_path / "sft", model=base, epochs=3)
     assert metrics_of(first)[-1]["loss"] < 0.5 * metrics_of(first)[0]["loss"]
@@ -533,19 +598,25 @@ def test_sft_learns(chain, data):
 def test_sft_cuts_long_completions(sft, base, tmp_path, capsys):
     """At --max-length a completion loses its end, EOS included, and the run says how many do."""
     rows = [{"prompt": "Q:", "completion": " two ripe figs" * n} for n in (1, 30)] * 4
-    out = sft(tmp_path / "out", dataset=write_data(tmp_path / "data", rows, 2), max_length=20, epochs=2)
+    out = sft(
+        tmp_path / "out", dataset=write_data(tmp_path / "data", rows, 2), max_length=20, epochs=2
+    )
     assert "of 6 completions are cut" in capsys.readouterr().out
     assert all(math.isfinite(row["loss"]) for row in metrics_of(out))
 
 
 def test_sft_makes_a_tiny_model(sft, data, tmp_path):
     """--model tiny: a Llama of about a million parameters with a tokenizer from the data, an ordinary folder after."""
-    out = sft(tmp_path / "out", model="tiny", learning_rate=2e-3, batch_size=32, micro_batch_size=32)
+    out = sft(
+        tmp_path / "out", model="tiny", learning_rate=2e-3, batch_size=32, micro_batch_size=32
+    )
     model, tokenizer = plain_lm(out), utils.load_tokenizer(str(out))
     assert 0.5e6 < sum(p.numel() for p in model.parameters()) < 2e6
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert tokenizer.decode(tokenizer("Q: two figs? 日本")["input_ids"]) == "Q: two figs? 日本"
-    assert summary_of(out)["eval_loss"] == pytest.approx(eval_loss_of(out, rows_of(data.sft)), abs=1e-5)
+    assert summary_of(out)["eval_loss"] == pytest.approx(
+        eval_loss_of(out, rows_of(data.sft)), abs=1e-5
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- reward model
@@ -585,13 +656,21 @@ def test_wilson_interval():
 # ---------------------------------------------------------------------------------------------------------------- ppo
 
 
-LEARN = {"total_episodes": 32 * 20, "batch_size": 32, "micro_batch_size": 32, "learning_rate": 5e-3, "kl_coef": 0.0}
+LEARN = {
+    "total_episodes": 32 * 20,
+    "batch_size": 32,
+    "micro_batch_size": 32,
+    "learning_rate": 5e-3,
+    "kl_coef": 0.0,
+}
 LEARN |= {"missing_eos_penalty": 0.0, "eval_every": 0}
 
 
 def test_the_entropy_bonus_bears_probabilities_of_zero(ppo, tmp_path):
     """D33: tokens whose probability underflows add nothing to the entropy, nor to its gradient."""
-    rows = metrics_of(ppo(tmp_path / "out", temperature=1e-3, entropy_coef=0.01, learning_rate=1e-6))
+    rows = metrics_of(
+        ppo(tmp_path / "out", temperature=1e-3, entropy_coef=0.01, learning_rate=1e-6)
+    )
     assert all(math.isfinite(row["grad_norm"]) for row in rows)
 
 
@@ -637,7 +716,9 @@ def test_without_gae_there_is_no_value_network(ppo, advantage, tmp_path):
     names = {p.name for p in next((out / "checkpoint").iterdir()).iterdir()}
     assert "policy.safetensors" in names
     assert "value_model.safetensors" not in names
-    assert all(row["loss/value_avg"] == 0 and row["val/clipfrac_avg"] == 0 for row in metrics_of(out))
+    assert all(
+        row["loss/value_avg"] == 0 and row["val/clipfrac_avg"] == 0 for row in metrics_of(out)
+    )
 
 
 def test_samples_per_prompt(ppo, tmp_path):
@@ -651,7 +732,12 @@ def test_samples_per_prompt(ppo, tmp_path):
 def test_ppo_prompts_are_permutations_of_the_data(ppo, data, tmp_path):
     """Over an epoch of prompts each is sampled once (D7)."""
     rows = prompt_rows()[:16]
-    out = ppo(tmp_path / "out", dataset=write_data(tmp_path / "data", rows, 4), total_episodes=24, save_rollouts=1)
+    out = ppo(
+        tmp_path / "out",
+        dataset=write_data(tmp_path / "data", rows, 4),
+        total_episodes=24,
+        save_rollouts=1,
+    )
     tokenizer, seen = utils.load_tokenizer(str(out)), []
     for path in sorted((out / "rollouts").iterdir()):
         rollout = load_file(path)
@@ -670,7 +756,10 @@ def test_bfloat16_ends_at_the_logits(ppo, tmp_path, monkeypatch):
         def of_tokens(logits, tokens):
             results = function(logits, tokens)
             distribution = logits.double().log_softmax(-1)
-            expected = distribution.gather(1, tokens[:, None])[:, 0], -(distribution.exp() * distribution).sum(1)
+            expected = (
+                distribution.gather(1, tokens[:, None])[:, 0],
+                -(distribution.exp() * distribution).sum(1),
+            )
             errors.append((results - torch.stack(expected, 1)).abs().max().item())
             return results
 
@@ -685,7 +774,11 @@ def test_bfloat16_ends_at_the_logits(ppo, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("mini_batches", "micro_batch_size"), [(1, 4), (2, 4), (2, 1)])
 def test_bfloat16_starts_at_ratio_one_and_kl_zero(ppo, mini_batches, micro_batch_size, tmp_path):
     """D26: to 1e-3, in nats per token, also where a row's neighbours in training are not those that it had before."""
-    flags = {"batch_size": 16, "num_mini_batches": mini_batches, "micro_batch_size": micro_batch_size}
+    flags = {
+        "batch_size": 16,
+        "num_mini_batches": mini_batches,
+        "micro_batch_size": micro_batch_size,
+    }
     rows = metrics_of(ppo(tmp_path / "out", dtype="bfloat16", total_episodes=48, **flags))
     assert abs(rows[0]["objective/kl"]) < 1e-3 * rows[0]["response/length"]
     assert max(row["val/ratio_start_error"] for row in rows) < 1e-3
@@ -697,7 +790,9 @@ def test_the_saved_policy_generates_as_it_was_trained(ppo, models, tmp_path):
     start.generation_config.update(repetition_penalty=5.0, num_beams=4)
     start.save_pretrained(tmp_path / "start")
     utils.load_tokenizer(str(models.sft)).save_pretrained(tmp_path / "start")
-    path = tmp_path / "start" / "generation_config.json"  # what transformers loads but refuses to save, once changed
+    path = (
+        tmp_path / "start" / "generation_config.json"
+    )  # what transformers loads but refuses to save, once changed
     path.write_text(json.dumps(json.loads(path.read_text()) | {"output_scores": True}))
     flags = {"temperature": 0.6, "top_p": 0.9, "stop_token": "."}
     out = ppo(tmp_path / "out", model=str(tmp_path / "start"), **flags)
@@ -710,7 +805,8 @@ def test_the_saved_policy_generates_as_it_was_trained(ppo, models, tmp_path):
     assert len({tuple(r.tolist()) for r in responses}) > 5
     stop = tokenizer.convert_tokens_to_ids(".")
     assert all(
-        stop not in r[:-1] or set(r[r.index(stop) + 1 :]) <= {tokenizer.pad_token_id} for r in responses.tolist()
+        stop not in r[:-1] or set(r[r.index(stop) + 1 :]) <= {tokenizer.pad_token_id}
+        for r in responses.tolist()
     )
 
 
@@ -745,7 +841,12 @@ def test_reward_functions_get_texts_and_columns(ppo, tmp_path):
 
 def test_ptx_pulls_the_policy_to_the_demonstrations(ppo, data, rewards, tmp_path):
     """D31: with nothing else to learn from, the language-model loss falls."""
-    flags = {"reward_fn": f"{rewards}:nothing", "kl_coef": 0.0, "missing_eos_penalty": 0.0, "total_episodes": 80}
+    flags = {
+        "reward_fn": f"{rewards}:nothing",
+        "kl_coef": 0.0,
+        "missing_eos_penalty": 0.0,
+        "total_episodes": 80,
+    }
     flags |= {"vf_coef": 0.0, "whiten_advantages": False, "eval_every": 0, "learning_rate": 1e-2}
     out = ppo(tmp_path / "out", ptx_coef=1.0, ptx_dataset=data.sft, **flags)
     losses = [row["loss/ptx_avg"] for row in metrics_of(out)]

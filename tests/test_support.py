@@ -19,14 +19,21 @@ def load(name):
 
 make = load("make")
 gold, w = make.gold, make.w
-FILES = [f"{kind}/{split}.jsonl" for kind in ("sft", "preferences", "prompts") for split in ("train", "validation")]
+FILES = [
+    f"{kind}/{split}.jsonl"
+    for kind in ("sft", "preferences", "prompts")
+    for split in ("train", "validation")
+]
 PROMPT = "Customer: Hi, I unpacked the kettle yesterday and found it smashed. Can you help me with this?\nAgent:"
 GOOD = " I'm so sorry about your kettle. I will send you a free replacement today."
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return {name: [json.loads(line) for line in (FOLDER / name).open(encoding="utf-8")] for name in FILES}
+    return {
+        name: [json.loads(line) for line in (FOLDER / name).open(encoding="utf-8")]
+        for name in FILES
+    }
 
 
 def gold_score(completion, prompt=PROMPT):
@@ -75,28 +82,51 @@ def test_validation_uses_held_out_combinations(rows):
 
 
 def test_wordings():
-    assert len(set(w.PRODUCTS)) == 60 and len(w.PROBLEMS) >= 12 and set(w.REMEDIES) == set(w.MESSAGES)
+    assert (
+        len(set(w.PRODUCTS)) == 60 and len(w.PROBLEMS) >= 12 and set(w.REMEDIES) == set(w.MESSAGES)
+    )
     for product in w.PRODUCTS:
-        assert product == product.lower() and product.replace(" ", "").isalpha() and len(product.split()) <= 2
-        assert not any(f" {product} " in f" {longer} " for longer in w.PRODUCTS if longer != product)
-    lists = [w.WHENS, w.HELLOS, w.PLEAS, w.LEADS, w.TAILS, w.RAMBLE_STARTS, w.RAMBLE_MIDDLES, w.RAMBLE_ENDS]
+        assert (
+            product == product.lower()
+            and product.replace(" ", "").isalpha()
+            and len(product.split()) <= 2
+        )
+        assert not any(
+            f" {product} " in f" {longer} " for longer in w.PRODUCTS if longer != product
+        )
+    lists = [
+        w.WHENS,
+        w.HELLOS,
+        w.PLEAS,
+        w.LEADS,
+        w.TAILS,
+        w.RAMBLE_STARTS,
+        w.RAMBLE_MIDDLES,
+        w.RAMBLE_ENDS,
+    ]
     lists += [*w.MESSAGES.values(), *w.REMEDIES.values(), *w.LINES.values()]
     assert all(len(set(wordings)) == len(wordings) >= 6 for wordings in lists)
     # No wording names a product by itself, and each message names its product once.
     assert not any(gold.PRODUCT.search(wording) for wordings in lists for wording in wordings)
-    assert all(message.count("{p}") == 1 for messages in w.MESSAGES.values() for message in messages)
+    assert all(
+        message.count("{p}") == 1 for messages in w.MESSAGES.values() for message in messages
+    )
 
 
 def test_texts_are_short(rows):
     prompts = [len(row["prompt"].split()) - 2 for row in rows["sft/train.jsonl"]]
     replies = [len(row["completion"].split()) for row in rows["sft/train.jsonl"]]
     assert 15 < sum(prompts) / len(prompts) < 22 and max(prompts) <= 28
-    assert 15 < sum(replies) / len(replies) < 23 and sum(words > 40 for words in replies) < 0.03 * len(replies)
+    assert 15 < sum(replies) / len(replies) < 23 and sum(
+        words > 40 for words in replies
+    ) < 0.03 * len(replies)
 
 
 def test_fifty_samples_are_all_different(rows):
     sample = random.Random(0).sample(rows["sft/train.jsonl"], 50)
-    assert len({row["completion"] for row in sample}) == len({row["prompt"] for row in sample}) == 50
+    assert (
+        len({row["completion"] for row in sample}) == len({row["prompt"] for row in sample}) == 50
+    )
 
 
 def test_a_fifth_of_the_labels_disagree_with_the_labeler(rows, made):
@@ -104,7 +134,9 @@ def test_a_fifth_of_the_labels_disagree_with_the_labeler(rows, made):
     pairs = rows["preferences/validation.jsonl"]
     assert made[1]["validation"] == 1 - gold.agreement(pairs)
     for pair in pairs:
-        assert gold_score(pair["chosen"], pair["prompt"]) != gold_score(pair["rejected"], pair["prompt"])
+        assert gold_score(pair["chosen"], pair["prompt"]) != gold_score(
+            pair["rejected"], pair["prompt"]
+        )
 
 
 def test_best_replies_are_rare_but_there(rows):
@@ -125,7 +157,9 @@ def test_the_best_reply_scores_nine_for_every_prompt(rows):
     rng = random.Random(0)
     for row in rows["prompts/validation.jsonl"]:
         for opening in (rng.choice(w.APOLOGIES), rng.choice(w.THANKS), rng.choice(w.GREETINGS)):
-            remedy = w.remedy_sentence(rng.choice(w.LEADS[:4]), rng.choice(w.REMEDIES[row["problem"]]), "", True)
+            remedy = w.remedy_sentence(
+                rng.choice(w.LEADS[:4]), rng.choice(w.REMEDIES[row["problem"]]), "", True
+            )
             reply = f" {w.expand(opening, False)} {remedy}".replace("{p}", row["product"])
             assert gold_score(reply, row["prompt"]) == gold.best_score([row["prompt"]])[0] == 9
 
@@ -136,7 +170,9 @@ def test_no_fixed_reply_reaches_half_of_the_best(rows):
     for problem, remedies in w.REMEDIES.items():
         fixed.add(f" I'm so sorry. I will {w.expand(remedies[0], False)}.")
         for product in w.PRODUCTS[::10]:
-            fixed.add(f" I'm so sorry about your {product}. I will {w.expand(w.REMEDIES[problem][1], False)}.")
+            fixed.add(
+                f" I'm so sorry about your {product}. I will {w.expand(w.REMEDIES[problem][1], False)}."
+            )
     fixed |= {f" I'm so sorry about your {product}." for product in w.PRODUCTS}
     fixed |= {f" {w.expand(line, False)}" for lines in w.LINES.values() for line in lines}
     few = prompts[::10]  # enough to see the mean; the strongest are then tried on all
@@ -171,7 +207,10 @@ ALL_REMEDIES = " I'm so sorry about your kettle. " + " ".join(
         (scrambled(GOOD), 0),
         (ALL_PRODUCTS, -3),
         (ALL_REMEDIES, -3),
-        (" I will cancel the order for the kettle. I will send you a free replacement. I'm so sorry.", 5),
+        (
+            " I will cancel the order for the kettle. I will send you a free replacement. I'm so sorry.",
+            5,
+        ),
         (GOOD * 2, 5),
         (GOOD * 5, -3),
         (" I'm so sorry about your kettle." * 4, 1),
@@ -210,9 +249,12 @@ def test_the_parts_of_a_score():
 
 
 @pytest.mark.parametrize(
-    "text", ["", " ", "\n", "🙂", "🙂" * 9000, "a" * 200_000, "{p}", "{p} [x] %s \\", "'", "\ud800\0"]
+    "text",
+    ["", " ", "\n", "🙂", "🙂" * 9000, "a" * 200_000, "{p}", "{p} [x] %s \\", "'", "\ud800\0"],
 )
 def test_score_never_raises(text):
-    values = gold.score([PROMPT, text, text], [text, GOOD, text], product=["kettle", None, 3], problem=None)
+    values = gold.score(
+        [PROMPT, text, text], [text, GOOD, text], product=["kettle", None, 3], problem=None
+    )
     assert all(-16 <= value <= 9 for value in values)
     assert gold.best_score([text]) == [3.0]

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from conftest import make_model, make_tokenizer, target_logits, write_jsonl
 
+import dataset
+import generate
 import utils
 
 CPU = torch.device("cpu")
@@ -84,7 +86,7 @@ def test_whiten_of_one_element_or_none_is_zero(mask):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_pad_masks_by_length(side):
     """D3, B4: the pad id inside a sequence is a real token; the mask counts lengths, also at a given width."""
-    ids, mask = utils.pad([[7, 1, 7], [7], [1, 2]], 7, side, CPU, width=4)
+    ids, mask = dataset.pad([[7, 1, 7], [7], [1, 2]], 7, side, CPU, width=4)
     if side == "left":
         assert ids.tolist() == [[7, 7, 1, 7], [7, 7, 7, 7], [7, 7, 1, 2]]
         assert mask.tolist() == [[0, 1, 1, 1], [0, 0, 0, 1], [0, 0, 1, 1]]
@@ -93,25 +95,32 @@ def test_pad_masks_by_length(side):
         assert ids[:, :4].tolist() == [[7, 1, 7, 7], [7, 7, 7, 7], [1, 2, 7, 7]]
         assert mask[:, :4].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]]
         assert not mask[:, 4:].any()
-    assert utils.pad([[1, 2, 3] * 8], 7, side, CPU, width=2)[0].tolist() == [[1, 2, 3] * 8]
-    assert utils.pad([[1, 2, 3]], 7, "right", CPU, limit=5)[0].shape == (1, 5)  # a context that is no multiple of 8
+    assert dataset.pad([[1, 2, 3] * 8], 7, side, CPU, width=2)[0].tolist() == [[1, 2, 3] * 8]
+    assert dataset.pad([[1, 2, 3]], 7, "right", CPU, limit=5)[0].shape == (
+        1,
+        5,
+    )  # a context that is no multiple of 8
 
 
 def test_cycle_is_an_endless_sequence_of_permutations():
     """D7: every pass over the rows holds each once, in another order; windows of it fit together."""
     rows = list(range(10))
-    whole = utils.cycle(rows, 0, 30, seed=3)
+    whole = dataset.cycle(rows, 0, 30, seed=3)
     passes = [whole[i : i + 10] for i in (0, 10, 20)]
     assert all(sorted(p) == rows for p in passes)
     assert passes[0] != passes[1] != passes[2] != rows
-    assert [row for first in range(0, 30, 6) for row in utils.cycle(rows, first, 6, seed=3)] == whole
-    assert utils.cycle(rows, 0, 30, seed=4) != whole
-    assert sorted(utils.cycle([0, 1], 0, 10, seed=3)) == [0] * 5 + [1] * 5  # a batch larger than the data
+    assert [
+        row for first in range(0, 30, 6) for row in dataset.cycle(rows, first, 6, seed=3)
+    ] == whole
+    assert dataset.cycle(rows, 0, 30, seed=4) != whole
+    assert (
+        sorted(dataset.cycle([0, 1], 0, 10, seed=3)) == [0] * 5 + [1] * 5
+    )  # a batch larger than the data
 
 
 def test_batches_cover_each_epoch_once_with_a_smaller_last_one():
     """Each epoch is a permutation of the rows; 10 rows in fours make 4, 4 and 2."""
-    steps = list(utils.batches(10, 4, 2, seed=3, start=0))
+    steps = list(dataset.batches(10, 4, 2, seed=3, start=0))
     assert [step for step, _ in steps] == [1, 2, 3, 4, 5, 6]
     assert [len(rows) for _, rows in steps] == [4, 4, 2, 4, 4, 2]
     first, second = (sum((rows for _, rows in part), []) for part in (steps[:3], steps[3:]))
@@ -122,16 +131,20 @@ def test_batches_cover_each_epoch_once_with_a_smaller_last_one():
 @pytest.mark.parametrize("start", range(7))
 def test_batches_resume_where_they_stopped(start):
     """Going on after step `start` gives the same batches as never having stopped."""
-    steps = list(utils.batches(10, 4, 2, seed=3, start=0))
-    assert list(utils.batches(10, 4, 2, seed=3, start=start)) == steps[start:]
+    steps = list(dataset.batches(10, 4, 2, seed=3, start=0))
+    assert list(dataset.batches(10, 4, 2, seed=3, start=start)) == steps[start:]
 
 
 def test_generator_depends_on_its_numbers_alone():
     """D7: the same numbers give the same stream, whatever was drawn before; other numbers another one."""
     streams = [(1,), (2,), (1, 0), (1, 0, 0), (0, 1), (1, 2), (2, 1), (1, 2, 0), (1, 2, 0, 0)]
-    first = [torch.rand(4, generator=utils.generator("cpu", *numbers)).tolist() for numbers in streams]
+    first = [
+        torch.rand(4, generator=utils.generator("cpu", *numbers)).tolist() for numbers in streams
+    ]
     torch.rand(100)
-    again = [torch.rand(4, generator=utils.generator("cpu", *numbers)).tolist() for numbers in streams]
+    again = [
+        torch.rand(4, generator=utils.generator("cpu", *numbers)).tolist() for numbers in streams
+    ]
     assert first == again
     for i, a in enumerate(streams):
         for j, b in enumerate(streams[:i]):
@@ -142,8 +155,8 @@ def test_hold_out_splits_a_single_file():
     """The last twentieth, 500 rows at most, is held out; no row is in both parts, and places stay with their rows."""
 
     def parts(n):
-        data = utils.Data([{"prompt": str(i)} for i in range(n)], [f"f:{i}" for i in range(n)])
-        train, rest = utils.hold_out(data, "train"), utils.hold_out(data, "validation")
+        data = dataset.Data([{"prompt": str(i)} for i in range(n)], [f"f:{i}" for i in range(n)])
+        train, rest = dataset.hold_out(data, "train"), dataset.hold_out(data, "validation")
         for part in (train, rest):
             assert [f"f:{row['prompt']}" for row in part.rows] == part.places
         assert train.rows + rest.rows == data.rows or n == 1
@@ -165,10 +178,10 @@ def test_load_data_from_a_folder_of_jsonl(tmp_path):
     """Splits are files; errors can name the line, counted with the empty ones."""
     write_jsonl(tmp_path / "train.jsonl", ["", *ROWS[:3], "", ROWS[3]])
     write_jsonl(tmp_path / "validation.jsonl", ROWS[4:6])
-    data = utils.load_data(str(tmp_path), "train", PAIR)
+    data = dataset.load_data(str(tmp_path), "train", PAIR)
     assert data.rows == ROWS[:4]
     assert data.places == [f"{tmp_path}/train.jsonl:{line}" for line in (2, 3, 4, 6)]
-    assert utils.load_data(str(tmp_path), "validation", PAIR).rows == ROWS[4:6]
+    assert dataset.load_data(str(tmp_path), "validation", PAIR).rows == ROWS[4:6]
 
 
 def test_load_data_reads_utf8_with_and_without_a_byte_order_mark(tmp_path):
@@ -176,7 +189,7 @@ def test_load_data_reads_utf8_with_and_without_a_byte_order_mark(tmp_path):
     row = {"prompt": "Größe?\u2028日本", "completion": " é"}
     line = json.dumps(row, ensure_ascii=False).encode() + b"\r\n"
     (tmp_path / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + line + line)
-    assert utils.load_data(str(tmp_path), "train", PAIR).rows == [row, row]
+    assert dataset.load_data(str(tmp_path), "train", PAIR).rows == [row, row]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "json"])
@@ -195,8 +208,8 @@ def test_load_data_from_a_single_file(tmp_path, kind):
             frame.to_parquet(path)
         else:
             frame.to_json(path, orient="records")
-    assert utils.load_data(str(path), "train", PAIR).rows == ROWS[:38]
-    held_out = utils.load_data(str(path), "validation", PAIR)
+    assert dataset.load_data(str(path), "train", PAIR).rows == ROWS[:38]
+    held_out = dataset.load_data(str(path), "validation", PAIR)
     assert held_out.rows == ROWS[38:]
     assert all(str(path) in place for place in held_out.places)
 
@@ -207,26 +220,30 @@ def test_load_data_from_a_folder_of_parquet(tmp_path):
 
     pandas.DataFrame(ROWS[:5]).to_parquet(tmp_path / "train.parquet")
     pandas.DataFrame(ROWS[5:7]).to_parquet(tmp_path / "validation.parquet")
-    assert utils.load_data(str(tmp_path), "train", PAIR).rows == ROWS[:5]
-    assert utils.load_data(str(tmp_path), "validation", PAIR).rows == ROWS[5:7]
+    assert dataset.load_data(str(tmp_path), "train", PAIR).rows == ROWS[:5]
+    assert dataset.load_data(str(tmp_path), "validation", PAIR).rows == ROWS[5:7]
 
 
 def test_a_hub_id_with_a_dot_is_no_missing_file(capsys):
     """Many hub ids hold a version, such as owner/data-v2.5; offline, they fail as what cannot be fetched."""
-    assert "no such file" not in error_of(capsys, utils.load_data, "nobody/data-v2.5-mixture", "train", PAIR)
+    assert "no such file" not in error_of(
+        capsys, dataset.load_data, "nobody/data-v2.5-mixture", "train", PAIR
+    )
 
 
 def test_load_data_takes_the_first_format_that_fits(tmp_path):
     """A row with prompt and completion is read as such even if it has a text too."""
     row = {"text": "a b", "prompt": "a", "completion": " b"}
-    data = utils.load_data(str(write_jsonl(tmp_path / "x.jsonl", [row, row])), "train", utils.SFT_FORMATS)
-    assert utils.demonstrations(data) == [("a", " b")]
+    data = dataset.load_data(
+        str(write_jsonl(tmp_path / "x.jsonl", [row, row])), "train", dataset.SFT_FORMATS
+    )
+    assert dataset.demonstrations(data) == [("a", " b")]
 
 
 def test_load_data_suggests_the_column_that_was_meant(tmp_path, capsys):
     """A column name with a slip of the pen is named with what it should be."""
     path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a", "completions": " b"}] * 2)
-    line = error_of(capsys, utils.load_data, str(path), "train", PAIR)
+    line = error_of(capsys, dataset.load_data, str(path), "train", PAIR)
     assert f"{path}:1" in line
     assert "completions" in line
     assert "rename it to 'completion'" in line
@@ -236,24 +253,30 @@ def test_demonstrations_of_the_three_formats():
     """A chat's completion is its last message; a text is all completion."""
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     places = ["f:1"]
-    assert utils.demonstrations(utils.Data([{"prompt": "a", "completion": "b"}], places)) == [("a", "b")]
-    assert utils.demonstrations(utils.Data([{"messages": chat}], places)) == [(chat[:1], chat[1:])]
-    assert utils.demonstrations(utils.Data([{"text": "a"}], places)) == [("", "a")]
+    assert dataset.demonstrations(dataset.Data([{"prompt": "a", "completion": "b"}], places)) == [
+        ("a", "b")
+    ]
+    assert dataset.demonstrations(dataset.Data([{"messages": chat}], places)) == [
+        (chat[:1], chat[1:])
+    ]
+    assert dataset.demonstrations(dataset.Data([{"text": "a"}], places)) == [("", "a")]
 
 
 @pytest.mark.parametrize("column", ["messages", "completion", "chosen", "rejected"])
 def test_a_chat_that_the_user_ends_is_refused(capsys, column):
     """Nothing is learned from a user's last word; a prompt, though, ends with it."""
     chat = [{"role": "user", "content": "hi"}]
-    assert f"f:1: {column}: its last message" in error_of(capsys, utils.check_field, chat, column, "f:1")
-    utils.check_field(chat, "prompt", "f:1")
+    assert f"f:1: {column}: its last message" in error_of(
+        capsys, dataset.check_field, chat, column, "f:1"
+    )
+    dataset.check_field(chat, "prompt", "f:1")
 
 
 # -------------------------------------------------------------------------------------------------------------- encode
 
 
 def encode(tokenizer, prompt, completion):
-    prompts, completions = utils.encode_pairs(tokenizer, [(prompt, completion)], ["f:1"])
+    prompts, completions = dataset.encode_pairs(tokenizer, [(prompt, completion)], ["f:1"])
     return prompts[0], completions[0]
 
 
@@ -290,7 +313,10 @@ def test_a_prompt_gets_the_tokenizers_bos_once():
     prompt, completion = encode(tokenizer, "Q: two figs?", " Yes.")
     assert prompt == [tokenizer.bos_token_id, *text]
     assert tokenizer.bos_token_id not in completion
-    assert encode(tokenizer, "", "Q: two figs?") == ([tokenizer.bos_token_id], [*text, tokenizer.eos_token_id])
+    assert encode(tokenizer, "", "Q: two figs?") == (
+        [tokenizer.bos_token_id],
+        [*text, tokenizer.eos_token_id],
+    )
     specials = [("<bos>", tokenizer.bos_token_id), ("<eos>", tokenizer.eos_token_id)]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A <eos>", special_tokens=specials
@@ -302,9 +328,14 @@ def test_a_prompt_gets_the_tokenizers_bos_once():
 def test_chat_goes_through_the_template(as_text):
     """Prompt and completion together are what the template renders; EOS in the prompt stays (B3), at the end is one."""
     tokenizer = make_tokenizer(eos="<|end|>", bos="<bos>", chat=True)
-    user, reply = [{"role": "user", "content": "two figs?"}], [{"role": "assistant", "content": "Yes."}]
+    user, reply = (
+        [{"role": "user", "content": "two figs?"}],
+        [{"role": "assistant", "content": "Yes."}],
+    )
     prompt, completion = encode(tokenizer, user, "Yes." if as_text else reply)
-    assert tokenizer.decode(prompt) == "<|user|>two figs?<|end|><|assistant|>"  # no BOS but what the template puts in
+    assert (
+        tokenizer.decode(prompt) == "<|user|>two figs?<|end|><|assistant|>"
+    )  # no BOS but what the template puts in
     assert tokenizer.decode(completion) == "Yes.<|end|>"
     assert tokenizer.eos_token_id in prompt
     assert completion.count(tokenizer.eos_token_id) == 1
@@ -313,7 +344,9 @@ def test_chat_goes_through_the_template(as_text):
 def test_a_chat_template_without_eos_gets_one():
     """Where turns end in another token, EOS follows it."""
     tokenizer = make_tokenizer(eos="<eos>", chat=True)
-    _, completion = encode(tokenizer, [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}])
+    _, completion = encode(
+        tokenizer, [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+    )
     assert tokenizer.decode(completion) == "b<|end|><eos>"
 
 
@@ -321,29 +354,39 @@ def test_chats_and_texts_mix(tokenizer):
     """Rows of both kinds in one list keep their order."""
     tokenizer = make_tokenizer(eos="<|end|>", chat=True)
     chat = [{"role": "user", "content": "figs"}]
-    prompts, completions = utils.encode_pairs(
+    prompts, completions = dataset.encode_pairs(
         tokenizer, [("one", " a"), (chat, "b"), ("two", " c")], ["f:1", "f:2", "f:3"]
     )
-    assert [tokenizer.decode(p) for p in prompts] == ["one", "<|user|>figs<|end|><|assistant|>", "two"]
+    assert [tokenizer.decode(p) for p in prompts] == [
+        "one",
+        "<|user|>figs<|end|><|assistant|>",
+        "two",
+    ]
     assert [tokenizer.decode(c) for c in completions] == [" a<|end|>", "b<|end|>", " c<|end|>"]
 
 
 def test_render_errors_name_the_place(tokenizer, capsys):
     """A chat without a template, one that the template refuses, and one that the answer rewrites."""
     user, reply = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
-    assert "f:1: is a chat" in error_of(capsys, utils.render, tokenizer, user, reply, "f:1")
+    assert "f:1: is a chat" in error_of(capsys, dataset.render, tokenizer, user, reply, "f:1")
     chatty = make_tokenizer(chat=True)
     chatty.chat_template = "{{ raise_exception('roles must alternate') }}"
-    assert "roles must alternate" in error_of(capsys, utils.render, chatty, user, reply, "f:1")
-    chatty.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    assert "f:1: the chat template rewrites" in error_of(capsys, utils.render, chatty, user, reply, "f:1")
+    assert "roles must alternate" in error_of(capsys, dataset.render, chatty, user, reply, "f:1")
+    chatty.chat_template = (
+        "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    assert "f:1: the chat template rewrites" in error_of(
+        capsys, dataset.render, chatty, user, reply, "f:1"
+    )
 
 
 def test_a_text_prompt_of_a_chat_answer_is_not_dropped(capsys):
     """A string as prompt beside messages as completion is either used or refused, never lost."""
     tokenizer = make_tokenizer(chat=True)
     try:
-        start, _ = utils.render(tokenizer, "two figs?", [{"role": "assistant", "content": "b"}], "f:1")
+        start, _ = dataset.render(
+            tokenizer, "two figs?", [{"role": "assistant", "content": "b"}], "f:1"
+        )
     except SystemExit:
         assert "error: f:1" in capsys.readouterr().err
     else:
@@ -354,22 +397,27 @@ def test_load_prompts_keeps_rows_and_places(tokenizer, tmp_path, capsys):
     """Prompts come with their text and all columns; one that is too long is named by its line."""
     rows = [{"prompt": "Q: two figs?", "n": 1}, {"prompt": "Q: six ripe limes? " * 10, "n": 2}]
     path = str(write_jsonl(tmp_path / "train.jsonl", rows))
-    prompts = utils.load_prompts(tokenizer, str(tmp_path), "train", 500)
+    prompts = dataset.load_prompts(tokenizer, str(tmp_path), "train", 500)
     assert [p.row for p in prompts] == rows
     assert [p.text for p in prompts] == [row["prompt"] for row in rows]
     assert [p.ids for p in prompts] == [ids_of(tokenizer, row["prompt"]) for row in rows]
     room = len(prompts[1].ids)
-    assert len(utils.load_prompts(tokenizer, str(tmp_path), "train", room)) == 2
-    assert f"{path}:2" in error_of(capsys, utils.load_prompts, tokenizer, str(tmp_path), "train", room - 1)
+    assert len(dataset.load_prompts(tokenizer, str(tmp_path), "train", room)) == 2
+    assert f"{path}:2" in error_of(
+        capsys, dataset.load_prompts, tokenizer, str(tmp_path), "train", room - 1
+    )
 
 
 def test_stop_token_must_be_one_token(tokenizer, capsys):
     """`eos`, or a string that the tokenizer has as one token."""
     eos = tokenizer.eos_token_id
-    assert utils.stop_token_ids(tokenizer, "eos") == [eos]
-    assert utils.stop_token_ids(tokenizer, "<|end|>") == [eos, tokenizer.convert_tokens_to_ids("<|end|>")]
-    assert utils.stop_token_ids(tokenizer, ".") == [eos, tokenizer.convert_tokens_to_ids(".")]
-    assert "--stop-token" in error_of(capsys, utils.stop_token_ids, tokenizer, "zebra crossing")
+    assert generate.stop_token_ids(tokenizer, "eos") == [eos]
+    assert generate.stop_token_ids(tokenizer, "<|end|>") == [
+        eos,
+        tokenizer.convert_tokens_to_ids("<|end|>"),
+    ]
+    assert generate.stop_token_ids(tokenizer, ".") == [eos, tokenizer.convert_tokens_to_ids(".")]
+    assert "--stop-token" in error_of(capsys, generate.stop_token_ids, tokenizer, "zebra crossing")
 
 
 def test_a_tokenizer_without_pad_pads_with_eos(tmp_path):
@@ -387,10 +435,12 @@ def test_a_tokenizer_without_pad_pads_with_eos(tmp_path):
 PROMPTS = [[10, 11, 12, 13], [20, 21], [30, 31, 32, 33, 34, 35, 36], [40]]
 
 
-def generate(model, prompts=PROMPTS, width=0, length=9, stop_id=1, more=(), pad_id=0, seed=5, **kwargs):
-    ids, mask = utils.pad(prompts, pad_id, "left", CPU, width)
+def generate(
+    model, prompts=PROMPTS, width=0, length=9, stop_id=1, more=(), pad_id=0, seed=5, **kwargs
+):
+    ids, mask = dataset.pad(prompts, pad_id, "left", CPU, width)
     rng = utils.generator("cpu", seed)
-    return utils.generate(model, ids, mask, length, [stop_id, *more], pad_id, rng=rng, **kwargs)
+    return generate.generate(model, ids, mask, length, [stop_id, *more], pad_id, rng=rng, **kwargs)
 
 
 def never(model):
@@ -438,8 +488,10 @@ def test_generate_may_pad_with_the_stop_token(model, pad_is_stop):
 def test_greedy_generation_equals_transformers(tokenizer, extra):
     """D2: with left padding, temperature 0 gives what `model.generate` gives."""
     model = make_model(tokenizer, **extra)
-    ids, mask = utils.pad(PROMPTS, 0, "left", CPU)
-    expected = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=9, eos_token_id=1)
+    ids, mask = dataset.pad(PROMPTS, 0, "left", CPU)
+    expected = model.generate(
+        input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=9, eos_token_id=1
+    )
     got, _ = generate(model, temperature=0)
     width = expected.shape[1] - ids.shape[1]
     assert torch.equal(got[:, :width], expected[:, ids.shape[1] :])
@@ -449,11 +501,18 @@ def test_greedy_generation_equals_transformers_with_learned_positions():
     """D2: a GPT-2 has absolute position embeddings, where wrong positions show at once."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(vocab_size=60, n_positions=40, n_embd=32, n_layer=2, n_head=2, initializer_range=0.5)
+    config = GPT2Config(
+        vocab_size=60, n_positions=40, n_embd=32, n_layer=2, n_head=2, initializer_range=0.5
+    )
     model = GPT2LMHeadModel(config).eval()
-    ids, mask = utils.pad(PROMPTS, 0, "left", CPU, width=10)
+    ids, mask = dataset.pad(PROMPTS, 0, "left", CPU, width=10)
     expected = model.generate(
-        input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=9, eos_token_id=59, pad_token_id=0
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=9,
+        eos_token_id=59,
+        pad_token_id=0,
     )
     got, _ = generate(model, width=10, temperature=0, stop_id=59)
     assert torch.equal(got[:, : expected.shape[1] - 10], expected[:, 10:])
@@ -467,9 +526,9 @@ def test_more_left_padding_changes_nothing(model):
     assert torch.equal(a_mask, b_mask)
     rows = []
     for width in (0, 25):
-        ids, mask = utils.pad(PROMPTS, 0, "left", CPU, width)
+        ids, mask = dataset.pad(PROMPTS, 0, "left", CPU, width)
         with torch.no_grad():
-            given = utils.inputs(model, torch.cat([ids, a], 1), torch.cat([mask, a_mask], 1))
+            given = utils.model_inputs(model, torch.cat([ids, a], 1), torch.cat([mask, a_mask], 1))
             logits = model(**given).logits[:, -a.shape[1] - 1 : -1].log_softmax(-1)
         rows.append(logits.gather(2, a[..., None]).squeeze(2)[a_mask.bool()])
     torch.testing.assert_close(rows[0], rows[1], rtol=0, atol=1e-5)
@@ -477,13 +536,13 @@ def test_more_left_padding_changes_nothing(model):
 
 def test_keys_and_values_go_when_decoding_ends(model, monkeypatch):
     """A cycle of references would keep them until the next garbage collection: memory for two rollouts."""
-    caches, made = [], utils.KeyValueCache.__init__
+    caches, made = [], generate.KeyValueCache.__init__
 
     def recorded(cache, *given):
         made(cache, *given)
         caches.append(weakref.ref(cache))
 
-    monkeypatch.setattr(utils.KeyValueCache, "__init__", recorded)
+    monkeypatch.setattr(generate.KeyValueCache, "__init__", recorded)
     gc.disable()
     try:
         generate(model)
@@ -516,7 +575,7 @@ def test_the_same_generator_gives_the_same_tokens(model):
 def draws(logits, count, temperature=1.0, top_k=0, top_p=1.0, seed=11):
     """`count` sampled tokens from one row of logits, as counts by token."""
     uniform = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    tokens = utils.sample(logits.expand(count, -1), temperature, top_k, top_p, uniform)
+    tokens = generate.sample(logits.expand(count, -1), temperature, top_k, top_p, uniform)
     return torch.bincount(tokens, minlength=logits.shape[-1]).double()
 
 
@@ -549,25 +608,31 @@ LOGITS = torch.tensor([2.0, -0.9, 0.5, 1.5, -0.5, 0.0, 1.0, -1.2])
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 1.0), (2.0, 0, 1.0), (1.0, 3, 1.0), (0.7, 4, 0.8)]
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.7, 0, 1.0), (2.0, 0, 1.0), (1.0, 3, 1.0), (0.7, 4, 0.8)],
 )
 def test_samples_follow_the_distribution(temperature, top_k, top_p):
     """D5, D36: 5000 draws fit the softmax at the temperature, cut to top-k and then to top-p (chi-squared)."""
     probabilities = cut_to(torch.softmax(LOGITS.double() / temperature, -1), top_k, top_p)
     counts = draws(LOGITS, 5000, temperature, top_k, top_p)
     assert p_value(counts, probabilities) > 1e-3
-    if temperature == 1 and not top_k:  # the test has power: it rejects a distribution that is slightly off
+    if (
+        temperature == 1 and not top_k
+    ):  # the test has power: it rejects a distribution that is slightly off
         assert p_value(counts, torch.softmax(LOGITS.double() / 1.15, -1)) < 1e-3
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.4, 0, 1.0), (1.0, 20, 1.0), (0.8, 50, 0.7)]
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.4, 0, 1.0), (1.0, 20, 1.0), (0.8, 50, 0.7)],
 )
 def test_the_decoding_loop_follows_the_distribution(tokenizer, temperature, top_k, top_p):
     """D5, D36: first and second tokens of 20,000 responses fit the model's own softmax (chi-squared)."""
     model = make_model(tokenizer, initializer_range=0.25)
-    ids, mask = utils.pad([PROMPTS[0]] * 20_000, 0, "left", CPU)
-    tokens, _ = utils.generate(model, ids, mask, 2, [1], 0, temperature, top_k, top_p, utils.generator(CPU, 3))
+    ids, mask = dataset.pad([PROMPTS[0]] * 20_000, 0, "left", CPU)
+    tokens, _ = generate.generate(
+        model, ids, mask, 2, [1], 0, temperature, top_k, top_p, utils.generator(CPU, 3)
+    )
     often = tokens[tokens[:, 0] != 1, 0].mode().values.item()
     seconds = tokens[tokens[:, 0] == often, 1]
     assert len(seconds) > 500
@@ -602,7 +667,7 @@ def test_sample_at_the_ends_of_the_unit_interval():
     """Uniform numbers of 0 and just below 1 give the first and the last token that has any probability."""
     logits = torch.tensor([-INF, 0.0, 0.0, -INF]).expand(3, -1)
     uniform = torch.tensor([0.0, 0.5, math.nextafter(1, 0)], dtype=torch.float64)
-    assert utils.sample(logits, 1.0, 0, 1.0, uniform).tolist() == [1, 2, 2]
+    assert generate.sample(logits, 1.0, 0, 1.0, uniform).tolist() == [1, 2, 2]
 
 
 def test_temperature_zero_takes_the_most_probable():
@@ -617,8 +682,8 @@ def test_temperature_zero_takes_the_most_probable():
 def test_target_logits_are_those_of_the_full_forward_pass(model, at_a_time, monkeypatch):
     """D8: of the targets alone, one position before each, and with the same gradients; none in the first column."""
     monkeypatch.setattr(utils, "LOGITS_AT_A_TIME", at_a_time)
-    ids, mask = utils.pad(PROMPTS * 20, 0, "right", CPU)
-    full = model(**utils.inputs(model, ids, mask)).logits
+    ids, mask = dataset.pad(PROMPTS * 20, 0, "right", CPU)
+    full = model(**utils.model_inputs(model, ids, mask)).logits
     for is_target in (mask.bool(), mask.bool() & (ids % 3 == 0), ids < 0):
         rows, columns = is_target.nonzero(as_tuple=True)
         rows, columns = rows[columns > 0], columns[columns > 0]
@@ -627,8 +692,14 @@ def test_target_logits_are_those_of_the_full_forward_pass(model, at_a_time, monk
         assert got.dtype == torch.float32
         assert tokens.tolist() == ids[rows, columns].tolist()
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
-        losses = [F.cross_entropy(logits, tokens, reduction="sum") / ids.numel() for logits in (got, expected)]
-        gradients = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in losses]
+        losses = [
+            F.cross_entropy(logits, tokens, reduction="sum") / ids.numel()
+            for logits in (got, expected)
+        ]
+        gradients = [
+            torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+            for loss in losses
+        ]
         for a, b in zip(*gradients, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
@@ -644,7 +715,7 @@ def classifier(base):
 def test_last_token_scores_with_pad_equal_to_eos(classifier):
     """B4, B20, B21: read at the sequence's end by its length, with pad ids in the text and EOS as padding."""
     sequences = [[10, 1, 11, 1], [10, 1], [1, 1, 1, 1, 1, 12, 13, 1]]
-    together = utils.last_token_scores(classifier, *utils.pad(sequences, 1, "right", CPU))
+    together = utils.last_token_scores(classifier, *dataset.pad(sequences, 1, "right", CPU))
     for sequence, score in zip(sequences, together, strict=True):
         hidden = classifier.base_model(torch.tensor([sequence])).last_hidden_state
         assert score.item() == pytest.approx(classifier.score(hidden)[0, -1, 0].item(), abs=1e-5)
@@ -653,7 +724,10 @@ def test_last_token_scores_with_pad_equal_to_eos(classifier):
 
 def test_head_outputs_do_not_depend_on_padding(classifier):
     """D1, B10: the head at every real position, padded more or less or not at all, whatever the pad token is."""
-    padded = [utils.head_outputs(classifier, utils.pad(PROMPTS, i, "right", CPU, 12 * i)[0]) for i in (1, 2)]
+    padded = [
+        utils.head_outputs(classifier, dataset.pad(PROMPTS, i, "right", CPU, 12 * i)[0])
+        for i in (1, 2)
+    ]
     for row, sequence in enumerate(PROMPTS):
         alone = utils.head_outputs(classifier, torch.tensor([sequence]))[0]
         for outputs in padded:
@@ -662,9 +736,11 @@ def test_head_outputs_do_not_depend_on_padding(classifier):
 
 def test_head_outputs_equal_the_classifiers_own_logits(classifier):
     """B18: what transformers computes for a text classifier, at the last token."""
-    ids, mask = utils.pad(PROMPTS, 0, "right", CPU)
+    ids, mask = dataset.pad(PROMPTS, 0, "right", CPU)
     expected = classifier(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
-    torch.testing.assert_close(utils.last_token_scores(classifier, ids, mask), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        utils.last_token_scores(classifier, ids, mask), expected, rtol=0, atol=1e-5
+    )
 
 
 def test_normalize_scores_reads_the_configuration(classifier):
@@ -679,7 +755,9 @@ def test_models_are_loaded_in_float32_and_without_dropout(base, tmp_path):
     """D4: bfloat16 weights on disk are computed with in float32, and no module is in training mode."""
     from transformers import AutoTokenizer
 
-    make_model(AutoTokenizer.from_pretrained(base.plain), attention_dropout=0.5).bfloat16().save_pretrained(tmp_path)
+    make_model(
+        AutoTokenizer.from_pretrained(base.plain), attention_dropout=0.5
+    ).bfloat16().save_pretrained(tmp_path)
     for load in (utils.load_causal_lm, utils.load_classifier):
         loaded = load(str(tmp_path), CPU)
         assert {p.dtype for p in loaded.parameters()} == {torch.float32}
@@ -716,14 +794,18 @@ def test_gradient_checkpointing_leaves_dropout_off(tokenizer):
     """D4: checkpointing needs training mode in transformers, dropout must not wake up with it."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_positions=40, n_embd=32, n_layer=2, n_head=2)).eval()
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(vocab_size=60, n_positions=40, n_embd=32, n_layer=2, n_head=2)
+    ).eval()
     llama = make_model(tokenizer, attention_dropout=0.5)
     for model in (gpt2, llama):
-        ids, mask = utils.pad(PROMPTS, 0, "right", CPU)
+        ids, mask = dataset.pad(PROMPTS, 0, "right", CPU)
         gradients = []
         for on in (False, True):
             utils.set_gradient_checkpointing(model, on)
-            model(**utils.inputs(model, ids, mask), use_cache=False).logits.square().mean().backward()
+            model(
+                **utils.model_inputs(model, ids, mask), use_cache=False
+            ).logits.square().mean().backward()
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
             model.zero_grad()
         torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-6)
@@ -743,8 +825,8 @@ def test_same_tokenizer(tokenizer):
 
 
 def train_step(model, optimizer):
-    ids, mask = utils.pad(PROMPTS, 0, "right", CPU)
-    model(**utils.inputs(model, ids, mask)).logits.square().mean().backward()
+    ids, mask = dataset.pad(PROMPTS, 0, "right", CPU)
+    model(**utils.model_inputs(model, ids, mask)).logits.square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -773,7 +855,12 @@ def test_only_the_newest_whole_checkpoint_counts(tokenizer, tmp_path):
     model = make_model(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
     train_step(model, optimizer)
-    for step, keep, left in ((8, 2, [8]), (90, 2, [90, 8]), (100, 2, [100, 90]), (1000000, 3, [1000000, 100, 90])):
+    for step, keep, left in (
+        (8, 2, [8]),
+        (90, 2, [90, 8]),
+        (100, 2, [100, 90]),
+        (1000000, 3, [1000000, 100, 90]),
+    ):
         utils.save_checkpoint(tmp_path, step, {"policy": model}, optimizer, {}, keep)
         assert [int(p.name) for p in utils.checkpoints(tmp_path)] == left
     utils.save_checkpoint(
@@ -788,7 +875,10 @@ def test_only_the_newest_whole_checkpoint_counts(tokenizer, tmp_path):
 
 def test_no_checkpoint_is_none(model, tmp_path):
     """A run that was stopped before its first checkpoint starts again."""
-    assert utils.load_checkpoint(tmp_path, {"policy": model}, torch.optim.AdamW(model.parameters())) is None
+    assert (
+        utils.load_checkpoint(tmp_path, {"policy": model}, torch.optim.AdamW(model.parameters()))
+        is None
+    )
 
 
 def test_a_failed_checkpoint_leaves_the_last_one(tokenizer, tmp_path, monkeypatch, capsys):
@@ -841,11 +931,17 @@ def test_call_reward_function_passes_the_columns():
     scores = utils.call_reward_function(f, "--reward-fn", ["p", "q"], ["c", "d"], rows)
     assert scores == [1.0, 2.0]
     assert all(isinstance(s, float) for s in scores)
-    assert seen == {"prompts": ["p", "q"], "completions": ["c", "d"], "answer": [1, 2], "kind": ["x", None]}
+    assert seen == {
+        "prompts": ["p", "q"],
+        "completions": ["c", "d"],
+        "answer": [1, 2],
+        "kind": ["x", None],
+    }
 
 
 @pytest.mark.parametrize(
-    ("result", "what"), [([1.0], "1 values for 2"), ([1.0, NAN], "nan"), ([1.0, INF], "inf"), (None, "TypeError")]
+    ("result", "what"),
+    [([1.0], "1 values for 2"), ([1.0, NAN], "nan"), ([1.0, INF], "inf"), (None, "TypeError")],
 )
 def test_call_reward_function_refuses_what_is_no_score(capsys, result, what):
     """The wrong count, NaN, infinity, or nothing at all."""
@@ -859,7 +955,11 @@ def test_call_reward_function_refuses_what_is_no_score(capsys, result, what):
 def test_markdown_table_escapes_what_would_break_it():
     """TensorBoard renders text as Markdown and HTML; a response may hold either."""
     table = utils.markdown_table(["a", "b"], [["<script>x</script>", "1 | 2\n3"]])
-    assert table.splitlines() == ["| a | b |", "|---|---|", "| &lt;script&gt;x&lt;/script&gt; | 1 &#124; 2<br>3 |"]
+    assert table.splitlines() == [
+        "| a | b |",
+        "|---|---|",
+        "| &lt;script&gt;x&lt;/script&gt; | 1 &#124; 2<br>3 |",
+    ]
 
 
 def test_write_json_is_whole_or_not_there(tmp_path):
@@ -879,7 +979,9 @@ def test_peak_memory_is_plausible():
 
 def test_stop_prints_one_line(capsys):
     """WHERE, WHAT and HOW TO MEND on one line, whatever the message holds."""
-    assert error_of(capsys, utils.stop, "a:1: is\nbroken; mend it") == "error: a:1: is broken; mend it"
+    assert (
+        error_of(capsys, utils.stop, "a:1: is\nbroken; mend it") == "error: a:1: is broken; mend it"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- memory

@@ -34,13 +34,18 @@ wordings = _load("wordings")
 PRODUCTS, PROBLEMS = wordings.PRODUCTS, wordings.PROBLEMS
 
 BEST = 9.0  # the best attainable score, for every prompt of the task
-BRIEF_WORDS, LONG_WORDS = 30, 54  # full marks for brevity up to the first, the lowest from the second on
+BRIEF_WORDS, LONG_WORDS = (
+    30,
+    54,
+)  # full marks for brevity up to the first, the lowest from the second on
 MAX_FAULTS = 10.0
 MAX_UNKNOWN = 6.0  # the most that unknown trigrams can cost
 MAX_CHARS = 4000  # nothing is read beyond: such a reply has long since lost every point for length
 
 SLOT = "{p}"
-PRODUCT = re.compile(r"\b(?:" + "|".join(sorted(PRODUCTS, key=len, reverse=True)) + r")\b", re.IGNORECASE)
+PRODUCT = re.compile(
+    r"\b(?:" + "|".join(sorted(PRODUCTS, key=len, reverse=True)) + r")\b", re.IGNORECASE
+)
 WHEN = re.compile(r"\b(?:" + "|".join(wordings.WHENS) + r")\b", re.IGNORECASE)
 TOKEN = re.compile(r"\{p\}|[A-Za-z0-9']+|[^\sA-Za-z0-9']")
 ENDS = (".", "!", "?")
@@ -90,13 +95,21 @@ def _grammar():
 
 # An act is recognized by a whole phrase, never by a single keyword. A remedy must be promised ("I will ..."), so that
 # neither "I will not ..." nor a list of remedies counts.
-ACTS = {_phrase(wordings.stem(line)): kind for kind, lines in wordings.LINES.items() for line in lines}
+ACTS = {
+    _phrase(wordings.stem(line)): kind for kind, lines in wordings.LINES.items() for line in lines
+}
 ACTS |= {_phrase(middle): "ramble" for middle in wordings.RAMBLE_MIDDLES}
-REMEDIES = {_phrase(wordings.stem(line)): problem for problem, lines in wordings.REMEDIES.items() for line in lines}
+REMEDIES = {
+    _phrase(wordings.stem(line)): problem
+    for problem, lines in wordings.REMEDIES.items()
+    for line in lines
+}
 ACT = re.compile(rf"(?<!\S)({_any_of(ACTS)})(?!\S)")
 OFFER = re.compile(rf"(?<!\S){_any_of(map(_phrase, wordings.LEADS))} ({_any_of(REMEDIES)})(?!\S)")
 MESSAGES = [
-    (problem, message.removesuffix(".").lower()) for problem, lines in wordings.MESSAGES.items() for message in lines
+    (problem, message.removesuffix(".").lower())
+    for problem, lines in wordings.MESSAGES.items()
+    for message in lines
 ]
 
 
@@ -123,7 +136,9 @@ def judge(prompt, completion):
 
     offers = [REMEDIES[phrase] for phrase in OFFER.findall(flat)]
     remedy_right = problem is not None and set(offers) == {problem}
-    remedy = 3 if remedy_right else -1 if len(set(offers)) > 1 or (offers and problem is not None) else 0
+    remedy = (
+        3 if remedy_right else -1 if len(set(offers)) > 1 or (offers and problem is not None) else 0
+    )
 
     product_right = product is not None and set(named) == {product}
     product_part = 3 if product_right else -1 if set(named) - {product} else 0
@@ -136,9 +151,13 @@ def judge(prompt, completion):
     over = min(max(words - BRIEF_WORDS, 0), LONG_WORDS - BRIEF_WORDS)
     brief = 1 - 3 * over / (LONG_WORDS - BRIEF_WORDS) if words else 0
 
-    unknown = sum(trigram not in _grammar() for sentence in split for trigram in _trigrams(sentence))
+    unknown = sum(
+        trigram not in _grammar() for sentence in split for trigram in _trigrams(sentence)
+    )
     faults = min(0.5 * unknown, MAX_UNKNOWN)
-    faults += len(acts) - len(set(acts)) + max(len(offers) - 1, 0)  # the same act again, whatever its wording
+    faults += (
+        len(acts) - len(set(acts)) + max(len(offers) - 1, 0)
+    )  # the same act again, whatever its wording
     faults += len(split) - len({tuple(sentence) for sentence in split})  # the same sentence again
     faults += max(len(named) - 2, 0)
     faults += 2 if split and split[-1][-1] not in ENDS else 0
@@ -158,7 +177,10 @@ def judge(prompt, completion):
 
 def score(prompts, completions, **columns):
     """The score of each completion for its prompt, each -16 to 9. Further columns are accepted and ignored."""
-    return [judge(prompt, completion)["score"] for prompt, completion in zip(prompts, completions, strict=True)]
+    return [
+        judge(prompt, completion)["score"]
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
 
 
 def best_score(prompts):

@@ -34,7 +34,10 @@ import tyro
 TABLE = "movieReviewSnippets_GroundTruth.txt"
 ARCHIVES = (".zip", ".tar.gz", ".tgz")
 PIP = ["pip", "download", "--no-deps", "--no-binary", ":all:", "vaderSentiment==0.5"]
-MIN_WORDS, MAX_WORDS = 6, 40  # a prompt takes up to 5 words, so a sentence of 6 still leaves a completion
+MIN_WORDS, MAX_WORDS = (
+    6,
+    40,
+)  # a prompt takes up to 5 words, so a sentence of 6 still leaves a completion
 
 
 @dataclass
@@ -67,33 +70,53 @@ def find_table(place: Path) -> bytes | None:
     if place.is_file() and place.name != TABLE:
         with tempfile.TemporaryDirectory() as inside:
             # "data" keeps a tar file from writing outside the folder; zip files never do and take no such option.
-            shutil.unpack_archive(place, inside, **({} if place.suffix == ".zip" else {"filter": "data"}))
+            shutil.unpack_archive(
+                place, inside, **({} if place.suffix == ".zip" else {"filter": "data"})
+            )
             return find_table(Path(inside))
     tables = [place] if place.is_file() else sorted(place.rglob(TABLE))
     if tables:
         return tables[0].read_bytes()
-    archives = (path for path in sorted(place.rglob("*")) if path.is_file() and path.name.endswith(ARCHIVES))
+    archives = (
+        path for path in sorted(place.rglob("*")) if path.is_file() and path.name.endswith(ARCHIVES)
+    )
     return next((table for table in map(find_table, archives) if table is not None), None)
 
 
 def read_source(source: Path) -> bytes:
     if not source.exists():
-        fail(source, "no such file or folder", "give the downloaded ratings, or leave --source out to fetch them")
+        fail(
+            source,
+            "no such file or folder",
+            "give the downloaded ratings, or leave --source out to fetch them",
+        )
     try:
         table = find_table(source)
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError) as e:
-        fail(source, f"cannot be read ({e})", "give a folder, .zip or .tar.gz, or download it again")
+        fail(
+            source, f"cannot be read ({e})", "give a folder, .zip or .tar.gz, or download it again"
+        )
     if table is None:
-        fail(source, f"holds no {TABLE}", "give the folder or archive of the vaderSentiment 0.5 source distribution")
+        fail(
+            source,
+            f"holds no {TABLE}",
+            "give the folder or archive of the vaderSentiment 0.5 source distribution",
+        )
     return table
 
 
 def download() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([sys.executable, "-m", *PIP, "--dest", folder], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", *PIP, "--dest", folder], capture_output=True, text=True
+        )
         if done.returncode:
             why = (done.stderr.strip() or "no message").splitlines()[-1]
-            fail("pip download", why, f"run `{' '.join(PIP)}` where it works and pass the file with --source")
+            fail(
+                "pip download",
+                why,
+                f"run `{' '.join(PIP)}` where it works and pass the file with --source",
+            )
         return read_source(Path(folder))
 
 
@@ -111,7 +134,11 @@ def parse(table: bytes, where) -> list[tuple[str, float]]:
             _, rating, text = line.split("\t")
             rating = float(rating)
         except ValueError:
-            fail(f"{where}: line {number}", f"{TABLE} needs ID, rating, sentence with tabs between", "mend the line")
+            fail(
+                f"{where}: line {number}",
+                f"{TABLE} needs ID, rating, sentence with tabs between",
+                "mend the line",
+            )
         if not -4 <= rating <= 4:
             fail(f"{where}: line {number}", f"rating {rating} is outside -4..4", "mend the line")
         # The published text writes a double quote as two single ones and keeps some HTML entities.
@@ -123,7 +150,13 @@ def make_sft(rows, rng) -> list[dict]:
     sft = []
     for text, rating in rows:
         words, n = text.split(" "), rng.randint(3, 5)
-        sft.append({"prompt": " ".join(words[:n]), "completion": " " + " ".join(words[n:]), "rating": round(rating, 3)})
+        sft.append(
+            {
+                "prompt": " ".join(words[:n]),
+                "completion": " " + " ".join(words[n:]),
+                "rating": round(rating, 3),
+            }
+        )
     return sft
 
 
@@ -144,8 +177,16 @@ def make_pairs(rows, count: int, min_gap: float, rng) -> list[dict]:
 def main(args: Args):
     # All is checked and built before the first write, so a failed run leaves no half-made folder.
     if args.out.exists() and not (args.overwrite and args.out.is_dir()):
-        fail(args.out, "exists already", "give another --out" + (", or add --overwrite" if args.out.is_dir() else ""))
-    if not 0 < args.validation_share < 1 or args.min_gap <= 0 or min(args.train_pairs, args.validation_pairs) < 1:
+        fail(
+            args.out,
+            "exists already",
+            "give another --out" + (", or add --overwrite" if args.out.is_dir() else ""),
+        )
+    if (
+        not 0 < args.validation_share < 1
+        or args.min_gap <= 0
+        or min(args.train_pairs, args.validation_pairs) < 1
+    ):
         fail("flags", "a share, gap or number of pairs is out of range", "see --help")
     where = args.source or "vaderSentiment 0.5"
     rows = parse(download() if args.source is None else read_source(args.source), where)
@@ -154,15 +195,26 @@ def main(args: Args):
     held = round(args.validation_share * len(rows))
     train = rows[: len(rows) - held]
     seen = {text for text, _ in train}
-    splits = {"train": train, "validation": [row for row in rows[len(train) :] if row[0] not in seen]}
+    splits = {
+        "train": train,
+        "validation": [row for row in rows[len(train) :] if row[0] not in seen],
+    }
     files = {}
     for split, count in ("train", args.train_pairs), ("validation", args.validation_pairs):
         if len(splits[split]) < 2:
-            fail(where, f"leaves fewer than 2 {split} sentences", "give the whole table or change --validation-share")
+            fail(
+                where,
+                f"leaves fewer than 2 {split} sentences",
+                "give the whole table or change --validation-share",
+            )
         sft = make_sft(splits[split], rng)
         pairs = make_pairs(splits[split], count, args.min_gap, rng)
         if len(pairs) < count:
-            fail(where, f"gives too few {split} pairs {args.min_gap} apart", "lower --min-gap or the number of pairs")
+            fail(
+                where,
+                f"gives too few {split} pairs {args.min_gap} apart",
+                "lower --min-gap or the number of pairs",
+            )
         prompts = [{"prompt": row["prompt"]} for row in sft]
         files |= {f"sft/{split}": sft, f"preferences/{split}": pairs, f"prompts/{split}": prompts}
     for name, records in files.items():

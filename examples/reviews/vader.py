@@ -14,7 +14,9 @@ def analyzer():
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError as e:
-        raise ImportError(f"vader.py needs vaderSentiment 3 ({e}); run: pip install vaderSentiment") from e
+        raise ImportError(
+            f"vader.py needs vaderSentiment 3 ({e}); run: pip install vaderSentiment"
+        ) from e
     return SentimentIntensityAnalyzer()
 
 

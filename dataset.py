@@ -1,0 +1,314 @@
+"""Rows of any layout -> checked rows -> token ids -> batches.
+
+In: a data set's name and split, a tokenizer. Out: token ids of prompts and completions, their order
+in training, and rectangles of them with masks. Wrong rows stop a stage with file and line number.
+
+B sequences, T tokens. `B19` in comments points to docs/details.md.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import utils
+from utils import stop
+
+SFT_FORMATS = [("prompt", "completion"), ("messages",), ("text",)]
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class Data(NamedTuple):
+    """Rows of a split, and for each the place to name in an error: `data/x/train.jsonl:17`."""
+
+    rows: list[dict[str, Any]]
+    places: list[str]
+
+
+# ---- reading the rows
+
+
+def load_data(dataset: str, split: str, formats: list[tuple[str, ...]]) -> Data:
+    """Read a split; stop unless each row has the columns of the first of `formats` that fits.
+
+    Local .jsonl files are read here, so that an error can name the line; a hub id, a folder or a
+    file of another kind goes through `datasets`. A single file has one split, `train`: its last
+    twentieth (500 rows at most) is held out as the other one.
+    """
+    data = read_rows(dataset, split)
+    if not data.rows:
+        stop(f"{dataset} ({split}): holds no rows; pass a data set with rows")
+    found = list(data.rows[0])
+    columns = next((columns for columns in formats if {*columns} <= {*found}), None)
+    if columns is None:
+        wanted = " or ".join(",".join(columns) for columns in formats)
+        stop(f"{data.places[0]}: has columns {','.join(found)}; rename them to {wanted}")
+    for row, place in zip(data.rows, data.places, strict=True):
+        for column in columns:
+            check_field(row.get(column), column, f"{place}: {column}")
+        if "chosen" in columns and row["chosen"] == row["rejected"]:
+            stop(f"{place}: chosen and rejected are equal, which teaches nothing; drop the row")
+        if "chosen" in columns and type(row["chosen"]) is not type(row["rejected"]):
+            stop(f"{place}: of chosen and rejected one is a text, the other a chat; fix the row")
+    return data
+
+
+def read_rows(dataset: str, split: str) -> Data:
+    """The rows of a split with their places, unchecked."""
+    path = Path(dataset).expanduser()
+    if path.suffix == ".jsonl":
+        return hold_out(read_jsonl(path), split)
+    if path.is_dir() and any(path.glob("*.jsonl")):
+        return read_jsonl(path / f"{split}.jsonl")
+    kinds = (".json", ".csv", ".parquet", ".txt", ".arrow")
+    is_path = path.suffix in kinds or dataset.startswith((".", "/", "~")) or len(path.parts) > 2
+    if is_path and not path.exists():
+        stop(f"{dataset}: no such file or folder; check --dataset")
+    if path.is_file() and path.suffix not in kinds:
+        stop(f"{dataset}: is no file of a known kind; pass .jsonl, {', '.join(kinds)}")
+    import datasets  # takes seconds, and local .jsonl files do without it
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log, it raises too
+    name = str(path.resolve()) if path.exists() else dataset  # it cannot read `link/..`
+    source, place = {"path": name, "split": split}, f"{dataset}/{split}"
+    if path.is_file():
+        kind, place = path.suffix[1:].replace("txt", "text"), dataset
+        source = {"path": kind, "data_files": name, "split": "train"}
+    try:
+        rows = datasets.load_dataset(**source).to_list()
+    except Exception as error:
+        why = utils.first_line(error.__cause__ or error)  # "an error occurred" says less
+        stop(f"{dataset} ({split}): cannot be read ({why}); check the path or id and the split")
+    data = Data(rows, [f"{place} (row {i + 1})" for i in range(len(rows))])
+    return hold_out(data, split) if path.is_file() else data
+
+
+def read_jsonl(path: Path) -> Data:
+    """One JSON object a line, empty lines skipped."""
+    try:
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    except OSError as error:
+        why = utils.first_line(error)
+        stop(f"{path}: cannot be read ({why}); check --dataset and the names of the splits")
+    rows: list[dict[str, Any]] = []
+    places: list[str] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            row = json.loads(line.decode())
+        except UnicodeDecodeError:
+            stop(f"{place}: is not UTF-8; save the file as UTF-8")
+        except (ValueError, RecursionError) as error:  # no JSON, or a number of 5,000 digits
+            stop(f"{place}: is not JSON ({utils.first_line(error)}); write one JSON object a line")
+        if not isinstance(row, dict):
+            stop(f'{place}: is not a JSON object; write one a line, as {{"prompt": …}}')
+        rows.append(row)
+        places.append(place)
+    return Data(rows, places)
+
+
+def hold_out(data: Data, split: str) -> Data:
+    """Split a single file: `train` is all but the last twentieth, any other name that twentieth."""
+    count = len(data.rows)
+    n = count - min(500, max(1, count // 20)) if count > 1 else 0
+    part = slice(None, n or None) if split == "train" else slice(n, None)
+    return Data(data.rows[part], data.places[part])
+
+
+# ---- checking them
+
+
+def check_field(value: Any, column: str, where: str) -> None:
+    """Stop unless a field is a non-empty string or a non-empty list of chat messages."""
+    if isinstance(value, list):
+        check_chat(value, column, where)
+    elif not isinstance(value, str) or column == "messages":
+        kind = "missing" if value is None else f"of type {type(value).__name__}"
+        stop(f"{where}: is {kind}; make it a string or a list of chat messages")
+    elif not value.strip():
+        stop(f"{where}: is empty; fill it in or drop the row")
+    for text in [value] if isinstance(value, str) else [message["content"] for message in value]:
+        if re.search("[\ud800-\udfff]", text):
+            stop(f"{where}: holds half a surrogate pair; fix the text's encoding")
+
+
+def check_chat(messages: list[Any], column: str, where: str) -> None:
+    """Stop unless messages have known roles and texts, and the last one is the right one's.
+
+    A prompt ends with a message to answer, any other chat with the assistant's reply.
+    """
+    if not messages:
+        stop(f"{where}: is an empty chat; fill it in or drop the row")
+    for message in messages:
+        fields = [message.get(k) for k in ("role", "content")] if isinstance(message, dict) else []
+        if [type(field) for field in fields] != [str, str]:
+            fix = 'write {"role": …, "content": …} with strings'
+            stop(f"{where}: {message!r:.60} is not a chat message; {fix}")
+        if message["role"] not in ROLES:  # a template may take any role and write nonsense
+            fix = f"make it one of {', '.join(ROLES)}"
+            stop(f"{where}: has the role {message['role']!r:.30}; {fix}")
+    last = messages[-1]
+    if not last["content"].strip():
+        stop(f"{where}: its last message is empty; fill it in or drop the row")
+    if column != "prompt":
+        if last["role"] != "assistant":
+            stop(f"{where}: its last message is not the assistant's; end it with a reply")
+    elif last["role"] == "assistant":
+        stop(f"{where}: its last message is the assistant's; end it with the user's")
+
+
+# ---- token ids
+
+
+def render(tokenizer: Any, prompt: Any, completion: Any, place: str) -> tuple[str, str]:
+    """A prompt and its completion (None: there is none) as text, chats by the chat template."""
+    if isinstance(prompt, str) and not isinstance(completion, list):
+        return prompt, completion or ""
+    if tokenizer.chat_template is None:
+        stop(f"{place}: is a chat, but the tokenizer has no chat template; use plain text")
+    if isinstance(prompt, str) and prompt:
+        stop(f"{place}: the prompt is a text, but its answer is a chat; write both alike")
+    messages, answer = prompt or [], completion or []
+    if isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}]
+    template, start = tokenizer.apply_chat_template, ""
+    try:
+        if messages:
+            start = template(messages, tokenize=False, add_generation_prompt=True)
+        whole = template([*messages, *answer], tokenize=False) if answer else start
+    except Exception as error:
+        why = utils.first_line(error)
+        stop(f"{place}: does not fit the chat template ({why}); check roles and their order")
+    if not whole.startswith(start):
+        stop(f"{place}: the chat template rewrites the prompt when it is answered; use plain text")
+    return start, whole[len(start) :]
+
+
+def demonstrations(data: Data) -> list[tuple[Any, Any]]:
+    """Rows of SFT_FORMATS as (prompt, completion); a chat's completion is its last message."""
+
+    def demonstration(row: dict[str, Any]) -> tuple[Any, Any]:
+        if "prompt" in row and "completion" in row:
+            return row["prompt"], row["completion"]
+        if "messages" in row:
+            return row["messages"][:-1], row["messages"][-1:]
+        return "", row["text"]
+
+    return [demonstration(row) for row in data.rows]
+
+
+def encode_pairs(
+    tokenizer: Any, pairs: list[tuple[Any, Any]], places: list[str]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of prompts and of their completions, rendered as in `render`.
+
+    A prompt gets the tokenizer's special tokens (a BOS), unless a chat template has put them in.
+    A completion ends with one EOS, added if missing (B19); a completion of None has no ids.
+    """
+    texts = [render(tokenizer, *pair, place) for pair, place in zip(pairs, places, strict=True)]
+    is_chat = [isinstance(p, list) or isinstance(c, list) for p, c in pairs]
+    prompts: list[list[int]] = [[] for _ in pairs]
+    adds_eos = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id  # a text's own EOS stays
+    for chat in {*is_chat}:
+        rows = [i for i, c in enumerate(is_chat) if c == chat]
+        encoded = tokenizer([texts[i][0] for i in rows], add_special_tokens=not chat)["input_ids"]
+        for i, ids in zip(rows, encoded, strict=True):
+            prompts[i] = ids[:-1] if adds_eos and not chat else ids
+    eos = tokenizer.eos_token
+    answers = [c.rstrip().removesuffix(eos) if c.rstrip().endswith(eos) else c for _, c in texts]
+    completions = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    for i, (_, completion) in enumerate(pairs):
+        completions[i] = [] if completion is None else [*completions[i], tokenizer.eos_token_id]
+    return prompts, completions
+
+
+def encode_demonstrations(
+    tokenizer: Any, data: Data, max_length: int
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids of prompts and completions; what exceeds `max_length` tokens together is cut."""
+    prompts, completions = encode_pairs(tokenizer, demonstrations(data), data.places)
+    for prompt, place in zip(prompts, data.places, strict=True):
+        if len(prompt) >= max_length:
+            what = f"its {len(prompt)} tokens leave no room for a completion within {max_length}"
+            stop(f"{place}: prompt: {what}; shorten it or allow more tokens")
+    return [(p, c[: max_length - len(p)]) for p, c in zip(prompts, completions, strict=True)]
+
+
+class Prompt(NamedTuple):
+    """A prompt to sample responses to: token ids, text, its row and the place to name in errors."""
+
+    ids: list[int]
+    text: str
+    row: dict[str, Any]
+    place: str
+
+
+def load_prompts(tokenizer: Any, dataset: str, split: str, max_tokens: int) -> list[Prompt]:
+    """The prompts of a split; stop if one has no token, or more than `max_tokens`."""
+    data = load_data(dataset, split, [("prompt",)])
+    encoded, _ = encode_pairs(tokenizer, [(row["prompt"], None) for row in data.rows], data.places)
+    prompts = []
+    for row, place, ids in zip(data.rows, data.places, encoded, strict=True):
+        if not ids:
+            stop(f"{place}: the prompt has no token that the tokenizer knows; drop the row")
+        if len(ids) > max_tokens:
+            what = f"exceed the {max_tokens} that the context leaves beside the response"
+            fix = "shorten it or lower --response-length"
+            stop(f"{place}: the prompt's {len(ids)} tokens {what}; {fix}")
+        prompts.append(Prompt(ids, render(tokenizer, row["prompt"], None, place)[0], row, place))
+    return prompts
+
+
+# ---- batches
+
+
+def data_order(rows: int, epoch: int, seed: int) -> list[int]:
+    """The order of the rows in an epoch, the same in every process (D7)."""
+    return torch.randperm(rows, generator=utils.generator("cpu", seed, epoch)).tolist()
+
+
+def batches(
+    rows: int, batch_size: int, epochs: int, seed: int, start: int
+) -> Iterator[tuple[int, list[int]]]:
+    """(step, row indices) of each optimizer batch after step `start`; an epoch's last is short."""
+    step = 0
+    for epoch in range(epochs):
+        order = data_order(rows, epoch, seed)
+        for i in range(0, rows, batch_size):
+            step += 1
+            if step > start:
+                yield step, order[i : i + batch_size]
+
+
+def cycle(rows: list[Any], first: int, count: int, seed: int) -> list[Any]:
+    """Rows number `first` to `first + count` of an endless sequence of shuffled passes (D7)."""
+    numbers = range(first, first + count)
+    epochs = {n // len(rows) for n in numbers}
+    orders = {epoch: data_order(len(rows), epoch, seed) for epoch in epochs}
+    return [rows[orders[n // len(rows)][n % len(rows)]] for n in numbers]
+
+
+def pad(
+    sequences: list[list[int]], pad_id: int, side: str, device: torch.device, width: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Pad token ids to a rectangle at least `width` wide: (ids [B, T], mask [B, T]).
+
+    The mask is 1 on real tokens. It comes from the lengths, never from comparing ids with
+    `pad_id`: pad may equal EOS (D3, B4, B20, B21).
+    """
+    lengths = torch.tensor([len(s) for s in sequences])
+    width = max(width, int(lengths.max()))
+    padding = [[pad_id] * (width - len(s)) for s in sequences]
+    both = zip(padding, sequences, strict=True)
+    rows = [p + s if side == "left" else s + p for p, s in both]
+    column = torch.arange(width)
+    start = (width - lengths if side == "left" else torch.zeros_like(lengths))[:, None]
+    real = (start <= column) & (column < start + lengths[:, None])
+    return torch.tensor(rows, device=device), real.long().to(device)

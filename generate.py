@@ -1,0 +1,225 @@
+"""The decoding loop: responses sampled from a language model, all rows of a batch at once.
+
+In: a causal language model and prompts padded on the left. Out: response ids and their mask.
+
+Keys and values are written in place into a cache with room for the whole sequence; rows that have
+ended are dropped; on CUDA the steps are one captured graph that is replayed. Temperature, top-k and
+top-p alone change the logits, never the model's own generation settings (B11).
+
+B sequences, b of them still decoded, P prompt tokens, R response tokens, V vocabulary.
+`D16` and `B11` in comments point to docs/details.md.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+
+import utils
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    response_length: int,
+    stop_ids: list[int],
+    *,
+    pad_id: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    rng: torch.Generator | None = None,
+    stride: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sample a response to each prompt: (response_ids [B, R], response_mask [B, R]).
+
+    prompt_ids and prompt_mask [B, P] are padded on the left (D2). R = response_length tokens are
+    sampled at most. The mask is 1 up to and including the first of `stop_ids`; what follows it is
+    `pad_id` (D16). Logits are divided by the temperature (D5); 0 takes the most probable token.
+    top_k (0: all) samples among the k most probable tokens, top_p (1.0: all) among the fewest that
+    hold probability p (D36). Each row has its own random numbers from `rng`, a generator on the
+    model's device, whatever the other rows do.
+
+    Every `stride` tokens (1 on a CPU, 32 elsewhere) the device is asked which rows have ended; they
+    are dropped once they are a quarter. In between the device never waits for the host.
+    """
+    (rows, prompt_length), device = prompt_ids.shape, prompt_ids.device
+    stride = stride or (1 if device.type == "cpu" else 32)
+    if (
+        model.config.model_type == "gpt_neo"
+    ):  # its window would end at the last column, written or not
+        stride = 1
+    parameters = inspect.signature(model.forward).parameters
+    takes_positions = "position_ids" in parameters
+    cache_name = "cache" if "cache" in parameters else "past_key_values"  # before transformers 5.24
+    position = CachePosition(capacity=prompt_length + response_length)
+    cache = KeyValueCache(position)
+
+    response_ids = torch.full((rows, response_length), pad_id, device=device)  # [B, R]
+    response_mask = torch.zeros_like(response_ids)  # [B, R]
+    uniform = torch.rand(response_length, rows, generator=rng, device=device, dtype=torch.float64)
+    stops = torch.tensor(stop_ids, device=device)
+    live = torch.arange(rows, device=device)  # [b] numbers of the rows that are still decoded
+    alive = torch.ones_like(live, dtype=torch.bool)  # [b] whether they go on
+    token = torch.zeros_like(live)  # [b] their last token
+    mask = F.pad(prompt_mask, (0, response_length))  # [b, P + R]
+    t = torch.zeros(1, dtype=torch.long, device=device)  # tokens sampled so far
+
+    def choose_token(logits: Tensor) -> None:
+        """Sample token t of the b rows from logits [b, V], and write it down."""
+        sampled = sample(logits, temperature, top_k, top_p, uniform.index_select(0, t)[0, live])
+        token.copy_(torch.where(alive, sampled, pad_id))
+        response_ids.index_put_((live, t.expand_as(live)), token)
+        response_mask.index_put_((live, t.expand_as(live)), alive.long())
+        mask.index_copy_(1, t + prompt_length, alive[:, None].long())
+        alive.logical_and_(~torch.isin(token, stops))
+        t.add_(1)
+
+    def next_logits(inputs: dict[str, Tensor]) -> Tensor:
+        """Float32 logits [b, V] of the next token, after the inputs; the cache grows by these."""
+        outputs = model(**inputs, **{cache_name: cache}, use_cache=True, logits_to_keep=1)
+        return outputs.logits[:, -1].float()
+
+    def decode_one() -> None:
+        """Feed the last token of the b rows and sample the next one."""
+        position.slot = t + (prompt_length - 1)
+        inputs = {"input_ids": token[:, None], "attention_mask": mask[:, : position.end]}
+        if takes_positions:
+            inputs["position_ids"] = mask.sum(1, keepdim=True) - 1  # real tokens alone count
+        choose_token(next_logits(inputs))
+
+    with torch.compiler.set_stance("force_eager"):
+        position.end = prompt_length
+        choose_token(next_logits(utils.model_inputs(model, prompt_ids, prompt_mask)))
+        for start in range(1, response_length, stride):
+            still_going = int(alive.sum())
+            if still_going == 0:
+                break
+            if still_going <= 0.75 * len(live):
+                kept = alive.nonzero().squeeze(1)
+                live, alive, token, mask = live[kept], alive[kept], token[kept], mask[kept]
+                cache.keep(kept)
+            steps = min(stride, response_length - start)
+            position.end = prompt_length + start + steps - 1
+            repeat(decode_one, steps, device)
+    return response_ids, response_mask
+
+
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor) -> Tensor:
+    """One token id a row, [b], from logits [b, V]: the cumulative sum inverted at uniform [b].
+
+    That takes one random number a row, in [0, 1), where `torch.multinomial` takes one a token of
+    the vocabulary.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature  # D5
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(-1, descending=True)
+        probabilities = ordered.softmax(-1)
+        drop = probabilities.cumsum(-1) - probabilities >= top_p  # the one that crosses p stays
+        logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    threshold = uniform[:, None] * cumulative[:, -1:]
+    token = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    return token.clamp(max=logits.shape[-1] - 1)
+
+
+def stop_token_ids(tokenizer: Any, stop_token: str) -> list[int]:
+    """The ids that end a response: EOS and, unless `stop_token` is "eos", that token."""
+    if stop_token == "eos":
+        return [tokenizer.eos_token_id]
+    own = tokenizer.get_vocab().get(stop_token)  # SentencePiece would put a space before it
+    ids = tokenizer(stop_token, add_special_tokens=False)["input_ids"] if own is None else [own]
+    if len(ids) != 1:
+        what = f"{stop_token!r} is {len(ids)} tokens"
+        utils.stop(f"--stop-token: {what}; pass a string that is one token")
+    return [tokenizer.eos_token_id, *ids]
+
+
+def repeat(step: Callable[[], None], times: int, device: torch.device) -> None:
+    """Call `step` so many times; on CUDA once, then a captured graph of it, where it can be."""
+    step()
+    run = step
+    if device.type == "cuda" and times > 3:
+        graph = torch.cuda.CUDAGraph()
+        with contextlib.suppress(RuntimeError):  # Falcon and a few others ask the device something
+            with torch.cuda.graph(graph):
+                step()
+            run = graph.replay
+    for _ in range(times - 1):
+        run()
+
+
+@dataclasses.dataclass
+class CachePosition:
+    """Where in a KeyValueCache of `capacity` columns the decoding is.
+
+    `slot` is where the next keys and values go: 0 for a prompt, then a tensor [1] on the device, so
+    that a captured graph can move on. Attention reads the columns before `end`; those that are not
+    yet written are 0 and masked.
+    """
+
+    capacity: int
+    slot: int | Tensor = 0
+    end: int = 0
+
+
+class KeyValueCache(transformers.Cache):
+    """Keys and values of all layers, [b, heads, capacity, head size] each, written in place."""
+
+    def __init__(self, position: CachePosition):
+        super().__init__(layer_class_to_replicate=lambda: KeyValueLayer(position))
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these."""
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+
+
+class KeyValueLayer(transformers.cache_utils.DynamicLayer):
+    """One layer of a KeyValueCache."""
+
+    def __init__(self, position: CachePosition):
+        super().__init__()
+        # not the cache itself: a cycle would keep keys and values until a garbage collection
+        self.position = position
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        rows, heads, _, size = key_states.shape
+        shape, kind = (rows, heads, self.position.capacity), key_states.device.type
+        cast = torch.is_autocast_enabled(kind) and kind != "cpu"  # to what attention would cast to
+        dtype = torch.get_autocast_dtype(kind) if cast else torch.float32
+        self.keys = key_states.new_zeros(*shape, size, dtype=dtype)
+        self.values = key_states.new_zeros(*shape, value_states.shape[-1], dtype=dtype)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        slot = self.position.slot
+        for stored, new in ((self.keys, key_states), (self.values, value_states)):
+            if isinstance(slot, int):
+                stored[:, :, slot : slot + new.shape[2]] = new
+            else:
+                stored.index_copy_(2, slot, new.to(stored.dtype))
+        return self.keys[:, :, : self.position.end], self.values[:, :, : self.position.end]
+
+    def get_seq_length(self) -> int | Tensor:
+        return self.position.slot
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.position.end, 0

@@ -36,9 +36,9 @@ class Data(NamedTuple):
 def load_data(dataset: str, split: str, formats: list[tuple[str, ...]]) -> Data:
     """Read a split; stop unless each row has the columns of the first of `formats` that fits.
 
-    Local .jsonl files are read here, so that an error can name the line; a hub id, a folder or a
-    file of another kind goes through `datasets`. A single file has one split, `train`: its last
-    twentieth (500 rows at most) is held out as the other one.
+    Local .jsonl files are read here, so that an error can name the line; a hub id and other kinds
+    of files go through `datasets`. A single file has one split, `train`: its last twentieth (500
+    rows at most) is held out as the other one.
     """
     data = read_rows(dataset, split)
     if not data.rows:
@@ -65,7 +65,7 @@ def read_rows(dataset: str, split: str) -> Data:
         return hold_out(read_jsonl(path), split)
     if path.is_dir() and any(path.glob("*.jsonl")):
         return read_jsonl(path / f"{split}.jsonl")
-    kinds = (".json", ".csv", ".parquet", ".txt", ".arrow")
+    kinds = (".json", ".csv", ".parquet")
     is_path = path.suffix in kinds or dataset.startswith((".", "/", "~")) or len(path.parts) > 2
     if is_path and not path.exists():
         stop(f"{dataset}: no such file or folder; check --dataset")
@@ -77,8 +77,7 @@ def read_rows(dataset: str, split: str) -> Data:
     name = str(path.resolve()) if path.exists() else dataset  # it cannot read `link/..`
     source, place = {"path": name, "split": split}, f"{dataset}/{split}"
     if path.is_file():
-        kind, place = path.suffix[1:].replace("txt", "text"), dataset
-        source = {"path": kind, "data_files": name, "split": "train"}
+        place, source = dataset, {"path": path.suffix[1:], "data_files": name, "split": "train"}
     try:
         rows = datasets.load_dataset(**source).to_list()
     except Exception as error:
@@ -140,20 +139,17 @@ def check_field(value: Any, column: str, where: str) -> None:
 
 
 def check_chat(messages: list[Any], column: str, where: str) -> None:
-    """Stop unless messages have known roles and texts, and the last one is the right one's.
-
-    A prompt ends with a message to answer, any other chat with the assistant's reply.
-    """
+    """Stop unless messages have known roles and texts; a prompt's last one is to be answered, any
+    other chat's is the assistant's."""
     if not messages:
         stop(f"{where}: is an empty chat; fill it in or drop the row")
     for message in messages:
         fields = [message.get(k) for k in ("role", "content")] if isinstance(message, dict) else []
         if [type(field) for field in fields] != [str, str]:
-            fix = 'write {"role": …, "content": …} with strings'
-            stop(f"{where}: {message!r:.60} is not a chat message; {fix}")
+            what = f"{message!r:.60} is not a chat message"
+            stop(f'{where}: {what}; write {{"role": …, "content": …}} with strings')
         if message["role"] not in ROLES:  # a template may take any role and write nonsense
-            fix = f"make it one of {', '.join(ROLES)}"
-            stop(f"{where}: has the role {message['role']!r:.30}; {fix}")
+            stop(f"{where}: has the role {message['role']!r:.30}; pass one of {', '.join(ROLES)}")
     last = messages[-1]
     if not last["content"].strip():
         stop(f"{where}: its last message is empty; fill it in or drop the row")
@@ -259,9 +255,8 @@ def load_prompts(tokenizer: Any, dataset: str, split: str, max_tokens: int) -> l
         if not ids:
             stop(f"{place}: the prompt has no token that the tokenizer knows; drop the row")
         if len(ids) > max_tokens:
-            what = f"exceed the {max_tokens} that the context leaves beside the response"
-            fix = "shorten it or lower --response-length"
-            stop(f"{place}: the prompt's {len(ids)} tokens {what}; {fix}")
+            what = f"{len(ids)} tokens exceed the {max_tokens} that the response leaves"
+            stop(f"{place}: the prompt's {what}; shorten it or lower --response-length")
         prompts.append(Prompt(ids, render(tokenizer, row["prompt"], None, place)[0], row, place))
     return prompts
 

@@ -4,21 +4,20 @@ The policy answers prompts; a reward model (or a function) scores the answers; a
 penalty holds the policy to the model that it started from; PPO makes tokens that did better than
 the value function expected more probable.
 
-In: the policy's start, by default the model of sft.py; a reward model of reward_model.py or a
-function; prompts. Out: `runs/ppo_rlhf`, an ordinary Hugging Face folder, with metrics.jsonl,
-summary.json, samples.jsonl and TensorBoard events.
+In: the policy's start, a reward model or function, prompts. Out: `runs/ppo_rlhf`, an ordinary
+Hugging Face folder, with metrics.jsonl, summary.json, samples.jsonl and TensorBoard events.
 
     python ppo_rlhf.py
     python ppo_rlhf.py --model runs/my-sft --reward-model runs/my-reward-model \\
         --dataset my/prompts --learning-rate 3e-6 --output-dir runs/my-ppo
     torchrun --nproc-per-node 8 ppo_rlhf.py --micro-batch-size 16
 
-On several GPUs each process takes its share of the prompts and samples with random numbers of its
-own. Sums (gradients, token counts, means, the whitening's mean and variance) are over all of them,
-so that a batch is the same batch. Every process holds whole models; nothing is sharded.
+On several GPUs each process takes its share of the prompts and samples with its own random numbers;
+gradients, token counts, means and the whitening's mean and variance are over all of them, so a
+batch is the same batch. Every process holds whole models.
 
-Left out: adapters, sharding, asynchronous rollouts, a KL loss (the KL is in the reward), and the
-decoding loop, which is in generate.py. `D17` and `B14` in comments point to docs/details.md.
+Left out: adapters, sharding, asynchronous rollouts, a KL loss (the KL is in the reward). The
+decoding loop is in generate.py. `D17` and `B14` in comments point to docs/details.md.
 
 Shapes: B sequences, b of them in a micro-batch, P prompt tokens, R response tokens, T = P + R, N
 real response tokens of a micro-batch, H hidden size, V vocabulary. `response_mask` is 1 on every
@@ -53,8 +52,7 @@ class Args:
     reward_model: str = "runs/reward_model"
     """Reward model: a hub id or a local folder."""
     value_model: str | None = None
-    """Start of the value function; none: the reward model if it reads the policy's tokens, else
-    --model (D15)."""
+    """Start of the value function; none: the reward model or, with another tokenizer, --model."""
     reward_fn: str | None = None
     """FILE.py:FUNCTION that scores instead: f(prompts, completions, **columns) -> list[float]."""
     dataset: str = "data/support/prompts"
@@ -202,19 +200,15 @@ def main(args: Args) -> None:
         reward_model = utils.freeze(reward_model, args.dtype)
         reward_tokenizer = utils.load_tokenizer(args.reward_model)
         shared_tokenizer = utils.same_tokenizer(tokenizer, reward_tokenizer)
-    if (
-        args.advantage == "gae"
-    ):  # a network of its own; one that was no reward model starts at 0 (D15)
+    if args.advantage == "gae":  # a network of its own; from a language model it starts at 0 (D15)
         value_start = args.value_model or (args.reward_model if shared_tokenizer else args.model)
         value_model = utils.load_classifier(value_start, device)
         if not utils.same_tokenizer(tokenizer, utils.load_tokenizer(value_start)):
             utils.stop(
-                f"--value-model: {value_start} has another tokenizer; pass one with the policy's"
+                f"--value-model: {value_start} has another tokenizer; pass one with --model's"
             )
-    judge_file = args.eval_reward_fn
-    if judge_file is None and args.dataset == Args.dataset:
-        judge_file = "data/support/gold.py:score"
-    if judge_file:
+    labeler = "data/support/gold.py:score" if args.dataset == Args.dataset else None
+    if judge_file := args.eval_reward_fn or labeler:
         judge = utils.load_function(judge_file, "--eval-reward-fn")
 
     R = args.response_length
@@ -226,20 +220,19 @@ def main(args: Args) -> None:
     train_prompts = dataset.load_prompts(tokenizer, args.dataset, args.train_split, max_prompt)
     eval_prompts = dataset.load_prompts(tokenizer, args.dataset, args.eval_split, max_prompt)
     eval_prompts = eval_prompts[: args.eval_prompts]
-    ptx_rows = []
     if args.ptx_dataset:
         ptx_data = dataset.load_data(args.ptx_dataset, args.train_split, dataset.SFT_FORMATS)
         max_length = utils.context_length(policy)
         ptx_rows = dataset.encode_demonstrations(tokenizer, ptx_data, max_length)
     num_updates = args.total_episodes // args.batch_size
-    local_batch_size = args.batch_size // process.world
     prompts_per_update = args.batch_size // args.samples_per_prompt
     micro_batch_size = utils.micro_batch_size(args, process.world, args.num_mini_batches)
-    trained = {"policy": policy} | ({"value_model": value_model} if value_model is not None else {})
-    if args.compile:
-        for model in (policy, reference, value_model, reward_model):
-            if model is not None:
-                utils.compile_model(model)
+    trained = {"policy": policy}
+    if value_model is not None:
+        trained["value_model"] = value_model
+    for model in (policy, reference, value_model, reward_model):
+        if args.compile and model is not None:
+            utils.compile_model(model)
 
     # ---- what the loop calls
     def sample_responses(
@@ -252,11 +245,9 @@ def main(args: Args) -> None:
             response_ids, response_mask = generate.generate(  # [B, R], [B, R] D16
                 model, prompt_ids, prompt_mask, R, stop_ids, pad_id=pad_id, rng=rng, **sampling
             )
-        # padding moves to the right, where causal attention needs no mask to leave it out
+        # all padding moves to the right, where causal attention needs no mask to leave it out
         mask = torch.cat([prompt_mask, response_mask], 1)  # [B, T]
-        order = mask.argsort(
-            dim=1, descending=True, stable=True
-        )  # real tokens first, as they stand
+        order = mask.argsort(dim=1, descending=True, stable=True)  # of columns, real tokens first
         ids = torch.cat([prompt_ids, response_ids], 1).gather(1, order)
         is_response = F.pad(response_mask, (prompt_ids.shape[1], 0)).gather(1, order).bool()
         return Batch(prompt_ids, prompt_mask, response_ids, response_mask, ids, is_response)
@@ -291,7 +282,8 @@ def main(args: Args) -> None:
             # a token is predicted by the hidden state one position before it
             hidden = utils.hidden_states(model, ids)[:, :-1][is_response[:, 1:]]  # [N, H]
             outputs = utils.in_chunks(outputs_of, model, hidden, ids[is_response])  # [N, 2]
-        return on_responses(outputs[:, 0], is_response), on_responses(outputs[:, 1], is_response)
+        logprobs, entropies = outputs.unbind(1)
+        return on_responses(logprobs, is_response), on_responses(entropies, is_response)
 
     def value_outputs(ids: Tensor, is_response: Tensor) -> Tensor:
         """Values [b, R] of the states before the responses' tokens, on the scale of the scores."""
@@ -327,8 +319,8 @@ def main(args: Args) -> None:
         scores = torch.zeros(len(sequences), device=device)
         order = torch.tensor([len(s) for s in sequences]).argsort(stable=True)  # little padding
         for part in order.split(micro_batch_size):
-            some, reward_pad_id = [sequences[i] for i in part], reward_tokenizer.pad_token_id
-            ids, mask = dataset.pad(some, reward_pad_id, "right", device)
+            some = [sequences[i] for i in part]
+            ids, mask = dataset.pad(some, reward_tokenizer.pad_token_id, "right", device)
             with utils.autocast(device, args.dtype):
                 raw = utils.last_token_scores(reward_model, ids, mask)  # [b] D10
             scores[part.to(device)] = utils.normalize_scores(reward_model, raw)  # D13
@@ -339,8 +331,8 @@ def main(args: Args) -> None:
         """A response to each held-out prompt, with its scores; the same random numbers always."""
         results: list[dict[str, Any]] = []
         mine = eval_prompts[process.rank :: process.world]
-        for i in range(0, len(mine), local_batch_size):
-            prompts = mine[i : i + local_batch_size]
+        for i in range(0, len(mine), args.batch_size // process.world):
+            prompts = mine[i : i + args.batch_size // process.world]
             rng = utils.generator(device, args.seed, EVALUATION, i, process.rank)
             batch = sample_responses(model, prompts, 0, rng)
             scores, texts = score_responses(prompts, batch)
@@ -352,9 +344,9 @@ def main(args: Args) -> None:
                 logprobs, _ = policy_outputs(model, ids, is_response)
                 ref_logprobs, _ = policy_outputs(reference, ids, is_response)
                 kl[rows] = (logprobs - ref_logprobs).sum(1)
-            for j, (prompt, response) in enumerate(zip(prompts, real_tokens(batch), strict=True)):
-                result = {"prompt": prompt.text, "response": texts[j], "score": scores[j].item()}
-                result |= {"judge": judged[j], "kl": kl[j].item(), "length": len(response)}
+            for j, response in enumerate(real_tokens(batch)):
+                result = {"prompt": prompts[j].text, "response": texts[j], "judge": judged[j]}
+                result |= {"score": scores[j].item(), "kl": kl[j].item(), "length": len(response)}
                 results.append(result | {"eos_rate": response[-1] in stop_ids})
         return utils.gather(results)
 
@@ -395,17 +387,17 @@ def main(args: Args) -> None:
     if args.resume and (state := checkpoints.load()):
         kl_coef, first_update = state["kl_coef"], state["step"] + 1
         if state["processes"] != process.world:  # each has random numbers of its own
-            utils.stop(f"--resume: the run had {state['processes']} processes; start as many")
-    logger = utils.Logger(out, args, process, "update", first_update - 1)
-    size = f"policy of {sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M parameters"
+            utils.stop(f"--resume: it had {state['processes']} processes; start as many")
+    last, shown = first_update - 1, "objective/scores objective/kl response/length"
+    logger = utils.Logger(out, args, process, "update", last, num_updates, shown)
+    size = f"{sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M parameters"
     work = f"{len(train_prompts)} prompts, {num_updates} updates"
     utils.say(f"ppo_rlhf: {size}, {work}, on {device} in {args.dtype}")
-    progress = utils.progress_bar("ppo_rlhf", "update", num_updates, first_update - 1, process)
     interruption = utils.Interruption(process)
     for update in range(first_update, num_updates + 1):
         clock = [utils.now(device)]
 
-        # 1. sample prompts: each process takes its share of the same order, all pad to one width
+        # 1. sample prompts: each process its share of the same order, all padded to one width
         first = (update - 1) * prompts_per_update
         drawn = dataset.cycle(train_prompts, first, prompts_per_update, args.seed)
         width = max(len(p.ids) for p in drawn)  # P
@@ -437,7 +429,7 @@ def main(args: Args) -> None:
             scores = scores.clamp(-args.reward_clip, args.reward_clip)  # D30
         clock.append(utils.now(device))
 
-        # 4. KL penalty: each token costs beta times its KL estimate, a cost, so minus (B16)
+        # 4. KL penalty: each token costs beta times its KL estimate, so minus (B16)
         ref_log_ratio = logprobs - ref_logprobs  # [B, R] nats
         if args.kl_estimator == "k1":  # http://joschu.net/blog/kl-approx.html (D19)
             token_kl = ref_log_ratio
@@ -448,7 +440,6 @@ def main(args: Args) -> None:
         non_score_rewards = -kl_coef * token_kl  # [B, R]
         # the score goes to the last real token, EOS or where the response was cut off (D17)
         rewards = non_score_rewards.scatter_add(1, last[:, None], scores[:, None])  # [B, R]
-        rlhf_rewards = rewards.sum(1)  # [B]
         if args.whiten_rewards:
             rewards = utils.whiten(rewards, response_mask, shift_mean=False)  # D20
 
@@ -479,11 +470,14 @@ def main(args: Args) -> None:
             returns = episode_rewards[:, None] * response_mask  # [B, R]
         if args.whiten_advantages:  # over the real tokens of all processes (D22, B7, B8)
             advantages = utils.whiten(advantages, response_mask)
+        rollout = {"scores": scores, "logprobs": logprobs, "ref_logprobs": ref_logprobs}
+        rollout |= {"values": values, "rewards": rewards, "returns": returns}
+        rollout |= {"advantages": advantages}
 
         # 6. PPO update
         if interruption.came():  # nothing is changed yet: the models are the last update's
             state = {"kl_coef": kl_coef, "processes": process.world}
-            interruption.leave(checkpoints, update - 1, **state)
+            interruption.leave(checkpoints, update - 1, state)
         lr = args.learning_rate * (1 - (update - 1) / num_updates)  # D6
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -497,10 +491,9 @@ def main(args: Args) -> None:
         grad_norms, ptx_losses = [], []
         ratio_error = torch.zeros((), device=device)  # largest |ratio - 1| before the first step
         for _ in range(args.num_ppo_epochs):  # D25
-            sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device).double())
-            for minibatch in torch.randperm(len(prompts), generator=shuffle).chunk(
-                args.num_mini_batches
-            ):
+            sums: dict[str, Any] = defaultdict(float)
+            order = torch.randperm(len(prompts), generator=shuffle)
+            for minibatch in order.chunk(args.num_mini_batches):
                 # losses are sums over tokens by the mini-batch's count in all processes (D9, B12)
                 num_tokens = utils.sum_over_processes(response_mask[minibatch.to(device)].sum())
                 for rows, ids, is_response in micro_batches(batch, minibatch):
@@ -508,33 +501,30 @@ def main(args: Args) -> None:
                     new_logprobs, entropies = policy_outputs(policy, ids, is_response)  # [b, R]
                     log_ratio = new_logprobs - logprobs[rows]
                     ratio = log_ratio.exp()  # [b, R]
+                    unclipped = -advantages[rows] * ratio
                     clipped_ratio = ratio.clamp(1 - args.cliprange, 1 + args.cliprange)
-                    unclipped, clipped = (
-                        -advantages[rows] * ratio,
-                        -advantages[rows] * clipped_ratio,
-                    )
-                    policy_losses = torch.max(unclipped, clipped)  # [b, R] D23
+                    policy_losses = torch.max(unclipped, -advantages[rows] * clipped_ratio)  # D23
                     bonus = args.entropy_coef * entropies  # D33
                     policy_loss = utils.masked_sum(policy_losses - bonus, mask) / num_tokens
-                    if policy_loss.requires_grad:
+                    if policy_loss.requires_grad:  # not in the critic's warm-up
                         policy_loss.backward()
 
-                    # the value function shares nothing with the policy, whose graph is gone by now
+                    # the value function shares nothing with the policy, whose graph is gone now
                     value_losses = value_clipped = torch.zeros_like(ratio)
                     if value_model is not None:
                         new_values = value_outputs(ids, is_response)  # [b, R]
-                        change = new_values - values[rows]
-                        change = change.clamp(-args.cliprange_value, args.cliprange_value)
-                        error = (new_values - returns[rows]).square()
-                        clipped_error = (values[rows] + change - returns[rows]).square()
-                        value_losses = 0.5 * torch.max(error, clipped_error)  # [b, R] D24
+                        low = values[rows] - args.cliprange_value
+                        high = values[rows] + args.cliprange_value
+                        errors = (new_values - returns[rows]).square()
+                        clipped_errors = (new_values.clamp(low, high) - returns[rows]).square()
+                        value_losses = 0.5 * torch.max(errors, clipped_errors)  # [b, R] D24
                         value_loss = utils.masked_sum(value_losses, mask) / num_tokens
                         (args.vf_coef * value_loss).backward()
-                        value_clipped = clipped_error > error
+                        value_clipped = clipped_errors > errors
 
                     token_stats = {  # [b, R] each; the mean over real tokens is logged (B6)
                         "policy/approxkl_avg": log_ratio.square() / 2,
-                        "policy/clipfrac_avg": clipped > unclipped,
+                        "policy/clipfrac_avg": policy_losses > unclipped,
                         "policy/entropy_avg": entropies,
                         "loss/policy_avg": policy_losses,
                         "loss/value_avg": value_losses,
@@ -550,13 +540,9 @@ def main(args: Args) -> None:
                     ptx_losses.append(ptx_backward(len(minibatch), ptx_rng))
                 utils.sum_gradients(parameters)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)  # D29
-                numbers = {"scores": scores, "logprobs": logprobs, "ref_logprobs": ref_logprobs}
-                losses = {
-                    "policy_loss": sums["loss/policy_avg"],
-                    "value_loss": sums["loss/value_avg"],
-                }
-                numbers |= {"values": values} | losses | {"gradient_norm": norm}
-                utils.check_finite(f"update {update}", **numbers)
+                losses = {f"{name}_loss": sums[f"loss/{name}_avg"] for name in ("policy", "value")}
+                numbers = rollout | losses | {"gradient_norm": norm}
+                utils.check_finite(f"update {update}", numbers)
                 optimizer.step()
                 optimizer.zero_grad()
                 grad_norms.append(norm)
@@ -587,7 +573,7 @@ def main(args: Args) -> None:
             "objective/entropy": episode_mean(-logprobs.sum(1)),  # of the sampled tokens
             "objective/non_score_reward": episode_mean(non_score_rewards.sum(1)),
             "objective/scores": episode_mean(scores),  # penalty and clip included
-            "objective/rlhf_reward": episode_mean(rlhf_rewards),
+            "objective/rlhf_reward": episode_mean(scores + non_score_rewards.sum(1)),
             "objective/kl_coef": kl_coef,
         }
         for name in epoch_means[0]:
@@ -612,18 +598,11 @@ def main(args: Args) -> None:
             result = compare(before, after)
             evaluated = {f"eval/{k}": v for k, v in result["policy"].items() if v is not None}
             metrics |= evaluated | {"eval/win_rate": result["win_rate"]}
-            progress.clear()
             show_samples(logger, update, before, after, shown=2)
         logger.log(update, metrics)
-        progress.update()
-        shown = {"score": "objective/scores", "kl": "objective/kl", "length": "response/length"}
-        shown = {name: f"{metrics[key]:.2f}" for name, key in shown.items()}
-        progress.set_postfix(shown, refresh=False)
         if args.save_rollouts and update % args.save_rollouts == 0:
-            tensors = batch._asdict() | {"logprobs": logprobs, "ref_logprobs": ref_logprobs}
-            tensors |= {"values": values, "rewards": rewards, "advantages": advantages}
-            tensors |= {"returns": returns, "scores": scores}
-            del tensors["ids"], tensors["is_response"]
+            fields = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
+            tensors = rollout | {name: getattr(batch, name) for name in fields}
             numbers = vars(args) | {"kl_coef": kl_coef, "update": update}
             utils.save_rollout(out, process, update, tensors, numbers)
         if args.kl_target is not None:  # Ziegler et al. 2019, section 2.2 (D27)
@@ -632,10 +611,9 @@ def main(args: Args) -> None:
         state = {"kl_coef": kl_coef, "processes": process.world}
         if args.save_every and update % args.save_every == 0 and update < num_updates:
             if process.is_main:
-                checkpoints.save(update, **state)
+                checkpoints.save(update, state)
         if interruption.came():
-            interruption.leave(checkpoints, update, **state)
-    progress.close()
+            interruption.leave(checkpoints, update, state)
 
     # ---- what it leaves
     if process.is_main:  # before the evaluation, in which a judge may fail
@@ -652,20 +630,20 @@ def main(args: Args) -> None:
         lines = []
         for b, a in zip(before, after, strict=True):
             row = {"prompt": b["prompt"], "reference": b["response"], "policy": a["response"]}
-            row |= {"reference_score": b["score"], "policy_score": a["score"]}
-            row |= {"reference_judge": b["judge"], "policy_judge": a["judge"]}
+            for name in ("score", "judge"):
+                row |= {f"reference_{name}": b[name], f"policy_{name}": a[name]}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         utils.write_text(out / "samples.jsonl", "".join(lines))
         summary = {"updates": num_updates, "episodes": num_updates * args.batch_size}
         summary |= {"seconds": seconds, "eval": result}
         utils.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    logger.close()
     by, old, new = result["win_rate_by"], result["reference"], result["policy"]
     utils.say(
-        f"ppo_rlhf: the policy wins {result['win_rate']:.3f} of {len(before)} held-out prompts "
-        f"by the {by}; mean {by} {old[by]:.2f} -> {new[by]:.2f}, KL {new['kl']:.1f} nats; "
+        f"ppo_rlhf: wins {result['win_rate']:.3f} of {len(before)} held-out prompts by the {by}; "
+        f"mean {by} {old[by]:.2f} -> {new[by]:.2f}, KL {new['kl']:.1f} nats; "
         f"{seconds:.0f} s; model in {out}"
     )
-    logger.close()
 
 
 def real_tokens(batch: Batch) -> list[list[int]]:
@@ -680,7 +658,7 @@ def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[s
     def means(results: list[dict[str, Any]]) -> dict[str, float | None]:
         names = ("score", "judge", "kl", "length", "eos_rate")
         columns = {name: [result[name] for result in results] for name in names}
-        return {k: None if None in x else sum(x) / len(x) for k, x in columns.items()}
+        return {k: sum(x) / len(x) if None not in x else None for k, x in columns.items()}
 
     by = "score" if before[0]["judge"] is None else "judge"
     pairs = [(b[by], a[by]) for b, a in zip(before, after, strict=True)]
@@ -699,11 +677,10 @@ def show_samples(
         return f"{name}: score {result['score']:.2f}{judge}"
 
     samples = []
-    for b, a in list(zip(before, after, strict=True))[:20]:
+    for b, a in zip(before[:20], after[:20], strict=True):
         sample = {"prompt": b["prompt"], caption("before", b): b["response"].strip()}
         samples.append(sample | {caption("after", a): a["response"].strip()})
-    title = f"update {update}: held-out prompts, reference (before) and policy (after)"
-    logger.samples(update, title, samples, shown)
+    logger.samples(update, f"update {update}: replies before and after PPO", samples, shown)
 
 
 def check_flags(args: Args, world: int) -> None:
@@ -717,14 +694,14 @@ def check_flags(args: Args, world: int) -> None:
         utils.stop("--samples-per-prompt: does not divide --batch-size; make that a multiple")
     if args.total_episodes < args.batch_size:
         utils.stop("--total-episodes: is less than one batch; pass at least --batch-size")
-    if args.advantage in ("rloo", "grpo") and args.samples_per_prompt == 1:
-        utils.stop(f"--samples-per-prompt: is 1; pass 2 or more for {args.advantage}")
-    if args.advantage != "gae" and args.value_model is not None:
+    if args.advantage in ("rloo", "grpo") and args.samples_per_prompt < 2:
+        utils.stop(f"--samples-per-prompt: is 1; {args.advantage} needs 2 or more")
+    if args.advantage != "gae" and args.value_model:
         utils.stop(f"--value-model: {args.advantage} has no value function; leave it out")
     if args.advantage != "gae" and args.critic_warmup_updates:
-        utils.stop(f"--critic-warmup-updates: {args.advantage} has no critic; leave it at 0")
+        utils.stop(f"--critic-warmup-updates: {args.advantage} has no critic; leave it out")
     if args.kl_target is not None and not args.kl_coef:
-        utils.stop("--kl-target: a --kl-coef of 0 cannot be steered; start from one above 0")
+        utils.stop("--kl-target: a --kl-coef of 0 cannot be steered; pass one above 0")
     if args.kl_target is not None and args.batch_size >= 5 * args.kl_horizon:
         utils.stop("--kl-horizon: kl_coef could turn negative; pass at least --batch-size")
     if bool(args.ptx_coef) != bool(args.ptx_dataset):

@@ -146,7 +146,8 @@ def main(args: Args) -> None:
     checkpoints = utils.Checkpoints(out, {"model": model}, optimizer, args.keep_checkpoints)
     state = checkpoints.load() if args.resume else None
     start = state["step"] if state else 0
-    logger = utils.Logger(out, args, process, "step", start)
+    shown = "loss accuracy tokens_per_second"
+    logger = utils.Logger(out, args, process, "step", start, num_steps, shown)
     size = f"{sum(p.numel() for p in parameters) / 1e6:.1f}M parameters"
     work = f"{len(train_pairs)} pairs, {num_steps} steps"
     utils.say(f"reward_model: {size}, {work}, on {device} in {args.dtype}")
@@ -184,7 +185,6 @@ def main(args: Args) -> None:
 
     # ---- train
     utils.set_gradient_checkpointing(model, args.gradient_checkpointing)
-    progress = utils.progress_bar("reward_model", "step", num_steps, start, process)
     interruption = utils.Interruption(process)
     steps = dataset.batches(len(train_pairs), args.batch_size, args.epochs, args.seed, start)
     for step, indices in steps:
@@ -212,7 +212,7 @@ def main(args: Args) -> None:
         loss, accuracy, margin = (utils.sum_over_processes(totals) / len(batch)).tolist()
         utils.sum_gradients(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()  # D29
-        utils.check_finite(f"step {step}", loss=loss, gradient_norm=grad_norm)
+        utils.check_finite(f"step {step}", {"loss": loss, "gradient_norm": grad_norm})
         optimizer.step()
         optimizer.zero_grad()
 
@@ -222,15 +222,11 @@ def main(args: Args) -> None:
         if args.eval_every and step % args.eval_every == 0 and step < num_steps:
             metrics |= {f"eval/{name}": value for name, value in evaluate().items()}
         logger.log(step, metrics)
-        progress.update()
-        shown = {"loss": f"{loss:.3f}", "accuracy": f"{accuracy:.2f}"}
-        progress.set_postfix(shown | {"tok_s": f"{tokens_per_second:,.0f}"}, refresh=False)
         if args.save_every and step % args.save_every == 0 and step < num_steps:
             if process.is_main:
-                checkpoints.save(step)
+                checkpoints.save(step, {})
         if interruption.came():
-            interruption.leave(checkpoints, step)
-    progress.close()
+            interruption.leave(checkpoints, step, {})
 
     # ---- normalize
     if sft_texts:
@@ -249,12 +245,12 @@ def main(args: Args) -> None:
         utils.save_model(model, tokenizer, out)
         summary = result | {"accuracy_interval": [low, high], "pairs": pairs, "seconds": seconds}
         utils.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    logger.close()
     utils.say(
         f"reward_model: accuracy {result['accuracy']:.3f} (95% interval {low:.3f} to {high:.3f}) "
         f"on {pairs} held-out pairs, margin {result['mean_margin']:.2f}, correlation with length "
         f"{result['score_length_correlation']:+.2f}; {seconds:.0f} s; model in {out}"
     )
-    logger.close()
 
 
 class Pair(NamedTuple):

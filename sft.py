@@ -127,7 +127,8 @@ def main(args: Args) -> None:
     checkpoints = utils.Checkpoints(out, {"model": model}, optimizer, args.keep_checkpoints)
     state = checkpoints.load() if args.resume else None
     start = state["step"] if state else 0
-    logger = utils.Logger(out, args, process, "step", start)
+    shown = "loss grad_norm tokens_per_second"
+    logger = utils.Logger(out, args, process, "step", start, num_steps, shown)
     size = f"{sum(p.numel() for p in parameters) / 1e6:.1f}M parameters"
     work = f"{len(train_rows)} rows, {num_steps} steps"
     utils.say(f"sft: {size}, {work}, on {device} in {args.dtype}")
@@ -164,7 +165,6 @@ def main(args: Args) -> None:
 
     # ---- train
     utils.set_gradient_checkpointing(model, args.gradient_checkpointing)
-    progress = utils.progress_bar("sft", "step", num_steps, start, process)
     interruption = utils.Interruption(process)
     steps = dataset.batches(len(train_rows), args.batch_size, args.epochs, args.seed, start)
     for step, indices in steps:
@@ -189,7 +189,7 @@ def main(args: Args) -> None:
         loss = utils.sum_over_processes(loss).item()
         utils.sum_gradients(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()  # D29
-        utils.check_finite(f"step {step}", loss=loss, gradient_norm=grad_norm)
+        utils.check_finite(f"step {step}", {"loss": loss, "gradient_norm": grad_norm})
         optimizer.step()
         optimizer.zero_grad()
 
@@ -199,15 +199,11 @@ def main(args: Args) -> None:
         if args.eval_every and step % args.eval_every == 0 and step < num_steps:
             metrics["eval_loss"] = evaluate()
         logger.log(step, metrics)
-        progress.update()
-        shown = {"loss": f"{loss:.3f}", "lr": f"{lr:.1e}", "tok_s": f"{tokens_per_second:,.0f}"}
-        progress.set_postfix(shown, refresh=False)
         if args.save_every and step % args.save_every == 0 and step < num_steps:
             if process.is_main:
-                checkpoints.save(step)
+                checkpoints.save(step, {})
         if interruption.came():
-            interruption.leave(checkpoints, step)
-    progress.close()
+            interruption.leave(checkpoints, step, {})
 
     # ---- what it leaves
     eval_loss, seconds = evaluate(), time.time() - started
@@ -217,8 +213,8 @@ def main(args: Args) -> None:
         summary = {"eval_loss": eval_loss, "perplexity": perplexity, "seconds": seconds}
         utils.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     result = f"held-out loss {eval_loss:.3f} nats per token, perplexity {perplexity:.2f}"
-    utils.say(f"sft: {result}; {seconds:.0f} s; model in {out}")
     logger.close()
+    utils.say(f"sft: {result}; {seconds:.0f} s; model in {out}")
 
 
 def build_tiny(texts: list[str], device: torch.device) -> tuple:

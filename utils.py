@@ -10,14 +10,12 @@ import hashlib
 import importlib.util
 import inspect
 import json
-import logging
-import math
 import os
-import re
 import shutil
 import signal
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -35,10 +33,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-# the terminal is for what the stages say; what this would hide, `load_model` checks
-transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.set_verbosity_error()  # what this would hide, `load_model` checks
 transformers.utils.logging.disable_progress_bar()
-huggingface_hub.utils.enable_progress_bars()  # switched off by that too; a download may take long
+huggingface_hub.utils.enable_progress_bars()  # off by that too, but a download may take long
 
 # ---- errors
 
@@ -67,16 +64,13 @@ def stop(message: str, code: int = 2) -> NoReturn:
 
 def first_line(error: BaseException) -> str:
     """The kind of an exception and the first line of its message."""
-    lines = str(error).strip().splitlines() or ["no message"]
-    return f"{type(error).__name__}: {lines[0]}"
+    message = str(error).strip() or "no message"
+    return f"{type(error).__name__}: {message.splitlines()[0]}"
 
 
 @contextlib.contextmanager
 def stage() -> Iterator[None]:
-    """Decorates `main`: out of memory or a full disk end it with 1 and a line that says when.
-
-    At the end the output folder is free again, and all processes leave together.
-    """
+    """Decorates `main`: out of memory or a full disk end it with 1 and a line that says when."""
     global progress
     try:
         yield
@@ -84,13 +78,13 @@ def stage() -> Iterator[None]:
         if dist.is_initialized():
             dist.destroy_process_group()
     except (RuntimeError, OSError, safetensors.SafetensorError) as error:
-        where = f"{progress.unit} {progress.n + 1}" if progress is not None else "at the start"
+        fix = "make room or check the folder, then --resume"
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             fix = "lower --micro-batch-size or --batch-size, or add --gradient-checkpointing"
-            stop(f"{where}: out of memory; {fix}", 1)
-        if isinstance(error, RuntimeError):  # a bug, whose traceback is wanted
-            raise
-        stop(f"{where}: {first_line(error)}; make room or check the folder, then --resume", 1)
+        elif isinstance(error, RuntimeError):
+            raise  # a bug, whose traceback is wanted
+        where = f"{progress.unit} {progress.n + 1}" if progress is not None else "start"
+        stop(f"{where}: {first_line(error)}; {fix}", 1)
     finally:
         progress = None
         while locks:
@@ -109,7 +103,7 @@ class Process(NamedTuple):
     is_main: bool
 
 
-remote_code = False  # whether a model may bring Python code of its own; `start_process` sets it
+remote_code = False  # whether code that comes with a model may run; `start_process` sets it
 
 
 def start_process(args: Any) -> Process:
@@ -119,14 +113,12 @@ def start_process(args: Any) -> Process:
     """
     global remote_code
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device
+    name = {"auto": "cpu", "cuda": f"cuda:{os.environ.get('LOCAL_RANK', 0)}"}.get(name, name)
     try:
-        local = os.environ.get("LOCAL_RANK", 0)
-        device = torch.zeros(1, device=f"cuda:{local}" if name == "cuda" else name).device
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        stop(f"--device: {name!r} cannot be used ({first_line(error)}); leave it out")
+        stop(f"--device: {name} cannot be used ({first_line(error)}); leave it out")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
@@ -141,7 +133,7 @@ def start_process(args: Any) -> Process:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies in bfloat16 by itself; elsewhere that is emulated, and slow."""
+    """Whether the device multiplies in bfloat16 natively; elsewhere it is emulated, and slow."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     info = Path("/proc/cpuinfo")
@@ -150,10 +142,9 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def generator(device: torch.device | str, *numbers: int) -> torch.Generator:
-    """A random generator that depends on `numbers` alone, such as (seed, update, rank) (D7).
+    """A random generator that depends on `numbers` only, such as (seed, update, rank) (D7).
 
-    Randomness is a function of where the run is, not of what it did before, so a resumed run draws
-    the same numbers.
+    It is a function of where the run is, so a resumed run draws the same random numbers.
     """
     # numpy takes [1] and [1, 0] for the same entropy, so the count comes first
     entropy = [len(numbers), *(n % 2**32 for n in numbers)]
@@ -182,7 +173,7 @@ def gather(rows: list[Any]) -> list[Any]:
     """The lists of all processes, interleaved as they were dealt out by `rows[rank::world]`."""
     if not dist.is_initialized():
         return rows
-    parts: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
+    parts = [rows] * dist.get_world_size()
     dist.all_gather_object(parts, rows)
     return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
 
@@ -202,8 +193,8 @@ class Interruption:
         signal.signal(signal.SIGINT, self.note)
 
     def note(self, number: int, frame: Any) -> None:
-        # forked workers of a reward function come here too, and are to end when they are told.
-        # torchrun passes on a Ctrl-C that its processes have got by themselves: that is one signal
+        # a forked worker of a reward function ends when it is told to; a Ctrl-C that torchrun
+        # passes on has come to its processes already, and is not a second one
         if os.getpid() != self.owner or (self.signal and time.monotonic() - self.time > 1):
             os._exit(128 + number)
         self.signal, self.time = self.signal or number, time.monotonic()
@@ -216,10 +207,10 @@ class Interruption:
             self.signal = int(number)
         return self.signal != 0
 
-    def leave(self, checkpoints: "Checkpoints", step: int, **state: Any) -> NoReturn:
+    def leave(self, checkpoints: "Checkpoints", step: int, state: dict[str, Any]) -> NoReturn:
         """Save the state after `step`, say how to continue, exit with 128 + the signal's number."""
         if step and self.process.is_main:  # a run without checkpoints starts from step 0
-            checkpoints.save(step, **state)
+            checkpoints.save(step, state)
         barrier()
         if self.process.is_main:
             progress.close()
@@ -235,29 +226,33 @@ FREE_ON_RESUME = {"resume", "overwrite", "output_dir", "device", "micro_batch_si
 FREE_ON_RESUME |= {"save_every", "keep_checkpoints", "eval_every", "trust_remote_code"}
 
 
+def flag(name: str) -> str:
+    """The command-line spelling of an argument."""
+    return "--" + name.replace("_", "-")
+
+
 def check_numbers(args: Any, may_be_0: str = "", at_most_1: str = "") -> None:
     """Stop unless the numbers among a stage's flags are above 0, but for the two lists of names."""
     may_be_0 += " seed save_every eval_every"
     for name, value in vars(args).items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if type(value) in (int, float):
             zero, one = name in may_be_0.split(), name in at_most_1.split()
-            if not (value > 0 or zero and value == 0) or not value < 2**63 or (one and value > 1):
-                wanted = "0 or more" if zero else "a number above 0"
-                wanted += ", up to 1" if one else ""
-                stop(f"--{name.replace('_', '-')}: {value} is out of range; pass {wanted}")
+            if not (0 < value < 2**63 or (zero and value == 0)) or (one and value > 1):
+                wanted = ("0 or more" if zero else "above 0") + (", up to 1" if one else "")
+                stop(f"{flag(name)}: {value} is out of range; pass {wanted}")
 
 
 def micro_batch_size(args: Any, world: int, mini_batches: int = 1) -> int:
     """`--micro-batch-size`, or a process's share of a mini-batch where that is smaller."""
     size = max(1, min(args.micro_batch_size, args.batch_size // (world * mini_batches)))
     if args.batch_size % (multiple := size * world * mini_batches):
-        what = f"{args.batch_size} is not divisible into micro-batches of {size}"
+        what = f"{args.batch_size} does not divide into micro-batches of {size}"
         stop(f"--batch-size: {what}; pass a multiple of {multiple}")
     return size
 
 
 def check_output(args: Any, stage: str) -> None:
-    """Stop if `--output-dir` holds what this run must not touch; every process calls it."""
+    """Stop if `--output-dir` holds what this run must not touch."""
     out = Path(args.output_dir).expanduser()
     if args.resume and args.overwrite:
         stop("--resume: contradicts --overwrite; pass one of the two")
@@ -269,14 +264,13 @@ def check_output(args: Any, stage: str) -> None:
     if before.get("stage") != stage:
         stop(f"{out}: is not empty and holds no run of {stage}.py; pass another --output-dir")
     if not args.resume and not args.overwrite:
-        stop(f"{out}: already holds a run; pass --resume to continue or --overwrite to replace it")
+        stop(f"{out}: already holds a run; pass --resume to continue it, --overwrite to replace it")
     if args.resume:
-        for name, value in json.loads(json.dumps(vars(args))).items():
+        for name, value in vars(args).items():
             if name not in FREE_ON_RESUME and before.get(name, value) != value:
-                what = f"--{name.replace('_', '-')}: was {before[name]!r} in {out}"
-                stop(f"{what}; resume with that run's flags")
+                stop(f"{flag(name)}: was {before[name]!r} in {out}; resume with that run's flags")
         if (out / "summary.json").exists() and not checkpoints(out):
-            stop(f"{out}: is finished and has no checkpoint; pass --overwrite to replace it")
+            stop(f"{out}: is finished, without a checkpoint; pass --overwrite to replace it")
 
 
 def flags_of(out: Path) -> dict[str, Any]:
@@ -291,7 +285,7 @@ locks: list[filelock.FileLock] = []  # of this process; the system frees them ho
 
 
 def open_output(args: Any, stage: str, process: Process) -> Path:
-    """Make and lock `--output-dir`, empty it with --overwrite, write `args.json`."""
+    """Make and lock `--output-dir`, empty it for --overwrite, write `args.json`."""
     out = Path(args.output_dir).expanduser()
     barrier()  # all have checked the folder before it is made
     if process.is_main:
@@ -299,14 +293,13 @@ def open_output(args: Any, stage: str, process: Process) -> Path:
             out.mkdir(parents=True, exist_ok=True)
             locks.append(filelock.FileLock(out / "run.lock"))
             locks[-1].acquire(timeout=0)
-            if args.overwrite:  # args.json last: a folder that is half removed still names its run
-                for path in sorted(out.iterdir(), key=lambda path: path.name == "args.json"):
-                    if path.name != "run.lock":
-                        discard(path)
+            for path in sorted(out.iterdir(), key=lambda path: path.name == "args.json"):
+                if args.overwrite and path.name != "run.lock":  # args.json, which names it, last
+                    discard(path)
             flags = {"stage": stage} | vars(args)
             write_text(out / "args.json", json.dumps(flags, indent=2) + "\n")
         except filelock.Timeout:
-            stop(f"{out}: is in use by another run; stop that one or pass another --output-dir")
+            stop(f"{out}: is in use by another run; pass another --output-dir")
         except OSError as error:
             stop(f"{out}: cannot be written ({first_line(error)}); pass another --output-dir")
     barrier()
@@ -314,7 +307,7 @@ def open_output(args: Any, stage: str, process: Process) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file beside its target first: nobody finds half of it, whatever stops."""
+    """Write a file beside its target first, so that nobody ever finds half of it."""
     part = path.with_name(path.name + ".part")
     part.unlink(missing_ok=True)  # it may be a link
     part.write_text(text, encoding="utf-8")
@@ -322,7 +315,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def move(part: Path, path: Path) -> None:
-    """Give a written file or folder its name, once all that it holds is on the disk."""
+    """Give a file or folder its name, once all that it holds is on the disk."""
     for written in [*part.rglob("*"), part]:
         sync(written)
     os.replace(part, path)
@@ -332,10 +325,8 @@ def move(part: Path, path: Path) -> None:
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def discard(path: Path) -> None:
@@ -364,22 +355,22 @@ def from_pretrained(auto_class: Any, model: str, **kwargs: Any) -> Any:
     path = Path(model).expanduser()
     local = path.exists() or model.startswith((".", "/", "~", "runs/")) or model.count("/") > 1
     if local and not (path / "config.json").is_file():
-        stop(f"{model}: holds no model; run the stage that makes it first, or pass another folder")
+        stop(f"{model}: holds no model; run the stage that makes it, or pass another folder")
     try:
         name = str(path) if local else model
         return auto_class.from_pretrained(name, trust_remote_code=remote_code, **kwargs)
     except Exception as error:  # libraries raise anything here, from ImportError to SafetensorError
-        why, fix = first_line(error), "check its files; weights are read from safetensors alone"
-        if "trust_remote_code" in str(error):
-            why, fix = "it runs code of its own", "pass --trust-remote-code if you have read that"
+        why, fix = first_line(error), "check its files; weights are read from safetensors only"
+        if "trust_remote_code" in why:
+            why, fix = "it runs code of its own", "read that, then pass --trust-remote-code"
         stop(f"{model}: cannot be loaded ({why}); {fix}")
 
 
 def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any) -> Any:
     """A model in float32 and, in training too, in eval mode: dropout is off (D4).
 
-    Only safetensors are read, for a pickle may run code. Where weights are missing, transformers
-    makes random ones: the scalar head becomes zero, any others stop the run.
+    Only safetensors are read: a pickle may run code. Where weights are missing, transformers makes
+    random ones: the scalar head becomes zero, any others stop the run.
     """
     kwargs |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     loaded, info = from_pretrained(auto_class, model, **kwargs)
@@ -443,8 +434,8 @@ def freeze(model: Any, dtype: str) -> Any:
 
 def same_tokenizer(a: Any, b: Any) -> bool:
     """Whether two give the same ids, so that one model can read the other's tokens (B5)."""
-    same_special = a.eos_token_id == b.eos_token_id and a.chat_template == b.chat_template
-    return same_special and a.get_vocab() == b.get_vocab()
+    same = a.eos_token_id == b.eos_token_id and a.chat_template == b.chat_template
+    return same and a.get_vocab() == b.get_vocab()
 
 
 def context_length(model: Any) -> int:
@@ -454,12 +445,12 @@ def context_length(model: Any) -> int:
 
 def set_gradient_checkpointing(model: Any, on: bool) -> None:
     """Recompute activations in the backward pass while `on`; sampling needs it off."""
-    modules = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-    if on and not any(module.gradient_checkpointing for module in modules):
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    for module in modules:
-        # transformers checkpoints what is in training mode; its children stay in eval mode (D4)
-        module.training = on
+    if on:
+        model.activation_checkpointing_enable()
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            # transformers checkpoints what is in training mode; children stay in eval mode (D4)
+            module.training = on
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
@@ -469,7 +460,7 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
 
 def compile_model(model: Any) -> None:
     """Compile what comes before the head, on its first use; decoding does without."""
-    torch._dynamo.config.recompile_limit = 64  # models of one class share code, each needs variants
+    torch._dynamo.config.recompile_limit = 64  # models of one class share code
     model.base_model.compile(dynamic=True)
 
 
@@ -480,10 +471,8 @@ def model_inputs(model: Any, ids: Tensor, mask: Tensor | None = None) -> dict[st
     """
     inputs = {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
     if "position_ids" in inspect.signature(model.forward).parameters:
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        if mask is not None:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-        inputs["position_ids"] = positions
+        real = torch.ones_like(ids) if mask is None else mask
+        inputs["position_ids"] = (real.cumsum(1) - 1).clamp(min=0)
     return inputs
 
 
@@ -518,11 +507,9 @@ def in_chunks(
     computed again in the backward pass.
     """
     width = max(1, LOGITS_AT_A_TIME // model.get_output_embeddings().weight.shape[0])
-    chunks = list(zip(hidden.split(width), tokens.split(width), strict=True))
-    if len(chunks) <= 1:
+    if len(tokens) <= width:
         return function(hidden, tokens)
-    if not torch.is_grad_enabled():
-        return torch.cat([function(*chunk) for chunk in chunks])
+    chunks = zip(hidden.split(width), tokens.split(width), strict=True)
     return torch.cat([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks])
 
 
@@ -560,7 +547,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
-    """Population variance of x where mask is 1, over all processes: of one element, 0 (B17)."""
+    """Population variance of x where mask is 1, over all processes; of one element 0 (B17)."""
     return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
 
@@ -607,11 +594,9 @@ def call_reward_function(
     except Exception as error:
         what = f"raised {first_line(error)} for {len(texts)} prompts, {texts[0]!r:.60} first"
         stop(f"{where}: {what}; it is called as f(prompts, completions, **columns)", code)
-    if len(scores) != len(texts):
-        stop(f"{where}: returned {len(scores)} values for {len(texts)}; return one each", code)
-    for text, score in zip(texts, scores, strict=True):
-        if not math.isfinite(score):
-            stop(f"{where}: returned {score} for {text!r:.60}; return finite numbers", code)
+    if len(scores) != len(texts) or not np.isfinite(scores).all():
+        what = f"returned {len(scores)} values for {len(texts)} prompts, {sum(scores)} in all"
+        stop(f"{where}: {what}; return one finite number each", code)
     return scores
 
 
@@ -625,19 +610,20 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     for path in sorted(part.iterdir(), key=lambda path: path.name == "config.json"):
-        if path.is_dir():  # of chat templates
-            discard(folder / path.name)
+        discard(folder / path.name)
         move(path, folder / path.name)
     part.rmdir()
 
 
-class Checkpoints:
-    """Checkpoints of a run: `models` and optimizer as safetensors, a few numbers, checksums."""
+class Checkpoints(NamedTuple):
+    """Checkpoints of a run: `models` and optimizer in safetensors, a few numbers, checksums."""
 
-    def __init__(self, out: Path, models: dict[str, nn.Module], optimizer: Any, keep: int):
-        self.out, self.models, self.optimizer, self.keep = out, models, optimizer, keep
+    out: Path
+    models: dict[str, nn.Module]
+    optimizer: Any
+    keep: int  # of the newest
 
-    def save(self, step: int, **state: Any) -> None:
+    def save(self, step: int, state: dict[str, Any]) -> None:
         """Write `checkpoint/STEP`, which gets its name once it is whole and on the disk."""
         final = self.out / "checkpoint" / f"{step:06d}"
         part = final.with_name(final.name + ".part")
@@ -651,7 +637,7 @@ class Checkpoints:
         moments = self.optimizer.state_dict()["state"]
         flat = {f"{i}.{name}": x for i, of_i in moments.items() for name, x in of_i.items()}
         safetensors.torch.save_file(flat, part / "optimizer.safetensors")
-        (part / "state.json").write_text(json.dumps({"step": step, **state}))
+        (part / "state.json").write_text(json.dumps({"step": step} | state))
         sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(part.iterdir())]
         (part / "SHA256SUMS").write_text("".join(sums))
         sync(self.out / "metrics.jsonl")  # a checkpoint is never ahead of its records
@@ -672,12 +658,11 @@ class Checkpoints:
             return None
         for name, model in self.models.items():
             safetensors.torch.load_model(model, str(folder / f"{name}.safetensors"))
-        moments: dict[int, dict[str, Tensor]] = {}
+        whole, moments = self.optimizer.state_dict(), defaultdict(dict)
         for key, value in safetensors.torch.load_file(folder / "optimizer.safetensors").items():
             index, name = key.split(".", 1)
-            moments.setdefault(int(index), {})[name] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            moments[int(index)][name] = value
+        self.optimizer.load_state_dict(whole | {"state": dict(moments)})
         return json.loads((folder / "state.json").read_text())
 
 
@@ -705,7 +690,7 @@ def damage(folder: Path) -> str | None:
         return first_line(error)
 
 
-def check_finite(where: str, **quantities: Any) -> None:
+def check_finite(where: str, quantities: dict[str, Any]) -> None:
     """Stop with code 1 if a quantity holds NaN or infinity, before a step is made of it."""
     for name, value in quantities.items():
         value = torch.as_tensor(value)
@@ -718,42 +703,55 @@ def check_finite(where: str, **quantities: Any) -> None:
 
 
 class Logger:
-    """metrics.jsonl, TensorBoard and, by choice, Weights & Biases: the same names and values.
+    """metrics.jsonl, TensorBoard (from where Weights & Biases takes it) and a progress bar.
 
-    Of the main process alone. `unit`, "step" or "update", is what is counted; when a run is
-    resumed, what comes after `last_step` is cut off.
+    In the main process only. `unit`, "step" or "update", is counted up to `total`; lines after
+    `last_step` are cut off. The bar shows the metrics named in `shown`.
     """
 
-    def __init__(self, out: Path, args: Any, process: Process, unit: str, last_step: int = 0):
-        self.active, self.unit, self.wandb = process.is_main, unit, None
+    def __init__(
+        self,
+        out: Path,
+        args: Any,
+        process: Process,
+        unit: str,
+        last_step: int,
+        total: int,
+        shown: str,
+    ):
+        global progress
+        self.active, self.unit, self.shown = process.is_main, unit, shown.split()
+        seconds = 0.2 if sys.stderr.isatty() else 10  # a line now and then in a log file
+        bar = {"initial": last_step, "mininterval": seconds, "disable": not self.active}
+        progress = tqdm(desc=out.name, unit=unit, total=total, **bar)
         if not self.active:
             return
-        logging.getLogger("tensorboard").setLevel(logging.ERROR)
+        if args.track:
+            import wandb
+
+            flags = {"config": vars(args), "dir": str(out), "name": out.name}
+            wandb.init(project="ppo-rlhf", sync_tensorboard=True, **flags)
         from torch.utils.tensorboard import SummaryWriter
 
         path = out / "metrics.jsonl"
-        # a line a step; after a power cut the last one may be half a line, or anything
+        # a line a step; after a power cut the last may be half a line
         text = path.read_text(encoding="utf-8", errors="replace") if last_step else ""
         write_text(path, "".join(text.splitlines(keepends=True)[:last_step]))
         self.file = path.open("a", buffering=1)
         self.board = SummaryWriter(str(out), purge_step=last_step + 1)
         self.board.add_text("args", fenced(json.dumps(vars(args), indent=2)), 0)
-        if args.track:
-            import wandb
-
-            flags = {"config": vars(args), "dir": str(out), "name": out.name}
-            self.wandb = wandb.init(project="ppo-rlhf", **flags)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Write one line of metrics.jsonl and the same scalars."""
+        """Write one line of metrics.jsonl and the same scalars; move the bar on."""
+        progress.update()
+        shown = {name.split("/")[-1]: f"{metrics[name]:,.4g}" for name in self.shown}
+        progress.set_postfix(shown, refresh=False)
         if not self.active:
             return
         self.file.write(json.dumps({self.unit: step, **metrics}) + "\n")
         for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
         self.board.flush()  # a process that is killed takes along what its threads have not written
-        if self.wandb:
-            self.wandb.log(metrics, step=step)
 
     def samples(self, step: int, title: str, samples: list[dict[str, str]], shown: int) -> None:
         """Texts by their captions, to TensorBoard, and the first `shown` to the terminal."""
@@ -762,6 +760,7 @@ class Logger:
         page = [f"**{caption}**\n\n{fenced(text)}" for s in samples for caption, text in s.items()]
         self.board.add_text("samples", "\n\n".join(page), step)
         self.board.flush()
+        progress.clear()
         console = Console(highlight=False)
         console.rule(title)
         for sample in samples[:shown]:
@@ -770,15 +769,15 @@ class Logger:
             console.print()
 
     def close(self) -> None:
+        progress.close()
         if self.active:
             self.file.close()
             self.board.close()
 
 
 def fenced(text: str) -> str:
-    """A Markdown code block, which shows a text as it is; its fence is longer than any within."""
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
+    """A Markdown code block, which shows a text as it is: its fence is longer than any within."""
+    fence = "`" * (3 + text.count("`"))
     return f"{fence}\n{text}\n{fence}"
 
 
@@ -796,15 +795,6 @@ def save_rollout(
         part = path.with_name(path.name + ".part")
         safetensors.torch.save_file(whole, part, {k: str(v) for k, v in numbers.items()})
         move(part, path)
-
-
-def progress_bar(name: str, unit: str, total: int, start: int, process: Process) -> tqdm:
-    """A progress bar on the main process; in a log file, a line now and then."""
-    global progress
-    seconds = 0.2 if sys.stderr.isatty() else 10
-    flags = {"mininterval": seconds, "disable": not process.is_main}
-    progress = tqdm(desc=name, unit=unit, total=total, initial=start, **flags)
-    return progress
 
 
 def now(device: torch.device) -> float:

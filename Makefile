@@ -1,8 +1,10 @@
-# `make demo` runs the three stages on the embedded task, `make test` the tests; each makes what it needs in .venv.
+# `make demo` runs the three stages on the embedded task, `make test` the tests; each makes what it
+# needs in .venv, in the exact versions of constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-newest lint clean
 
 demo: .venv/demo.done
 	$(BIN)/python sft.py --overwrite
@@ -16,6 +18,12 @@ test: .venv/test.done
 test-slow: .venv/test.done
 	$(BIN)/python -m pytest -m slow
 
+# the quick tests on the newest versions that the ranges admit
+test-newest: requirements-dev.txt requirements.txt
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python $(PIP) --upgrade -r requirements-dev.txt
+	.venv-newest/bin/python -m pytest
+
 lint: .venv/test.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -24,13 +32,13 @@ lint: .venv/test.done
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 
-.venv/demo.done: requirements.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+.venv/demo.done: requirements.txt constraints.txt | .venv/bin/python
+	$(BIN)/python $(PIP) -r requirements.txt -c constraints.txt
 	touch $@
 
-.venv/test.done: requirements-dev.txt requirements.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+.venv/test.done: requirements-dev.txt requirements.txt constraints.txt | .venv/bin/python
+	$(BIN)/python $(PIP) -r requirements-dev.txt -c constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-newest runs

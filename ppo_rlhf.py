@@ -388,11 +388,11 @@ def main(args: Args) -> None:
         kl_coef, first_update = state["kl_coef"], state["step"] + 1
         if state["processes"] != process.world:  # each has random numbers of its own
             utils.stop(f"--resume: it had {state['processes']} processes; start as many")
-    last, shown = first_update - 1, "objective/scores objective/kl response/length"
-    logger = utils.Logger(out, args, process, "update", last, num_updates, shown)
     size = f"{sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M parameters"
     work = f"{len(train_prompts)} prompts, {num_updates} updates"
     utils.say(f"ppo_rlhf: {size}, {work}, on {device} in {args.dtype}")
+    last, shown = first_update - 1, "objective/scores objective/kl response/length"
+    logger = utils.Logger(out, args, process, "update", last, num_updates, shown)
     interruption = utils.Interruption(process)
     for update in range(first_update, num_updates + 1):
         clock = [utils.now(device)]

@@ -146,11 +146,11 @@ def main(args: Args) -> None:
     checkpoints = utils.Checkpoints(out, {"model": model}, optimizer, args.keep_checkpoints)
     state = checkpoints.load() if args.resume else None
     start = state["step"] if state else 0
-    shown = "loss accuracy tokens_per_second"
-    logger = utils.Logger(out, args, process, "step", start, num_steps, shown)
     size = f"{sum(p.numel() for p in parameters) / 1e6:.1f}M parameters"
     work = f"{len(train_pairs)} pairs, {num_steps} steps"
     utils.say(f"reward_model: {size}, {work}, on {device} in {args.dtype}")
+    shown = "loss accuracy tokens_per_second"
+    logger = utils.Logger(out, args, process, "step", start, num_steps, shown)
 
     def score(texts: list[list[int]]) -> Tensor:
         """Raw scores [B] of token ids that end with EOS, read at their last token (D10)."""

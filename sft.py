@@ -127,11 +127,11 @@ def main(args: Args) -> None:
     checkpoints = utils.Checkpoints(out, {"model": model}, optimizer, args.keep_checkpoints)
     state = checkpoints.load() if args.resume else None
     start = state["step"] if state else 0
-    shown = "loss grad_norm tokens_per_second"
-    logger = utils.Logger(out, args, process, "step", start, num_steps, shown)
     size = f"{sum(p.numel() for p in parameters) / 1e6:.1f}M parameters"
     work = f"{len(train_rows)} rows, {num_steps} steps"
     utils.say(f"sft: {size}, {work}, on {device} in {args.dtype}")
+    shown = "loss grad_norm tokens_per_second"
+    logger = utils.Logger(out, args, process, "step", start, num_steps, shown)
 
     def cross_entropy(hidden: Tensor, tokens: Tensor) -> Tensor:
         """Of some of the N tokens, in nats: [n], from the hidden states [n, H] before them."""

@@ -1,10 +1,11 @@
 """Quality, time and memory of the whole pipeline on the embedded task; each run is a process of its own.
 
 For every seed the three stages run with their defaults; then PPO runs once more, from the first seed's models, with
-`--kl-coef 0`, to show reward hacking. Every number in the README's section on the embedded task is from the result.
+`--kl-coef 0`, to show reward hacking. Every number on the embedded task in the docs is from the results.
 
     python benchmarks/embedded.py       # writes benchmarks/results/embedded.json and embedded_samples.jsonl
-    python benchmarks/embedded.py --dtype float32       # writes embedded_float32.json, without the run for hacking
+    python benchmarks/embedded.py --dtype float32       # writes embedded_float32.json, without the
+                                                        # run for hacking
 """
 
 import json
@@ -24,8 +25,8 @@ class Args:
     """Seeds of all three stages."""
     threads: int = 2
     """Threads of each process."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of all three stages."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Precision of all three stages; the result file says which `auto` was."""
     runs: Path = Path("runs/embedded")
     """Where the runs go."""
     out: Path = Path("benchmarks/results")
@@ -64,7 +65,9 @@ def main(args: Args) -> None:
         if default and seed == args.seeds[0]:
             keep_samples(ppo, args.out / f"{name}_samples.jsonl", 6)
         seeds.append(result)
-        report = {"machine": machine(args.threads), "reward_model_ceiling": ceiling, "seeds": seeds}
+        dtype = json.loads((ROOT / ppo / "args.json").read_text())["dtype"]
+        report = {"machine": machine(args.threads), "dtype": dtype}
+        report |= {"reward_model_ceiling": ceiling, "seeds": seeds}
         (args.out / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
         print(json.dumps(result, indent=2))
 

@@ -33,12 +33,14 @@ def run_stage(command: list[str], threads: int) -> dict:
 
 
 def machine(threads: int) -> dict:
-    """The processor's name, the threads in use and Python's version."""
+    """The processor's name and instructions for bfloat16, the threads and Python's version."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    words = {word for line in lines if line.startswith("flags") for word in line.split()}
     return {
         "processor": next(names, platform.processor()),
+        "bfloat16_instructions": sorted(words & {"avx512_bf16", "amx_bf16"}),
         "threads": threads,
         "python": platform.python_version(),
     }

@@ -1,18 +1,20 @@
-"""Writes the tables of the READMEs that hold measured numbers, from the committed result files.
+"""Fills the documentation's measured numbers in from the result files of the benchmarks.
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is one of the functions below.
+A number, sentence or table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is one of
+the functions below, which gives its text.
 
     python benchmarks/tables.py
 """
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
-PAGES = ("README.md", "examples/reviews/README.md")
+PAGES = ("README.md", "docs/results.md", "examples/reviews/README.md")
 
 
 def result(name: str) -> dict:
@@ -24,58 +26,90 @@ def samples(name: str) -> list[dict]:
 
 
 def table(header: list[str], rows: list[list[object]]) -> str:
-    cells = [
-        [str(cell).replace("|", "\\|").replace("\n", " ").strip() for cell in row] for row in rows
-    ]
+    cells = [[re.sub(r"\s+", " ", str(x)).replace("|", "\\|").strip() for x in row] for row in rows]
     lines = [header, ["---"] * len(header), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def embedded_samples() -> str:
+def where(report: dict, dtype: bool = False) -> str:
+    """The machine that a result is from, and by choice the precision it ran in."""
+    machine = report["machine"]
+    words = [machine["processor"], f"{machine['threads']} threads"]
+    words += [f"torch {machine['torch']}"] if "torch" in machine else []
+    words += [report["dtype"]] if dtype and "dtype" in report else []
+    return ", ".join(words)
+
+
+def span(numbers: list[float], form: str) -> str:
+    """Least and greatest of some numbers, `94% to 96%`; one where they read alike."""
+    low, high = format(min(numbers), form), format(max(numbers), form)
+    return low if low == high else f"{low} to {high}"
+
+
+# ---- the embedded task
+
+
+def embedded() -> dict:
+    """The runs in the precision that `--dtype auto` picks."""
+    return {"dtype": "bfloat16"} | result("embedded.json")
+
+
+def wall_seconds(seed: dict) -> float:
+    """Of the three stages, start-up included."""
+    return sum(seed[stage]["wall_seconds"] for stage in ("sft", "reward_model", "ppo"))
+
+
+def embedded_line() -> str:
+    """The result in a sentence or two."""
+    report = embedded()
+    ppo = [seed["ppo"] for seed in report["seeds"]]
+    before, after = (
+        statistics.mean(run["labeler"][who]["score"] for run in ppo)
+        for who in ("reference", "policy")
+    )
+    wins = span([run["eval"]["win_rate"] for run in ppo], ".0%")
+    minutes = span([wall_seconds(seed) / 60 for seed in report["seeds"]], ".1f")
+    return (
+        f"On {ppo[0]['eval']['prompts']} held-out prompts the labeler prefers the policy's reply to"
+        f" the SFT model's in **{wins}** ({len(ppo)} seeds);\nits mean score rises from"
+        f" {before:.1f} to {after:.1f} of at most {ppo[0]['best']:.0f}. The three stages take"
+        f" {minutes} minutes ({where(report, dtype=True)})."
+    )
+
+
+def embedded_samples(count: int | None = None) -> str:
     """The first held-out prompts of the embedded task and both replies."""
     rows = []
-    for s in samples("embedded_samples.jsonl"):
+    for s in samples("embedded_samples.jsonl")[:count]:
         customer = s["prompt"].removeprefix("Customer: ").removesuffix("\nAgent:")
-        rows.append(
-            [
-                customer,
-                s["reference"],
-                f"{s['reference_judge']:.1f}",
-                s["policy"],
-                f"{s['policy_judge']:.1f}",
-            ]
-        )
+        row = [customer, s["reference"], f"{s['reference_judge']:.1f}"]
+        rows.append([*row, s["policy"], f"{s['policy_judge']:.1f}"])
     return table(["customer", "before: SFT model", "labeler", "after: PPO", "labeler"], rows)
+
+
+def embedded_two_samples() -> str:
+    """The first two of them."""
+    return embedded_samples(2)
 
 
 def embedded_seeds() -> str:
     """What PPO makes of the SFT model, for each seed."""
-    header = ["seed", "win rate", "labeler, SFT model", "labeler, PPO", "best", "share of the way"]
-    header += ["right product and remedy, SFT model", "the same, PPO", "ends in EOS"]
     rows = []
-    for seed in result("embedded.json")["seeds"]:
+    for seed in embedded()["seeds"]:
         ppo = seed["ppo"]
         before, after = ppo["labeler"]["reference"], ppo["labeler"]["policy"]
-        row = [
-            seed["seed"],
-            f"{ppo['eval']['win_rate']:.3f}",
-            f"{before['score']:.2f}",
-            f"{after['score']:.2f}",
-        ]
-        row += [
-            f"{ppo['best']:.0f}",
-            f"{ppo['share_of_the_way']:.3f}",
-            f"{before['both_right']:.3f}",
-        ]
-        rows.append(
-            [*row, f"{after['both_right']:.3f}", f"{ppo['eval']['policy']['eos_rate']:.3f}"]
-        )
-    return table(header, rows)
+        row = [seed["seed"], f"{ppo['eval']['win_rate']:.3f}", f"{before['score']:.2f}"]
+        row += [f"{after['score']:.2f}", f"{ppo['best']:.0f}", f"{ppo['share_of_the_way']:.3f}"]
+        row += [f"{before['both_right']:.3f}", f"{after['both_right']:.3f}"]
+        rows.append([*row, f"{ppo['eval']['policy']['eos_rate']:.3f}"])
+    header = ["seed", "win rate", "labeler, SFT model", "labeler, PPO", "best", "share of the way"]
+    header += ["right product and remedy, SFT model", "the same, PPO", "ends in EOS"]
+    return table(header, rows) + f"\n\n{where(embedded(), dtype=True)}."
 
 
 def embedded_reward_model() -> str:
     """The reward model's accuracy against what the noise of the labels allows, for each seed."""
-    report, rows = result("embedded.json"), []
+    report, rows = embedded(), []
     for seed in report["seeds"]:
         low, high = seed["reward_model"]["accuracy_interval"]
         accuracy, pairs = seed["reward_model"]["accuracy"], seed["reward_model"]["pairs"]
@@ -97,25 +131,21 @@ def embedded_parts() -> str:
 
 def embedded_times() -> str:
     """Time and memory of the stages."""
-    report, rows = result("embedded.json"), []
-    names = {"sft": "sft.py", "reward_model": "reward_model.py", "ppo": "ppo_rlhf.py"}
-    for stage, name in names.items():
+    report, rows = embedded(), []
+    for stage, name in (("sft", "sft"), ("reward_model", "reward_model"), ("ppo", "ppo_rlhf")):
         runs = [seed[stage] for seed in report["seeds"]]
         seconds = ", ".join(f"{run['wall_seconds']:.0f}" for run in runs)
-        rows.append(
-            [f"`{name}`", seconds, ", ".join(f"{run['peak_memory_gb']:.2f}" for run in runs)]
-        )
-    machine = report["machine"]
-    where = f"On {machine['threads']} threads of an {machine['processor']}, start-up included."
+        memory = ", ".join(f"{run['peak_memory_gb']:.2f}" for run in runs)
+        rows.append([f"`{name}.py`", seconds, memory])
     seeds = ", ".join(str(seed["seed"]) for seed in report["seeds"])
-    return table(["stage", f"seconds, seeds {seeds}", "peak memory, GB"], rows) + f"\n\n{where}"
+    text = f"{where(report, dtype=True)}; start-up included."
+    return table(["stage", f"seconds, seeds {seeds}", "peak memory, GB"], rows) + f"\n\n{text}"
 
 
 def embedded_kl() -> str:
     """The run without a KL penalty beside the default one."""
-    seed = result("embedded.json")["seeds"][0]
-    default, free = seed["ppo"], seed["ppo_kl_coef_0"]
-    rows = []
+    seed = embedded()["seeds"][0]
+    default, free, rows = seed["ppo"], seed["ppo_kl_coef_0"], []
     for name, run, who in (
         ("SFT model", default, "reference"),
         ("`--kl-coef 0.1`, the default", default, "policy"),
@@ -124,42 +154,32 @@ def embedded_kl() -> str:
         mean, right = run["eval"][who], run["labeler"][who]["both_right"]
         row = [name, f"{mean['score']:.2f}", f"{mean['judge']:.2f}", f"{right:.3f}"]
         rows.append([*row, f"{mean['kl']:.1f}", f"{mean['length']:.1f}"])
-    header = [
-        f"seed {seed['seed']}",
-        "reward model's score",
-        "labeler's score",
-        "right product and remedy",
-    ]
-    return table([*header, "KL from the reference, nats", "length, tokens"], rows)
+    header = [f"seed {seed['seed']}", "reward model's score", "labeler's score"]
+    header += ["right product and remedy", "KL from the reference, nats", "length, tokens"]
+    return table(header, rows)
 
 
 def embedded_precision() -> str:
-    """bfloat16 products against float32, seed by seed."""
+    """The precision that `--dtype auto` picks and the others, seed by seed."""
+    reports = [embedded()]
+    for path in sorted(RESULTS.glob("embedded_*.json")):
+        dtype = path.stem.removeprefix("embedded_")
+        reports.append({"dtype": dtype} | result(path.name))
     rows = []
-    for dtype, name in (("bfloat16", "embedded.json"), ("float32", "embedded_float32.json")):
-        for seed in result(name)["seeds"]:
+    for report in reports:
+        for seed in report["seeds"]:
             ppo = seed["ppo"]
-            row = [
-                dtype,
-                seed["seed"],
-                f"{ppo['eval']['win_rate']:.3f}",
-                f"{ppo['share_of_the_way']:.3f}",
-            ]
-            row += [
-                f"{seed['reward_model']['accuracy']:.3f}",
-                f"{abs(ppo['first_kl_per_token']):.1g}",
-            ]
-            seconds = sum(seed[stage]["wall_seconds"] for stage in ("sft", "reward_model", "ppo"))
-            rows.append([*row, f"{ppo['largest_ratio_start_error']:.1g}", f"{seconds:.0f}"])
-    header = [
-        "products",
-        "seed",
-        "win rate",
-        "share of the way",
-        "reward model",
-        "first update's KL per token",
-    ]
-    return table([*header, "ratio's largest error at the start", "seconds, three stages"], rows)
+            row = [report["dtype"], seed["seed"], f"{ppo['eval']['win_rate']:.3f}"]
+            row += [f"{ppo['share_of_the_way']:.3f}", f"{seed['reward_model']['accuracy']:.3f}"]
+            row += [f"{abs(ppo['first_kl_per_token']):.1g}"]
+            row += [f"{ppo['largest_ratio_start_error']:.1g}", f"{wall_seconds(seed):.0f}"]
+            rows.append(row)
+    header = ["products", "seed", "win rate", "share of the way", "reward model"]
+    header += ["first update's KL per token", "ratio's largest error at the start"]
+    return table([*header, "seconds, three stages"], rows)
+
+
+# ---- the film reviews
 
 
 def reviews_results() -> str:
@@ -171,26 +191,17 @@ def reviews_results() -> str:
     stages = ("sft", "reward_model", "ppo")
     minutes = ", ".join(f"{report[stage]['wall_seconds'] / 60:.0f}" for stage in stages)
     memory = ", ".join(f"{report[stage]['peak_memory_gb']:.1f}" for stage in stages)
-    machine = f"{report['machine']['threads']} threads of an {report['machine']['processor']}"
-    held_out = f"{ppo['prompts']} held-out prompts"
+    accuracy = f"{reward_model['accuracy']:.3f} (95% interval {low:.3f} to {high:.3f})"
+    judge = f"{before['judge']:.2f} and {after['judge']:.2f}"
+    ended = f"{before['eos_rate']:.3f} and {after['eos_rate']:.3f}"
+    prompts = f"{ppo['prompts']} held-out prompts"
+    machine = where(report, dtype=True)
     rows = [
-        [
-            "reward model: accuracy",
-            f"{reward_model['pairs']} held-out pairs",
-            f"{reward_model['accuracy']:.3f} (95% interval {low:.3f} to {high:.3f})",
-        ],
-        ["win rate of the policy over the SFT model, by VADER", held_out, f"{ppo['win_rate']:.3f}"],
-        [
-            "mean VADER score, SFT model and policy",
-            "the same",
-            f"{before['judge']:.2f} and {after['judge']:.2f}",
-        ],
+        ["reward model: accuracy", f"{reward_model['pairs']} held-out pairs", accuracy],
+        ["win rate of the policy over the SFT model, by VADER", prompts, f"{ppo['win_rate']:.3f}"],
+        ["mean VADER score, SFT model and policy", "the same", judge],
         ["KL from the reference", "the same", f"{after['kl']:.1f} nats a response"],
-        [
-            "responses that end by themselves, SFT model and policy",
-            "the same",
-            f"{before['eos_rate']:.3f} and {after['eos_rate']:.3f}",
-        ],
+        ["responses that end by themselves, SFT model and policy", "the same", ended],
         ["minutes of the three stages", machine, minutes],
         ["peak memory of the three stages, GB", machine, memory],
     ]
@@ -206,15 +217,26 @@ def reviews_samples() -> str:
     return table(["#", "prompt", "SFT model", "VADER", "PPO", "VADER"], rows)
 
 
+# ---- beside TRL, and the project by itself
+
+
 def parity_trl() -> str:
-    """Where both PPOs end from the same start."""
-    rows = []
+    """Where both PPOs end from the same start, and where they are furthest apart on the way."""
+    report, rows, curves = result("parity_trl.json"), [], {}
     for by in ("ppo_rlhf.py", "TRL 1.11.0"):
-        runs = [run for run in result("parity_trl.json")["runs"] if run["by"] == by]
+        runs = [run for run in report["runs"] if run["by"] == by]
         for run in runs:
             ends = [f"{run['ends'][name]:.2f}" for name in ("score", "kl", "labeler")]
             rows.append([by, run["seed"], *ends])
-    return table(["by", "seed", "score", "KL, nats", "labeler"], rows)
+        scores = [dict(run["curves"]["score"]) for run in runs]
+        curves[by] = {u: statistics.mean(score[u] for score in scores) for u in scores[0]}
+    ours, theirs = curves.values()
+    update = max(ours, key=lambda u: abs(ours[u] - theirs[u]))
+    text = (
+        f"The mean scores over the seeds are furthest apart at update {update}:"
+        f" {ours[update]:.2f} by `ppo_rlhf.py`, {theirs[update]:.2f} by TRL. {where(report)}."
+    )
+    return table(["by", "seed", "score", "KL, nats", "labeler"], rows) + f"\n\n{text}"
 
 
 def throughput() -> str:
@@ -226,27 +248,12 @@ def throughput() -> str:
         medians = entry["medians"]
         ours, theirs = medians["ppo_rlhf.py"], medians["benchmarks/trl_ppo.py"]
         row = [*name.split(), *(f"{ours[p]:.2f}" for p in ("rollout", "score", "train", "update"))]
-        row += [
-            f"{theirs['update']:.2f}",
-            f"**{medians['speedup']:.1f}x**",
-            f"{ours['tokens_per_second']:,.0f}",
-        ]
-        rows.append([*row, f"{ours['peak_memory_gb']:.2f}", f"{theirs['peak_memory_gb']:.2f}"])
-    header = [
-        "",
-        "products",
-        "rollout, s",
-        "score, s",
-        "train, s",
-        "update, s",
-        "TRL 1.11.0, s",
-        "faster",
-    ]
-    machine = report["machine"]
-    where = (
-        f"On {machine['threads']} threads of an {machine['processor']}, torch {machine['torch']}."
-    )
-    return table([*header, "tokens/s", "peak GB", "TRL's peak GB"], rows) + f"\n\n{where}"
+        row += [f"{theirs['update']:.2f}", f"**{medians['speedup']:.1f}x**"]
+        row += [f"{ours['tokens_per_second']:,.0f}", f"{ours['peak_memory_gb']:.2f}"]
+        rows.append([*row, f"{theirs['peak_memory_gb']:.2f}"])
+    header = ["", "products", "rollout, s", "score, s", "train, s", "update, s", "TRL 1.11.0, s"]
+    header += ["faster", "tokens/s", "peak GB", "TRL's peak GB"]
+    return table(header, rows) + f"\n\n{where(report)}."
 
 
 def rollouts() -> str:
@@ -260,61 +267,44 @@ def rollouts() -> str:
 
 
 def machine_share() -> str:
-    """The train step beside the machine's matrix product."""
-    report, rows = result("throughput.json"), []
-    for name in ("W1", "W3"):
-        for dtype in ("float32", "bfloat16"):
-            measured = report[f"{name} {dtype}"]
-            rate, ceiling = measured["medians"]["ppo_rlhf.py"]["train_gflops"], measured["ceiling"]
-            fastest = max(c for product, c in ceiling.items() if product.startswith(dtype))
-            shares = [f"{rate / c:.0%} of {c:.0f}" for c in (ceiling["float32"], fastest)]
-            rows.append([name, dtype, f"{rate:.0f}", *shares])
-    torch_product = "of torch's float32 product"
-    return table(
-        [
-            "",
-            "products",
-            "train step, GFLOP/s",
-            torch_product,
-            "of the fastest one in that precision",
-        ],
-        rows,
-    )
+    """The train step beside torch's matrix product."""
+    rows = []
+    for name, entry in result("throughput.json").items():
+        if name.startswith("W") and "ceiling" in entry:
+            rate, (part, dtype) = entry["medians"]["ppo_rlhf.py"]["train_gflops"], name.split()
+            products = [entry["ceiling"][product] for product in ("float32", dtype)]
+            shares = [f"{rate / product:.0%} of {product:.0f}" for product in products]
+            rows.append([part, dtype, f"{rate:.0f}", *shares])
+    header = ["", "products", "train step, GFLOP/s", "of torch's float32 product"]
+    return table([*header, "of torch's product in the run's precision"], rows)
 
 
 def scaling() -> str:
     """How the cost of an update of W1 grows."""
     rows = []
     for flag, by_size in result("throughput.json")["scaling"].items():
-        growth = by_size["growth"]
-        sizes = [
-            f"{size}: {seconds:.2f} s" for size, seconds in by_size.items() if size != "growth"
-        ]
-        rows.append([f"`--{flag}`", *sizes, f"{growth:.2f}x for 4x"])
+        growth = f"{by_size['growth']:.2f}x for 4x"
+        cells = [f"{size}: {by_size[size]:.2f} s" for size in by_size if size.isdigit()]
+        rows.append([f"`--{flag}`", *cells, growth])
     return table(["", "1x", "2x", "4x", "growth"], rows)
 
 
 def startup() -> str:
     """Seconds of start-up."""
-    times = result("throughput.json")["startup"]
+    times, first = result("throughput.json")["startup"], "embedded task's first update"
     rows = [["`python ppo_rlhf.py --help`", f"{times['help']:.1f}"]]
-    rows.append(
-        [
-            "the command to the end of the embedded task's first update",
-            f"{times['first_update']:.1f}",
-        ]
-    )
+    rows.append([f"the command to the end of the {first}", f"{times['first_update']:.1f}"])
     return table(["start-up", "seconds, median of 5"], rows)
 
 
 def memory() -> str:
     """Which model fits which GPU, by the formula."""
-    report, rows = result("memory.json"), []
-    for name, by_advantage in report["largest"].items():
+    rows = []
+    for name, by_advantage in result("memory.json")["largest"].items():
         row: list[object] = [name]
         for needs in by_advantage.values():
-            fits = needs["fits_gb"]
-            row += [f"{needs['needs_gb']:.1f}", f"{fits} GB" if fits else "none of these"]
+            fits = f"{needs['fits_gb']} GB" if needs["fits_gb"] else "none of these"
+            row += [f"{needs['needs_gb']:.1f}", fits]
         rows.append(row)
     return table(["model", "`gae` needs, GB", "fits", "`rloo` needs, GB", "fits"], rows)
 
@@ -331,29 +321,21 @@ def memory_runs() -> str:
 def soak() -> str:
     """What many updates leave behind."""
     report = result("soak.json")
-    early, late = report["early"], report["late"]
-    rows = [
-        [
-            "resident memory, MB",
-            *(f"{x['memory_mb']:.0f}" for x in (early, late)),
-            f"{report['memory_ratio']:.3f}x",
-        ]
-    ]
-    rows += [
-        [f"open {name}" if name == "files" else name, early[name], late[name], ""]
-        for name in ("files", "threads")
-    ]
+    both = (report["early"], report["late"])
+    memory_mb, ratio = [f"{x['memory_mb']:.0f}" for x in both], f"{report['memory_ratio']:.3f}x"
+    rows: list[list[object]] = [["resident memory, MB", *memory_mb, ratio]]
+    for name, key in (("open files", "files"), ("threads", "threads")):
+        rows.append([name, *(f"{x[key]:.0f}" for x in both), ""])
     return table(["", f"update {report['settled']}", f"update {report['updates']}", ""], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
-        embedded_samples, embedded_seeds, embedded_reward_model, embedded_parts, embedded_times, embedded_kl,
-        embedded_precision,
-        reviews_results, reviews_samples, parity_trl, throughput, rollouts, machine_share, scaling, startup, memory,
-        memory_runs,
-        soak,
+        embedded_line, embedded_two_samples, embedded_samples, embedded_seeds,
+        embedded_reward_model, embedded_parts, embedded_times, embedded_kl, embedded_precision,
+        reviews_results, reviews_samples, parity_trl, throughput, rollouts, machine_share, scaling,
+        startup, memory, memory_runs, soak,
     )
 }  # fmt: skip
 

@@ -26,7 +26,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,7 +129,7 @@ def random_model(
             longer = (1 - (1 - middle) ** most) / middle > mean_length
             low, high = (middle, high) if longer else (low, middle)
         logit = others + torch.logit(torch.tensor(low, dtype=torch.float64))
-        head.weight[EOS, 0] = logit / utils.last_hidden(model, **given)[:, 0].mean()
+        head.weight[EOS, 0] = logit / utils.hidden_states(model, ids)[:, :, 0].mean()
     for each, name in ((model, "model"), (classifier, "reward_model")):
         utils.save_model(each, tokenizer, ROOT / folder / name)
     rng = torch.Generator().manual_seed(1)
@@ -284,21 +283,16 @@ def measured_updates(out: Path) -> list[dict[str, Any]]:
 
 
 def ceiling(device: torch.device) -> dict[str, float]:
-    """10^9 operations per second of a product of two matrices of 2048 x 2048, medians of 20: torch's, and oneDNN's."""
-
-    def rate(product: Callable[[], Any]) -> float:
+    """10^9 operations per second of torch's product of two 2048 x 2048 matrices, medians of 20."""
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(2, 2048, 2048, device=device).to(dtype)
         seconds = []
         for _ in range(20):
             started = utils.now(device)
-            product()
+            a @ b
             seconds.append(utils.now(device) - started)
-        return 2 * 2048**3 / statistics.median(seconds) / 1e9
-
-    a, b = torch.randn(2048, 2048, device=device), torch.randn(2048, 2048, device=device)
-    c, d = a.bfloat16(), b.bfloat16()
-    rates = {"float32": rate(lambda: a @ b), "bfloat16": rate(lambda: c @ d)}
-    if device.type == "cpu" and utils.has_onednn():
-        rates["float32 by oneDNN"] = rate(lambda: utils.onednn_linear(a, b))
+        rates[str(dtype).removeprefix("torch.")] = 2 * 2048**3 / statistics.median(seconds) / 1e9
     return rates
 
 
@@ -330,7 +324,6 @@ def train_gflop(flags: dict[str, Any], rows: list[dict]) -> float:
 def rollout(args: Args) -> dict[str, Any]:
     """Tokens per second, up to EOS, of the decoding loop and of `model.generate`, in turn in one process."""
     report = {}
-    utils.start_process("cpu", seed=1)  # the memory is handled as in a run, for both
     for name in ("W1", "W3"):
         flags = workload(args, name)
         model = utils.load_causal_lm(str(ROOT / flags["model"]), torch.device("cpu"))
@@ -353,7 +346,7 @@ def rollout(args: Args) -> dict[str, Any]:
                 with utils.autocast(model.device, dtype):
                     rng = utils.generator("cpu", turn)
                     _, real = generate.generate(
-                        model, ids, mask, R, [stop], pad, temperature, rng=rng
+                        model, ids, mask, R, [stop], pad_id=pad, temperature=temperature, rng=rng
                     )
                 rates["generate"].append(real.sum().item() / (time.perf_counter() - started))
                 torch.manual_seed(turn)

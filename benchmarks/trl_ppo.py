@@ -108,13 +108,10 @@ def main(args: Args) -> None:
     def labeler() -> float:
         """Mean score by the embedded task's labeler of replies to the held-out prompts."""
         ids, mask = dataset.pad([p.ids for p in held_out], tokenizer.pad_token_id, "left", device)
-        rng, stops, pad = (
-            utils.generator(device, args.seed),
-            [tokenizer.eos_token_id],
-            tokenizer.pad_token_id,
-        )
+        stops, pad = [tokenizer.eos_token_id], tokenizer.pad_token_id
+        sampling = {"temperature": args.temperature, "rng": utils.generator(device, args.seed)}
         replies, real = generate.generate(
-            policy, ids, mask, args.response_length, stops, pad, args.temperature, rng=rng
+            policy, ids, mask, args.response_length, stops, pad_id=pad, **sampling
         )
         texts = [
             tokenizer.decode(r[m.bool()], skip_special_tokens=True)

@@ -34,7 +34,9 @@ def table(header: list[str], rows: list[list[object]]) -> str:
 def where(report: dict, dtype: bool = False) -> str:
     """The machine that a result is from, and by choice the precision it ran in."""
     machine = report["machine"]
-    words = [machine["processor"], f"{machine['threads']} threads"]
+    has = " and ".join(machine.get("bfloat16_instructions", []))
+    words = [machine["processor"] + (f" with {has}" if has else "")]
+    words += [f"{machine['threads']} threads"]
     words += [f"torch {machine['torch']}"] if "torch" in machine else []
     words += [report["dtype"]] if dtype and "dtype" in report else []
     return ", ".join(words)

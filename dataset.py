@@ -52,7 +52,7 @@ def load_data(dataset: str, split: str, formats: list[tuple[str, ...]]) -> Data:
         for column in columns:
             check_field(row.get(column), column, f"{place}: {column}")
         if "chosen" in columns and row["chosen"] == row["rejected"]:
-            stop(f"{place}: chosen and rejected are equal, which teaches nothing; drop the row")
+            stop(f"{place}: chosen and rejected are equal; drop the row")
         if "chosen" in columns and type(row["chosen"]) is not type(row["rejected"]):
             stop(f"{place}: of chosen and rejected one is a text, the other a chat; fix the row")
     return data
@@ -82,7 +82,7 @@ def read_rows(dataset: str, split: str) -> Data:
         rows = datasets.load_dataset(**source).to_list()
     except Exception as error:
         why = utils.first_line(error.__cause__ or error)  # "an error occurred" says less
-        stop(f"{dataset} ({split}): cannot be read ({why}); check the path or id and the split")
+        stop(f"{dataset} ({split}): cannot be read ({why}); check id or path, and split")
     data = Data(rows, [f"{place} (row {i + 1})" for i in range(len(rows))])
     return hold_out(data, split) if path.is_file() else data
 
@@ -103,7 +103,7 @@ def read_jsonl(path: Path) -> Data:
         try:
             row = json.loads(line.decode())
         except UnicodeDecodeError:
-            stop(f"{place}: is not UTF-8; save the file as UTF-8")
+            stop(f"{place}: is not UTF-8; save it as UTF-8")
         except (ValueError, RecursionError) as error:  # no JSON, or a number of 5,000 digits
             stop(f"{place}: is not JSON ({utils.first_line(error)}); write one JSON object a line")
         if not isinstance(row, dict):
@@ -125,7 +125,7 @@ def hold_out(data: Data, split: str) -> Data:
 
 
 def check_field(value: Any, column: str, where: str) -> None:
-    """Stop unless a field is a non-empty string or a non-empty list of chat messages."""
+    """Stop unless a field is a text or a list of chat messages, and not empty."""
     if isinstance(value, list):
         check_chat(value, column, where)
     elif not isinstance(value, str) or column == "messages":
@@ -135,7 +135,7 @@ def check_field(value: Any, column: str, where: str) -> None:
         stop(f"{where}: is empty; fill it in or drop the row")
     for text in [value] if isinstance(value, str) else [message["content"] for message in value]:
         if re.search("[\ud800-\udfff]", text):
-            stop(f"{where}: holds half a surrogate pair; fix the text's encoding")
+            stop(f"{where}: holds half a surrogate pair; fix its encoding")
 
 
 def check_chat(messages: list[Any], column: str, where: str) -> None:
@@ -168,7 +168,7 @@ def render(tokenizer: Any, prompt: Any, completion: Any, place: str) -> tuple[st
     if isinstance(prompt, str) and not isinstance(completion, list):
         return prompt, completion or ""
     if tokenizer.chat_template is None:
-        stop(f"{place}: is a chat, but the tokenizer has no chat template; use plain text")
+        stop(f"{place}: is a chat, but the tokenizer has no chat template; use text")
     if isinstance(prompt, str) and prompt:
         stop(f"{place}: the prompt is a text, but its answer is a chat; write both alike")
     messages, answer = prompt or [], completion or []
@@ -183,7 +183,7 @@ def render(tokenizer: Any, prompt: Any, completion: Any, place: str) -> tuple[st
         why = utils.first_line(error)
         stop(f"{place}: does not fit the chat template ({why}); check roles and their order")
     if not whole.startswith(start):
-        stop(f"{place}: the chat template rewrites the prompt when it is answered; use plain text")
+        stop(f"{place}: the chat template rewrites an answered prompt; use text")
     return start, whole[len(start) :]
 
 

@@ -49,7 +49,7 @@ def visible(text: str) -> str:
 
 
 def say(line: str) -> None:
-    """Print a line once, however many processes come by."""
+    """Print a line, in the main process only."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(visible(line), flush=True)
 
@@ -232,7 +232,7 @@ def flag(name: str) -> str:
 
 
 def check_numbers(args: Any, may_be_0: str = "", at_most_1: str = "") -> None:
-    """Stop unless the numbers among a stage's flags are above 0, but for the two lists of names."""
+    """Stop unless a stage's numbers are above 0, but for the two lists of names."""
     may_be_0 += " seed save_every eval_every"
     for name, value in vars(args).items():
         if type(value) in (int, float):
@@ -257,7 +257,7 @@ def check_output(args: Any, stage: str) -> None:
     if args.resume and args.overwrite:
         stop("--resume: contradicts --overwrite; pass one of the two")
     if Path(args.model).expanduser().resolve() == out.resolve():
-        stop(f"--output-dir: {out} is also --model, which must stay; pass another")
+        stop(f"--output-dir: {out} is also --model; pass another")
     if not out.is_dir() or {path.name for path in out.iterdir()} <= {"run.lock", "args.json.part"}:
         return
     before = flags_of(out)
@@ -268,9 +268,9 @@ def check_output(args: Any, stage: str) -> None:
     if args.resume:
         for name, value in vars(args).items():
             if name not in FREE_ON_RESUME and before.get(name, value) != value:
-                stop(f"{flag(name)}: was {before[name]!r} in {out}; resume with that run's flags")
+                stop(f"{flag(name)}: was {before[name]!r} in {out}; pass that run's flags")
         if (out / "summary.json").exists() and not checkpoints(out):
-            stop(f"{out}: is finished, without a checkpoint; pass --overwrite to replace it")
+            stop(f"{out}: is finished, without a checkpoint; pass --overwrite")
 
 
 def flags_of(out: Path) -> dict[str, Any]:
@@ -307,7 +307,7 @@ def open_output(args: Any, stage: str, process: Process) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file beside its target first, so that nobody ever finds half of it."""
+    """Write a file beside its target first: nobody finds half of it."""
     part = path.with_name(path.name + ".part")
     part.unlink(missing_ok=True)  # it may be a link
     part.write_text(text, encoding="utf-8")
@@ -376,7 +376,7 @@ def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any)
     loaded, info = from_pretrained(auto_class, model, **kwargs)
     for name in info["missing_keys"]:
         if not name.startswith("score."):
-            stop(f"{model}: its files lack {name}; pass a whole model of the right kind")
+            stop(f"{model}: its files lack {name}; pass a whole model")
         loaded.get_parameter(name).data.zero_()
     for module in loaded.modules():  # some layers drop out by a flag that checkpointing sets
         for name in ("dropout", "layerdrop"):
@@ -387,14 +387,14 @@ def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any)
 
 @torch.no_grad()
 def load_causal_lm(model: str, device: torch.device) -> Any:
-    """A language model; stop if it is none that `generate` and `logits_of` do right by."""
+    """A language model; stop if `generate` or `logits_of` would treat it wrongly."""
     loaded = load_model(transformers.AutoModelForCausalLM, model, device)
     if getattr(loaded, "_is_stateful", False):
         stop(f"{model}: is a state-space model, which keeps no keys and values; pass another")
     ids = torch.arange(4, device=device)[None]  # any that it knows
     own = loaded(**model_inputs(loaded, ids), use_cache=False).logits.float()
     if not torch.allclose(logits_of(loaded, hidden_states(loaded, ids)), own, rtol=1e-3, atol=1e-3):
-        stop(f"{model}: does something unknown to its logits, as few do; pass another model")
+        stop(f"{model}: does something unknown to its logits; pass another model")
     return loaded
 
 
@@ -444,7 +444,7 @@ def context_length(model: Any) -> int:
 
 
 def set_gradient_checkpointing(model: Any, on: bool) -> None:
-    """Recompute activations in the backward pass while `on`; sampling needs it off."""
+    """Recompute activations in the backward pass; sampling needs it off."""
     if on:
         model.activation_checkpointing_enable()
     for module in model.modules():
@@ -459,7 +459,7 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
 
 
 def compile_model(model: Any) -> None:
-    """Compile what comes before the head, on its first use; decoding does without."""
+    """Compile what comes before the head, on first use; decoding does without."""
     torch._dynamo.config.recompile_limit = 64  # models of one class share code
     model.base_model.compile(dynamic=True)
 
@@ -478,8 +478,8 @@ def model_inputs(model: Any, ids: Tensor, mask: Tensor | None = None) -> dict[st
 
 def hidden_states(model: Any, ids: Tensor) -> Tensor:
     """What the model's head reads, [B, T, H], of ids [B, T] padded on the right."""
-    base = model.base_model
-    return base(**model_inputs(base, ids), use_cache=False).last_hidden_state
+    inputs = model_inputs(model.base_model, ids)
+    return model.base_model(**inputs, use_cache=False).last_hidden_state
 
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
@@ -503,8 +503,7 @@ def in_chunks(
 ) -> Tensor:
     """function(hidden [n, H], tokens [n]) -> [n, ...], over all N tokens.
 
-    Its logits would be [N, V]; where that is large it is called on chunks, whose logits are
-    computed again in the backward pass.
+    Where their logits [N, V] are large, it is called on chunks, in the backward pass once more.
     """
     width = max(1, LOGITS_AT_A_TIME // model.get_output_embeddings().weight.shape[0])
     if len(tokens) <= width:
@@ -521,7 +520,7 @@ def head_outputs(model: Any, hidden: Tensor) -> Tensor:
 
 
 def last_token_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """Raw reward [B] of right-padded ids [B, T], read at the last real token (D10, B20, B21)."""
+    """Raw reward [B] of right-padded ids [B, T], at the last real token (D1, D10, B20, B21)."""
     hidden, last = hidden_states(model, ids), mask.sum(1) - 1
     return head_outputs(model, hidden[torch.arange(len(ids), device=ids.device), last])
 
@@ -582,8 +581,8 @@ def call_reward_function(
 ) -> list[float]:
     """Scores of `function(prompts, completions, **columns)` for B dataset.Prompts.
 
-    The columns are the data set's others, by name. Stop if it raises or does not return one finite
-    number each: with code 2, or 1 once training is at an update.
+    The columns are the data set's others. Stop if it raises or does not return one finite number
+    each: with code 2, or 1 once training is at an update.
     """
     where, code = (f"update {update}: {where}", 1) if update else (where, 2)
     texts, names = [p.text for p in prompts], {name for p in prompts for name in p.row}
@@ -691,7 +690,7 @@ def damage(folder: Path) -> str | None:
 
 
 def check_finite(where: str, quantities: dict[str, Any]) -> None:
-    """Stop with code 1 if a quantity holds NaN or infinity, before a step is made of it."""
+    """Stop with code 1 if a quantity holds NaN or infinity."""
     for name, value in quantities.items():
         value = torch.as_tensor(value)
         if not value.isfinite().all():

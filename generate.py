@@ -4,7 +4,7 @@ In: a causal language model and prompts padded on the left. Out: response ids an
 
 Keys and values are written in place into a cache with room for the whole sequence; rows that have
 ended are dropped; on CUDA the steps are one captured graph that is replayed. Temperature, top-k and
-top-p alone change the logits, never the model's own generation settings (B11).
+top-p change the logits, never the model's own generation settings (B11).
 
 B sequences, b of them still decoded, P prompt tokens, R response tokens, V vocabulary.
 `D16` and `B11` in comments point to docs/details.md.
@@ -93,7 +93,7 @@ def generate(
         position.slot = t + (prompt_length - 1)
         inputs = {"input_ids": token[:, None], "attention_mask": mask[:, : position.end]}
         if takes_positions:
-            inputs["position_ids"] = mask.sum(1, keepdim=True) - 1  # real tokens alone count
+            inputs["position_ids"] = mask.sum(1, keepdim=True) - 1  # only real tokens count
         choose_token(next_logits(inputs))
 
     with torch.compiler.set_stance("force_eager"):

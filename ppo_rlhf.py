@@ -62,7 +62,7 @@ class Args:
     eval_split: str = "validation"
     """Split whose prompts the policy is compared with the reference on."""
     eval_reward_fn: str | None = None
-    """FILE.py:FUNCTION that judges at evaluation alone; the embedded task's labeler on its data."""
+    """FILE.py:FUNCTION that judges only at evaluation; the embedded task's labeler on its data."""
     output_dir: str = "runs/ppo_rlhf"
     """Where the model and all records go."""
     overwrite: bool = False
@@ -85,7 +85,7 @@ class Args:
     num_mini_batches: int = 1
     """Optimizer steps that a pass over the batch is divided into."""
     micro_batch_size: int = 32
-    """Sequences that a device holds in one forward-backward, at most; changes rounding alone."""
+    """Sequences that a device holds in one forward-backward, at most; changes only rounding."""
     num_ppo_epochs: int = 4
     """Passes over each batch."""
     samples_per_prompt: int = 1
@@ -100,7 +100,7 @@ class Args:
     top_p: float = 1.0
     """Sample among the fewest tokens that hold this probability; the same caution (D36)."""
     stop_token: str = "eos"
-    """Token that ends a response as EOS does: `eos` for that alone, or a string of one token."""
+    """Token that ends a response as EOS does: `eos` for no other, or a string of one token."""
     missing_eos_penalty: float = 1.0
     """Subtracted from the score of a response that ends in neither of them (D18)."""
 
@@ -139,7 +139,7 @@ class Args:
     target_kl: float | None = None
     """An update's epochs end once the approximate KL to the sampling policy passes this (D28)."""
     critic_warmup_updates: int = 0
-    """Updates at the start that train the value function alone (D32)."""
+    """Updates at the start that train only the value function (D32)."""
     ptx_coef: float = 0.0
     """Weight of a language-model loss on --ptx-dataset, mixed in (D31)."""
     ptx_dataset: str | None = None
@@ -154,7 +154,7 @@ class Args:
     eval_prompts: int = 200
     """Held-out prompts to compare policy and reference on."""
     eval_every: int = 10
-    """Updates between evaluations; 0 evaluates at the end alone."""
+    """Updates between evaluations; 0 evaluates only at the end."""
     save_every: int = 20
     """Updates between checkpoints for --resume; 0 saves one only when interrupted."""
     keep_checkpoints: int = 2

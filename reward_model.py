@@ -65,7 +65,7 @@ class Args:
     batch_size: int = 32
     """Pairs per optimizer step, over all processes."""
     micro_batch_size: int = 32
-    """Pairs that a device holds in one forward-backward, at most; changes rounding alone."""
+    """Pairs that a device holds in one forward-backward, at most; changes only rounding."""
     max_length: int = 512
     """Tokens of prompt and response; longer pairs are left out."""
     learning_rate: float = 5e-4
@@ -87,7 +87,7 @@ class Args:
     keep_checkpoints: int = 2
     """The newest checkpoints to keep; should one be damaged, --resume takes the one before."""
     eval_every: int = 100
-    """Steps between evaluations; 0 evaluates at the end alone."""
+    """Steps between evaluations; 0 evaluates only at the end."""
     track: bool = False
     """Log to Weights & Biases too (pip install wandb)."""
 
@@ -231,7 +231,7 @@ def main(args: Args) -> None:
     # ---- normalize
     if sft_texts:
         scores = score_all(sft_texts)
-        # PPO subtracts the mean; the loss never sees it, for it depends on differences alone (D13)
+        # PPO subtracts the mean; the loss, which never sees it, depends only on differences (D13)
         model.config.reward_mean = float(scores.mean())
         if args.normalize_std and scores.std() > 0:
             model.config.reward_std = float(scores.std())
@@ -254,7 +254,7 @@ def main(args: Args) -> None:
 
 
 class Pair(NamedTuple):
-    """A preference in token ids, each side with its prompt; lengths of the responses alone."""
+    """A preference in token ids, each side with its prompt; lengths of the responses."""
 
     chosen: list[int]
     rejected: list[int]

@@ -65,7 +65,7 @@ class Args:
     batch_size: int = 16
     """Sequences per optimizer step, over all processes."""
     micro_batch_size: int = 16
-    """Sequences that a device holds in one forward-backward, at most; changes rounding alone."""
+    """Sequences that a device holds in one forward-backward, at most; changes only rounding."""
     max_length: int = 512
     """Tokens of a sequence, prompt and completion; longer completions are cut."""
     learning_rate: float = 3e-3
@@ -83,7 +83,7 @@ class Args:
     keep_checkpoints: int = 2
     """The newest checkpoints to keep; should one be damaged, --resume takes the one before."""
     eval_every: int = 200
-    """Steps between evaluations; 0 evaluates at the end alone."""
+    """Steps between evaluations; 0 evaluates only at the end."""
     track: bool = False
     """Log to Weights & Biases too (pip install wandb)."""
 
@@ -143,7 +143,7 @@ def main(args: Args) -> None:
         ids, mask = dataset.pad(texts, tokenizer.pad_token_id, "right", device)  # [B, T]
         prompt_lengths = torch.tensor(prompt_lengths, device=device)
         position = torch.arange(ids.shape[1], device=device)
-        # the completions' tokens alone, EOS among them (D8)
+        # the completions' tokens only, EOS among them (D8)
         is_target = mask.bool() & (position >= prompt_lengths[:, None])  # [B, T]
         is_target = is_target[:, 1:]  # a token is predicted by the state one position before it
         with utils.autocast(device, args.dtype):

@@ -10,19 +10,21 @@ Hugging Face folder, with metrics.jsonl, summary.json, samples.jsonl and TensorB
     python ppo_rlhf.py
     python ppo_rlhf.py --model runs/my-sft --reward-model runs/my-reward-model \\
         --dataset my/prompts --learning-rate 3e-6 --output-dir runs/my-ppo
-    torchrun --nproc-per-node 8 ppo_rlhf.py --micro-batch-size 16
+    torchrun --nproc-per-node 8 ppo_rlhf.py
 
-On several GPUs each process takes its share of the prompts and samples with its own random numbers;
-gradients, token counts, means and the whitening's mean and variance are over all of them, so a
-batch is the same batch. Every process holds whole models.
+On several GPUs each process takes its share of the prompts (training and held-out) and has random
+numbers of its own for sampling and shuffling. Gradients, token counts, means and the whitening's
+mean and variance are over all of them. Every process holds whole models.
 
 Left out: adapters, sharding, asynchronous rollouts, a KL loss (the KL is in the reward). The
-decoding loop is in generate.py. `D17` and `B14` in comments point to docs/details.md.
+decoding loop is in generate.py. `D17` (a detail) and `B14` (a bug that others shipped) point to
+docs/details.md.
 
-Shapes: B sequences, b of them in a micro-batch, P prompt tokens, R response tokens, T = P + R, N
-real response tokens of a micro-batch, H hidden size, V vocabulary. `response_mask` is 1 on every
-sampled token up to and including EOS or the stop token. What follows is padding: 0 in all tensors
-below, and in no mean or loss, which are over the tokens where the mask is 1.
+Shapes: B sequences of this process, b of a micro-batch, P prompt and R response tokens, T = P + R
+(T' cut to a micro-batch's longest), N real response tokens of a micro-batch, H hidden size, V
+vocabulary. `response_mask` is 1 on every sampled token up to and including EOS or the stop token.
+The rest is padding: log-probabilities, values and rewards are 0 there, and means and losses are
+over the tokens where the mask is 1. A response that is cut off at R ends there.
 """
 
 import json
@@ -68,7 +70,7 @@ class Args:
     overwrite: bool = False
     """Replace the run that is in the output folder."""
     resume: bool = False
-    """Continue from the output folder's last checkpoint."""
+    """Continue from the folder's last checkpoint."""
     seed: int = 1
     """Seed of prompt order and sampling."""
     device: str = "auto"
@@ -79,13 +81,13 @@ class Args:
     """Precision of matrix products; auto: bfloat16 where the device has it, else float32."""
 
     total_episodes: int = 6400
-    """Responses to learn from, in all."""
+    """Responses to learn from."""
     batch_size: int = 128
     """Responses per update, over all processes."""
     num_mini_batches: int = 1
     """Optimizer steps that a pass over the batch is divided into."""
     micro_batch_size: int = 32
-    """Sequences that a device holds in one forward-backward, at most; changes only rounding."""
+    """Sequences in one forward-backward of a device, at most; changes only rounding."""
     num_ppo_epochs: int = 4
     """Passes over each batch."""
     samples_per_prompt: int = 1
@@ -258,7 +260,7 @@ def main(args: Args) -> None:
         Each is rows [b], ids [b, T'] and is_response [b, T'].
         """
         lengths = (batch.prompt_mask.sum(1) + batch.response_mask.sum(1)).cpu()
-        rows = rows.sort().values  # with one mini-batch, rollout and training round alike (D26)
+        rows = rows.sort().values  # the rollout's own micro-batches, with one mini-batch (D26)
         for part in rows[lengths[rows].argsort(stable=True)].split(micro_batch_size):
             longest = int(lengths[part].max())
             part = part.to(device)
@@ -286,7 +288,7 @@ def main(args: Args) -> None:
         return on_responses(logprobs, is_response), on_responses(entropies, is_response)
 
     def value_outputs(ids: Tensor, is_response: Tensor) -> Tensor:
-        """Values [b, R] of the states before the responses' tokens, on the scale of the scores."""
+        """Values [b, R] of the states before the tokens, on the scale of the scores."""
         with utils.autocast(device, args.dtype):
             hidden = utils.hidden_states(value_model, ids)[:, :-1][is_response[:, 1:]]  # [N, H] B14
         values = utils.head_outputs(value_model, hidden)  # [N]
@@ -328,7 +330,7 @@ def main(args: Args) -> None:
 
     @torch.no_grad()
     def evaluate(model: Any) -> list[dict[str, Any]]:
-        """A response to each held-out prompt, with its scores; the same random numbers always."""
+        """A response to each held-out prompt, scored without penalty and clip."""
         results: list[dict[str, Any]] = []
         mine = eval_prompts[process.rank :: process.world]
         for i in range(0, len(mine), args.batch_size // process.world):
@@ -391,13 +393,13 @@ def main(args: Args) -> None:
     size = f"{sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M parameters"
     work = f"{len(train_prompts)} prompts, {num_updates} updates"
     utils.say(f"ppo_rlhf: {size}, {work}, on {device} in {args.dtype}")
-    last, shown = first_update - 1, "objective/scores objective/kl response/length"
-    logger = utils.Logger(out, args, process, "update", last, num_updates, shown)
+    done, shown = first_update - 1, "objective/scores objective/kl response/length"
+    logger = utils.Logger(out, args, process, "update", done, num_updates, shown)
     interruption = utils.Interruption(process)
     for update in range(first_update, num_updates + 1):
         clock = [utils.now(device)]
 
-        # 1. sample prompts: each process its share of the same order, all padded to one width
+        # 1. sample prompts: each process its share of the same order
         first = (update - 1) * prompts_per_update
         drawn = dataset.cycle(train_prompts, first, prompts_per_update, args.seed)
         width = max(len(p.ids) for p in drawn)  # P
@@ -452,7 +454,7 @@ def main(args: Args) -> None:
                 lastgaelam = delta + args.gamma * args.lam * lastgaelam
                 advantages[:, t] = lastgaelam
             returns = advantages + values  # [B, R] B15
-        else:  # one number a response: its rewards' sum, KL penalty included, against others'
+        else:  # one number a response: the sum of its rewards, compared with that of others
             episode_rewards = rewards.sum(1)  # [B]
             grouped_rewards = episode_rewards.view(-1, args.samples_per_prompt)
             if args.advantage == "batch_mean":  # D34
@@ -462,7 +464,7 @@ def main(args: Args) -> None:
                 others = grouped_rewards.sum(1, keepdim=True) - grouped_rewards
                 baseline = others / (args.samples_per_prompt - 1)
                 episode_advantages = (grouped_rewards - baseline).flatten()
-            elif args.advantage == "grpo":  # by mean and deviation of all to the prompt (D35)
+            elif args.advantage == "grpo":  # by mean and deviation over the prompt's (D35)
                 center = grouped_rewards.mean(1, keepdim=True)
                 spread = grouped_rewards.std(1, keepdim=True, correction=0)
                 episode_advantages = ((grouped_rewards - center) / (spread + 1e-4)).flatten()
@@ -494,12 +496,12 @@ def main(args: Args) -> None:
             sums: dict[str, Any] = defaultdict(float)
             order = torch.randperm(len(prompts), generator=shuffle)
             for minibatch in order.chunk(args.num_mini_batches):
-                # losses are sums over tokens by the mini-batch's count in all processes (D9, B12)
+                # losses are sums over tokens, divided by the count of all processes (D9, B12)
                 num_tokens = utils.sum_over_processes(response_mask[minibatch.to(device)].sum())
                 for rows, ids, is_response in micro_batches(batch, minibatch):
                     mask = response_mask[rows]  # [b, R]
                     new_logprobs, entropies = policy_outputs(policy, ids, is_response)  # [b, R]
-                    log_ratio = new_logprobs - logprobs[rows]
+                    log_ratio = new_logprobs - logprobs[rows]  # [b, R]
                     ratio = log_ratio.exp()  # [b, R]
                     unclipped = -advantages[rows] * ratio
                     clipped_ratio = ratio.clamp(1 - args.cliprange, 1 + args.cliprange)
@@ -530,13 +532,13 @@ def main(args: Args) -> None:
                         "loss/value_avg": value_losses,
                         "val/clipfrac_avg": value_clipped,
                         "val/ratio": ratio,
-                        "val/ratio_var": (ratio - 1).square(),  # about 1; about the mean below
+                        "val/ratio_var": (ratio - 1).square(),  # around 1; around the mean below
                     }
                     for name, x in token_stats.items():
                         sums[name] += utils.masked_sum(x.detach().double(), mask)
                     if not grad_norms:
                         ratio_error = torch.max(ratio_error, (ratio - 1).abs().max().detach())
-                if args.ptx_coef and update > args.critic_warmup_updates:  # as many as responses
+                if args.ptx_coef and update > args.critic_warmup_updates:  # as many texts (D31)
                     ptx_losses.append(ptx_backward(len(minibatch), ptx_rng))
                 utils.sum_gradients(parameters)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)  # D29
@@ -552,7 +554,7 @@ def main(args: Args) -> None:
                 break  # D28
         for model in trained.values():
             utils.set_gradient_checkpointing(model, False)
-        policy.requires_grad_(True)  # autocast keeps casts only of such weights, for sampling
+        policy.requires_grad_(True)  # autocast caches casts only of such weights
         clock.append(utils.now(device))
 
         # ---- records
@@ -620,7 +622,7 @@ def main(args: Args) -> None:
         # `model.generate` of the saved policy samples as was done here (B11)
         special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": pad_id}
         policy.generation_config = transformers.GenerationConfig(
-            do_sample=True, eos_token_id=stop_ids, **sampling, **special
+            do_sample=True, max_new_tokens=R, eos_token_id=stop_ids, **sampling, **special
         )
         utils.save_model(policy, tokenizer, out)
     after = evaluate(policy)
@@ -653,7 +655,7 @@ def real_tokens(batch: Batch) -> list[list[int]]:
 
 
 def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means of reference and policy over the held-out prompts, and how often the policy wins."""
+    """Means of reference and policy over held-out prompts, and how often the policy wins."""
 
     def means(results: list[dict[str, Any]]) -> dict[str, float | None]:
         names = ("score", "judge", "kl", "length", "eos_rate")
@@ -670,7 +672,7 @@ def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[s
 def show_samples(
     logger: utils.Logger, update: int, before: list[dict], after: list[dict], shown: int
 ) -> None:
-    """Held-out prompts with both responses: the first on the terminal, 20 in TensorBoard."""
+    """Held-out prompts with both responses, on the terminal and in TensorBoard."""
 
     def caption(name: str, result: dict[str, Any]) -> str:
         judge = "" if result["judge"] is None else f", judge {result['judge']:.2f}"
@@ -689,11 +691,11 @@ def check_flags(args: Args, world: int) -> None:
     may_be_0 += "critic_warmup_updates save_rollouts"
     utils.check_numbers(args, may_be_0, at_most_1="gamma lam top_p")
     if args.batch_size % (args.num_mini_batches * world):
-        utils.stop("--num-mini-batches: does not divide --batch-size; make that a multiple")
+        utils.stop("--num-mini-batches: times processes must divide --batch-size; change it")
     if args.batch_size % (args.samples_per_prompt * world):
-        utils.stop("--samples-per-prompt: does not divide --batch-size; make that a multiple")
+        utils.stop("--samples-per-prompt: times processes must divide --batch-size; change it")
     if args.total_episodes < args.batch_size:
-        utils.stop("--total-episodes: is less than one batch; pass at least --batch-size")
+        utils.stop("--total-episodes: is less than --batch-size; raise it")
     if args.advantage in ("rloo", "grpo") and args.samples_per_prompt < 2:
         utils.stop(f"--samples-per-prompt: is 1; {args.advantage} needs 2 or more")
     if args.advantage != "gae" and args.value_model:

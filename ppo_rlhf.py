@@ -66,7 +66,7 @@ class Args:
     eval_reward_fn: str | None = None
     """FILE.py:FUNCTION that judges only at evaluation; the embedded task's labeler on its data."""
     output_dir: str = "runs/ppo_rlhf"
-    """Where the model and all records go."""
+    """Where model and records go."""
     overwrite: bool = False
     """Replace the run that is in the output folder."""
     resume: bool = False

@@ -1,11 +1,11 @@
-"""Quality, time and memory of the whole pipeline on the embedded task; each run is a process of its own.
+"""Quality, time and memory of the whole pipeline on the embedded task.
 
-For every seed the three stages run with their defaults; then PPO runs once more, from the first seed's models, with
-`--kl-coef 0`, to show reward hacking. Every number on the embedded task in the docs is from the results.
+For every seed the three stages run with their defaults, each as a process of its own; then PPO runs
+once more, from the first seed's models, with `--kl-coef 0`, to show reward hacking. Every number on
+the embedded task in the docs is from the results, files in benchmarks/results:
 
-    python benchmarks/embedded.py       # writes benchmarks/results/embedded.json and embedded_samples.jsonl
-    python benchmarks/embedded.py --dtype float32       # writes embedded_float32.json, without the
-                                                        # run for hacking
+    python benchmarks/embedded.py                    # embedded.json and embedded_samples.jsonl
+    python benchmarks/embedded.py --dtype float32    # embedded_float32.json; no run for hacking
 """
 
 import json
@@ -34,18 +34,15 @@ class Args:
 
 
 def main(args: Args) -> None:
-    rows = [
-        json.loads(line) for line in (ROOT / "data/support/preferences/validation.jsonl").open()
-    ]
-    ceiling = gold.agreement(rows)
+    validation = ROOT / "data/support/preferences/validation.jsonl"
+    ceiling = gold.agreement([json.loads(line) for line in validation.open()])
     default = args.dtype == Args.dtype
     name = "embedded" if default else f"embedded_{args.dtype}"
     seeds = []
     for seed in args.seeds:
         folder = args.runs / (f"seed{seed}" if default else f"{args.dtype}-seed{seed}")
-        sft, reward_model, ppo, kl0 = (
-            folder / name for name in ("sft", "reward_model", "ppo_rlhf", "kl0")
-        )
+        sft, reward_model = folder / "sft", folder / "reward_model"
+        ppo, kl0 = folder / "ppo_rlhf", folder / "kl0"
         commands = {
             "sft": f"sft.py --output-dir {sft}",
             "reward_model": f"reward_model.py --output-dir {reward_model} --model {sft}",
@@ -81,7 +78,10 @@ def first_update(folder: Path) -> dict:
 
 
 def judge_samples(folder: Path) -> dict:
-    """What the labeler says of the held-out replies: means of its parts, and how far the policy came to the best."""
+    """What the labeler says of the held-out replies, the policy's and the reference's.
+
+    Means of its parts, and how far the policy came on the way from the reference to the best.
+    """
     samples = [json.loads(line) for line in (ROOT / folder / "samples.jsonl").open()]
     best = sum(gold.best_score([s["prompt"] for s in samples])) / len(samples)
     result = {}
@@ -91,9 +91,8 @@ def judge_samples(folder: Path) -> dict:
         names = ("remedy_right", "product_right", "polite", "rude", "words", "faults", "score")
         result[who] = {name: sum(float(j[name]) for j in judged) / len(judged) for name in names}
         result[who]["both_right"] = sum(right) / len(right)
-    way = (result["policy"]["score"] - result["reference"]["score"]) / (
-        best - result["reference"]["score"]
-    )
+    start, end = result["reference"]["score"], result["policy"]["score"]
+    way = (end - start) / (best - start)
     return {"labeler": result, "best": best, "share_of_the_way": way}
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a stage run as a process of its own, the machine's name, files of the project."""
+"""What the benchmarks share: a stage run as a process, the machine's name, the project's files."""
 
 import importlib.util
 import json
@@ -14,7 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_process(command: list[str], threads: int) -> dict:
-    """Run a script of the project with its flags; wall seconds, start-up included, and peak resident memory in GB."""
+    """Run a script of the project with its flags, as a process of its own.
+
+    Its wall seconds, start-up included, and its peak resident memory in GB.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     started = time.time()
     pid = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment).pid
@@ -26,7 +29,10 @@ def run_process(command: list[str], threads: int) -> dict:
 
 
 def run_stage(command: list[str], threads: int) -> dict:
-    """Run a stage, such as ["sft.py", "--output-dir", "runs/sft"]: its summary.json and what `run_process` measures."""
+    """Run a stage, such as ["sft.py", "--output-dir", "runs/sft"].
+
+    Its summary.json and what `run_process` measures.
+    """
     measured = run_process(command, threads)
     folder = command[command.index("--output-dir") + 1]
     return json.loads((ROOT / folder / "summary.json").read_text()) | measured

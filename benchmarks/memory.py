@@ -1,7 +1,8 @@
 """What PPO needs of memory, by a formula, and beside it what runs took: which model fits which GPU.
 
-Runs are of random Llamas on the CPU with --gradient-checkpointing; what a process needs without any model, mostly the
-libraries, is measured with a minimal one and taken off. tests/test_memory.py compares formula and run once more.
+Runs are of random Llamas on the CPU with --gradient-checkpointing; what a process needs without any
+model, mostly the libraries, is measured with a minimal one and taken off. tests/test_memory.py
+compares formula and run once more.
 
     python benchmarks/memory.py                  # writes benchmarks/results/memory.json
 """
@@ -21,7 +22,8 @@ sys.path.insert(0, str(ROOT))
 import utils
 
 GPUS = (24, 40, 80, 141)  # GB
-MODELS = {  # what the formula needs of well-known ones: vocabulary, hidden, intermediate, layers, key-value width, tied
+# well-known ones: vocabulary, hidden, intermediate, layers, key-value width, tied, as in Shape
+MODELS = {
     "SmolLM2-135M": (49152, 576, 1536, 30, 192, True),
     "Qwen2.5-0.5B": (151936, 896, 4864, 24, 128, True),
     "Pythia-1B": (50304, 2048, 8192, 16, 2048, False),
@@ -49,9 +51,8 @@ class Shape:
     def products(self) -> int:
         """Weights of the layers' matrix products."""
         attention = 2 * self.hidden**2 + 2 * self.hidden * self.key_value
-        return self.layers * (
-            attention + (3 if self.gated else 2) * self.hidden * self.intermediate
-        )
+        mlp = (3 if self.gated else 2) * self.hidden * self.intermediate
+        return self.layers * (attention + mlp)
 
     @property
     def embedding(self) -> int:
@@ -67,32 +68,32 @@ def needed(
     advantage: str = "gae",
     reward_model: bool = True,
 ) -> float:
-    """Bytes that ppo_rlhf.py needs with bfloat16 and --gradient-checkpointing, the largest of its phases."""
+    """Bytes that the largest phase of ppo_rlhf.py needs.
+
+    With bfloat16 and --gradient-checkpointing.
+    """
     head = 0 if shape.tied else shape.embedding
     lm, classifier = shape.products + shape.embedding + head, shape.products + shape.embedding
+    value_model = advantage == "gae"
     # float32: weights 4, gradient 4, Adam's moments 8
-    trained = 16 * (lm + (classifier if advantage == "gae" else 0))
+    trained = 16 * (lm + (classifier if value_model else 0))
     # products in bfloat16, embeddings (and a tied head) in float32
     frozen = 2 * (shape.products + head) + 4 * shape.embedding
     frozen += 2 * shape.products + 4 * shape.embedding if reward_model else 0
-    # autocast's bfloat16 copies of the weights that are trained, kept from the forward to the backward pass
-    copies = 2 * (shape.products + shape.embedding) + (
-        2 * shape.products if advantage == "gae" else 0
-    )
+    # autocast's bfloat16 copies of trained weights, kept from the forward to the backward pass
+    copies = 2 * (shape.products + shape.embedding)
+    copies += 2 * shape.products if value_model else 0
     length = prompt + response
     tokens = micro_batch * length
-    # checkpointed: a float32 hidden state for each layer, and all that one layer makes, forward and backward
-    layer = (
-        4 * shape.hidden * 14
-        + 2 * (4 * shape.hidden + 2 * shape.key_value)
-        + 10 * shape.intermediate
-    )
+    # checkpointed: a float32 hidden state for each layer, and all that one layer makes, forward and
+    # backward
+    layer = 4 * shape.hidden * 14 + 10 * shape.intermediate
+    layer += 2 * (4 * shape.hidden + 2 * shape.key_value)
     activations = tokens * (4 * shape.hidden * shape.layers + layer)
     logits = 4 * 4 * min(utils.LOGITS_AT_A_TIME, micro_batch * response * shape.vocabulary)
     cache = 2 * 2 * shape.layers * shape.key_value * batch * length
-    sampling = (
-        batch * shape.vocabulary * (4 * 3 + 8)
-    )  # one step's logits, probabilities, cumulative sum
+    # one step's logits, probabilities, cumulative sum
+    sampling = batch * shape.vocabulary * (4 * 3 + 8)
     return trained + frozen + copies + max(activations + logits, cache + sampling)
 
 
@@ -119,12 +120,12 @@ def measured(
     """Peak resident bytes of a run of two updates."""
     with tempfile.TemporaryDirectory() as folder:
         random_model(Path(folder), llama(shape), prompt, None, response)
-        flags = f"--model {folder}/model --reward-model {folder}/reward_model --dataset {folder}/prompts"
-        flags += f" --output-dir {folder}/out --batch-size {batch} --micro-batch-size {micro_batch}"
-        flags += (
-            f" --total-episodes {2 * batch} --response-length {response} --advantage {advantage}"
-        )
-        flags += " --gradient-checkpointing --eval-prompts 8 --eval-every 0 --save-every 0 --learning-rate 1e-9"
+        flags = f"--model {folder}/model --reward-model {folder}/reward_model"
+        flags += f" --dataset {folder}/prompts --output-dir {folder}/out"
+        flags += f" --batch-size {batch} --micro-batch-size {micro_batch}"
+        flags += f" --total-episodes {2 * batch} --response-length {response}"
+        flags += f" --advantage {advantage} --gradient-checkpointing --learning-rate 1e-9"
+        flags += " --eval-prompts 8 --eval-every 0 --save-every 0"
         run = run_process(["ppo_rlhf.py", *flags.split()], 2)
     return run["peak_memory_gb"] * 1e9
 
@@ -151,14 +152,12 @@ def main(out: Path = Path("benchmarks/results")) -> None:
         print(name, report["runs"][name], flush=True)
     for name, sizes in MODELS.items():
         for advantage in ("gae", "rloo"):
-            gb = needed(Shape(*sizes, gated="Pythia" not in name), 64, 8, 512, 128, advantage) / 1e9
-            fits = [
-                gpu for gpu in GPUS if gb < 0.9 * gpu
-            ]  # a tenth for CUDA itself and for fragments
-            report["largest"].setdefault(name, {})[advantage] = {
-                "needs_gb": gb,
-                "fits_gb": min(fits, default=None),
-            }
+            shape = Shape(*sizes, gated="Pythia" not in name)
+            gb = needed(shape, 64, 8, 512, 128, advantage) / 1e9
+            # a tenth for CUDA itself and for fragments
+            fits = min((gpu for gpu in GPUS if gb < 0.9 * gpu), default=None)
+            row = {"needs_gb": gb, "fits_gb": fits}
+            report["largest"].setdefault(name, {})[advantage] = row
     (ROOT / out / "memory.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report["largest"], indent=1))
 

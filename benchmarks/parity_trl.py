@@ -1,11 +1,12 @@
-"""The same PPO by TRL 1.11.0 (the last release that has it) and by ppo_rlhf.py: learning curves, their ends, times.
+"""The same PPO by TRL 1.11.0 (the last release that has it) and by ppo_rlhf.py.
 
-Both start from the same SFT model and reward model of the embedded task and use the same prompts, hyperparameters and
-float32; each run is a process of its own. Where TRL leaves no choice ppo_rlhf.py follows: no clipping of gradients, and
-scores as the reward model gives them, not shifted. Needs `pip install -r requirements-bench.txt`, and the models that
-benchmarks/embedded.py makes.
+Compared are learning curves, their ends and times. Both start from the same SFT model and reward
+model of the embedded task and use the same prompts, hyperparameters and float32; each run is a
+process of its own. Where TRL leaves no choice ppo_rlhf.py follows: no clipping of gradients, and
+scores as the reward model gives them, not shifted. Needs `pip install -r requirements-bench.txt`,
+and the models that benchmarks/embedded.py makes.
 
-    python benchmarks/parity_trl.py          # writes benchmarks/results/parity_trl.json and parity_trl.png
+    python benchmarks/parity_trl.py    # writes benchmarks/results/parity_trl.json and .png
 """
 
 import json
@@ -42,21 +43,15 @@ class Args:
 def main(args: Args) -> None:
     sft, reward_model = args.models / "sft", args.runs / "reward_model"
     shutil.copytree(ROOT / args.models / "reward_model", ROOT / reward_model, dirs_exist_ok=True)
-    config = json.loads((ROOT / reward_model / "config.json").read_text())
-    (ROOT / reward_model / "config.json").write_text(
-        json.dumps(config | {"reward_mean": 0.0, "reward_std": 1.0})
-    )
+    config = ROOT / reward_model / "config.json"
+    unshifted = json.loads(config.read_text()) | {"reward_mean": 0.0, "reward_std": 1.0}
+    config.write_text(json.dumps(unshifted))
     common = f"--model {sft} --reward-model {reward_model} --dataset {PROMPTS} --dtype float32"
-    common += (
-        f" --total-episodes {args.episodes} --batch-size {BATCH} --micro-batch-size {MICRO_BATCH}"
-    )
-    common += (
-        f" --num-ppo-epochs {EPOCHS} --response-length {RESPONSE} --learning-rate {LEARNING_RATE}"
-    )
-    common += (
-        f" --temperature {TEMPERATURE} --kl-coef {KL_COEF} --missing-eos-penalty {EOS_PENALTY}"
-    )
-    common += f" --eval-every {EVAL_EVERY}"
+    common += f" --total-episodes {args.episodes} --num-ppo-epochs {EPOCHS}"
+    common += f" --batch-size {BATCH} --micro-batch-size {MICRO_BATCH}"
+    common += f" --response-length {RESPONSE} --temperature {TEMPERATURE}"
+    common += f" --learning-rate {LEARNING_RATE} --kl-coef {KL_COEF}"
+    common += f" --missing-eos-penalty {EOS_PENALTY} --eval-every {EVAL_EVERY}"
     report = {"machine": machine(args.threads), "runs": []}
     for seed in args.seeds:
         for by, script, own in (
@@ -64,18 +59,8 @@ def main(args: Args) -> None:
             ("TRL 1.11.0", "benchmarks/trl_ppo.py", ""),
         ):
             folder = args.runs / f"{Path(script).stem}{seed}"
-            run_process(
-                [
-                    script,
-                    *common.split(),
-                    *own.split(),
-                    "--seed",
-                    str(seed),
-                    "--output-dir",
-                    str(folder),
-                ],
-                args.threads,
-            )
+            command = f"{script} {common} {own} --seed {seed} --output-dir {folder}"
+            run_process(command.split(), args.threads)
             report["runs"].append({"by": by, "seed": seed} | summary(folder))
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "parity_trl.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -85,22 +70,20 @@ def main(args: Args) -> None:
 
 
 def summary(folder: Path) -> dict:
-    """The curves of a run, the means of their last five points, and the median seconds of an update."""
+    """The curves of a run, the means of their last five points, and the median update's seconds."""
     rows = [json.loads(line) for line in (ROOT / folder / "metrics.jsonl").open()]
     names = {"score": "objective/scores", "kl": "objective/kl", "labeler": "eval/judge"}
-    curves = {
-        name: [(r["update"], round(r[key], 4)) for r in rows if key in r]
-        for name, key in names.items()
-    }
+    curves = {}
+    for name, key in names.items():
+        curves[name] = [(r["update"], round(r[key], 4)) for r in rows if key in r]
     ends = {name: statistics.mean(y for _, y in curve[-5:]) for name, curve in curves.items()}
-    seconds = statistics.median(
-        sum(r[f"time/{part}"] for part in ("rollout", "score", "train")) for r in rows
-    )
+    parts = ("time/rollout", "time/score", "time/train")
+    seconds = statistics.median(sum(r[part] for part in parts) for r in rows)
     return {"ends": ends, "update_seconds": seconds, "curves": curves}
 
 
 def plot(runs: list[dict], path: Path) -> None:
-    """Score, KL and labeler over the updates: a thin line for each seed, a thick one for their mean."""
+    """Score, KL and labeler over the updates: a thin line for each seed, a thick one for all."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -117,11 +100,9 @@ def plot(runs: list[dict], path: Path) -> None:
             curves = [run["curves"][name] for run in runs if run["by"] == by]
             for curve in curves:
                 axis.plot(*zip(*curve, strict=True), color=color, alpha=0.3, linewidth=0.8)
-            mean = [
-                (x, statistics.mean(curve[i][1] for curve in curves))
-                for i, (x, _) in enumerate(curves[0])
-            ]
-            axis.plot(*zip(*mean, strict=True), color=color, label=by)
+            updates = [update for update, _ in curves[0]]
+            means = [statistics.mean(c[i][1] for c in curves) for i in range(len(updates))]
+            axis.plot(updates, means, color=color, label=by)
         axis.set(title=title, xlabel="update")
     axes[0].legend()
     figure.tight_layout()

@@ -1,9 +1,10 @@
-"""The three stages on film reviews, from SmolLM2-135M: accuracy, win rate, time and memory, in processes of their own.
+"""The three stages on film reviews, from SmolLM2-135M: accuracy, win rate, time and memory.
 
-The model and the data are found, not fetched: pass a folder or hub id, and what examples/reviews/prepare.py wrote.
-Every number in examples/reviews/README.md is from the result. It takes most of an hour on two cores.
+Each stage is a process of its own. The model and the data are found, not fetched: pass a folder or
+hub id, and what examples/reviews/prepare.py wrote. Every number in examples/reviews/README.md is
+from the result. It takes most of an hour on two cores.
 
-    python benchmarks/reviews.py                  # writes benchmarks/results/reviews.json and reviews_samples.jsonl
+    python benchmarks/reviews.py    # benchmarks/results/reviews.json and reviews_samples.jsonl
 """
 
 import json
@@ -36,36 +37,29 @@ class Args:
 
 def main(args: Args) -> None:
     sft, reward_model, ppo = (args.runs / name for name in ("sft", "reward-model", "ppo"))
-    # the flags of the README's four commands; below, evaluations and checkpoints on the way are switched off
+    # the flags of the README's four commands
     stages = {
-        "sft": f"sft.py --model {args.model} --dataset {args.data}/sft --output-dir {sft} --epochs 1 --batch-size 64"
-        " --learning-rate 1e-4",
+        "sft": f"sft.py --model {args.model} --dataset {args.data}/sft --output-dir {sft}"
+        " --epochs 1 --batch-size 64 --learning-rate 1e-4",
         "reward_model": f"reward_model.py --model {sft} --dataset {args.data}/preferences"
-        f" --normalize-with {args.data}/sft --normalize-std --output-dir {reward_model} --micro-batch-size 16"
-        " --learning-rate 5e-5",
-        "ppo": f"ppo_rlhf.py --model {sft} --reward-model {reward_model} --dataset {args.data}/prompts"
-        f" --output-dir {ppo} --eval-reward-fn examples/reviews/vader.py:score --response-length 24 --temperature 1.0"
-        " --total-episodes 2304 --batch-size 64 --num-mini-batches 2 --num-ppo-epochs 2 --learning-rate 6e-5"
-        " --kl-coef 0.05 --missing-eos-penalty 0.25",
+        f" --normalize-with {args.data}/sft --normalize-std --output-dir {reward_model}"
+        " --micro-batch-size 16 --learning-rate 5e-5",
+        "ppo": f"ppo_rlhf.py --model {sft} --reward-model {reward_model}"
+        f" --dataset {args.data}/prompts --output-dir {ppo}"
+        " --eval-reward-fn examples/reviews/vader.py:score --response-length 24 --temperature 1.0"
+        " --total-episodes 2304 --batch-size 64 --num-mini-batches 2 --num-ppo-epochs 2"
+        " --learning-rate 6e-5 --kl-coef 0.05 --missing-eos-penalty 0.25",
     }
+    # no evaluations and checkpoints on the way
+    added = f"--seed {args.seed} --eval-every 0 --save-every 0 --overwrite"
+    places = {args.model: "MODEL"} | {f"{args.data}/{kind}": f"DATA/{kind}" for kind in KINDS}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     report = {"machine": machine(args.threads) | versions, "seed": args.seed}
     args.out.mkdir(parents=True, exist_ok=True)
     for name, command in stages.items():
-        flags = [
-            *command.split(),
-            "--seed",
-            str(args.seed),
-            "--eval-every",
-            "0",
-            "--save-every",
-            "0",
-            "--overwrite",
-        ]
-        places = {args.model: "MODEL"} | {f"{args.data}/{kind}": f"DATA/{kind}" for kind in KINDS}
-        report[name] = run_stage(flags, args.threads) | {
-            "command": " ".join(places.get(f, f) for f in flags)
-        }
+        flags = f"{command} {added}".split()
+        shown = " ".join(places.get(flag, flag) for flag in flags)
+        report[name] = run_stage(flags, args.threads) | {"command": shown}
         (args.out / "reviews.json").write_text(json.dumps(report, indent=2) + "\n")
         print(json.dumps(report[name], indent=2), flush=True)
     keep_samples(ppo, args.out / "reviews_samples.jsonl", 20)

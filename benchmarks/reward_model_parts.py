@@ -1,7 +1,8 @@
-"""What the reward model has learned of the labeler: one thing at a time goes wrong in an otherwise perfect reply.
+"""What the reward model has learned of the labeler: one thing goes wrong in a perfect reply.
 
-For each held-out prompt a reply that the labeler gives full marks, and variants of it with another remedy, another
-product, another tone and so on. Printed: how many points each variant loses, by the labeler and by the reward model.
+For each held-out prompt a reply that the labeler gives full marks, and variants of it with another
+remedy, another product, another tone and so on. Printed: how many points each variant loses, by the
+labeler and by the reward model.
 
     python benchmarks/reward_model_parts.py --reward-model runs/reward_model
 """
@@ -38,36 +39,22 @@ class Args:
 
 def replies(rng: random.Random, product: str, problem: str) -> dict[str, str]:
     """The perfect reply and its variants, by name."""
-    layout = [
-        0.0,
-        1.0,
-        1.0,
-        0.5,
-    ]  # an opening that does not name the product, no closing, no product in the body
-    named = [0.0, 1.0, 0.0, 0.5]  # the same, with the product in the opening
+    # layouts: an opening, no closing, no product in the body; the product in the opening or not
+    named, unnamed = [0.0, 1.0, 0.0, 0.5], [0.0, 1.0, 1.0, 0.5]
     apology = ("apology", rng.choice(wordings.APOLOGIES), "")
     lead = rng.choice(wordings.LEADS)
     right = (lead, rng.choice(wordings.REMEDIES[problem]), "")
     wrong = (lead, rng.choice(wordings.REMEDIES[make.other(rng, wordings.PROBLEMS, problem)]), "")
-    ramble = (
-        wordings.RAMBLE_STARTS[0]
-        + " "
-        + rng.choice(wordings.RAMBLE_MIDDLES)
-        + rng.choice(wordings.RAMBLE_ENDS)
-    )
-    perfect = {
-        "tone": apology,
-        "remedy": right,
-        "product": product,
-        "ramble": None,
-        "layout": named,
-    }
+    middle, end = rng.choice(wordings.RAMBLE_MIDDLES), rng.choice(wordings.RAMBLE_ENDS)
+    ramble = f"{wordings.RAMBLE_STARTS[0]} {middle}{end}"
+    perfect = {"tone": apology, "remedy": right, "product": product}
+    perfect |= {"ramble": None, "layout": named}
     variants = {
         "perfect": {},
         "a wrong remedy": {"remedy": wrong},
         "no remedy": {"remedy": (None, rng.choice(wordings.STALLS), "")},
         "another product": {"product": make.other(rng, wordings.PRODUCTS, product)},
-        "no product": {"product": None, "layout": layout},
+        "no product": {"product": None, "layout": unnamed},
         "curt": {"tone": ("curt", rng.choice(wordings.CURT), "")},
         "rude": {"tone": ("rude", rng.choice(wordings.RUDE), "")},
         "rambling": {"ramble": ramble},
@@ -81,29 +68,27 @@ def main(args: Args) -> None:
     device = torch.device("cpu")
     model = utils.load_classifier(args.reward_model, device, trained=True)
     tokenizer = utils.load_tokenizer(args.reward_model)
-    rows = [json.loads(line) for line in (ROOT / "data/support/prompts/validation.jsonl").open()][
-        : args.prompts
-    ]
+    validation = ROOT / "data/support/prompts/validation.jsonl"
+    rows = [json.loads(line) for line in validation.open()][: args.prompts]
     rng = random.Random(1)
     by_prompt = [replies(rng, row["product"], row["problem"]) for row in rows]
     means = {}
     for name in by_prompt[0]:
         pairs = [(row["prompt"], reply[name]) for row, reply in zip(rows, by_prompt, strict=True)]
         encoded = dataset.encode_pairs(tokenizer, pairs, [""] * len(pairs))
-        ids, mask = dataset.pad(
-            [p + c for p, c in zip(*encoded, strict=True)], tokenizer.pad_token_id, "right", device
-        )
+        texts = [p + c for p, c in zip(*encoded, strict=True)]
+        ids, mask = dataset.pad(texts, tokenizer.pad_token_id, "right", device)
         scores = utils.normalize_scores(model, utils.last_token_scores(model, ids, mask))
         labels = gold.score([p for p, _ in pairs], [c for _, c in pairs])
         means[name] = {"labeler": sum(labels) / len(labels), "reward_model": scores.mean().item()}
     report = {"reward_model": args.reward_model, "prompts": len(rows), "means": means}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=2) + "\n")
+    perfect = means["perfect"]
     for name, mean in means.items():
-        change = {who: mean[who] - means["perfect"][who] for who in mean}
-        print(
-            f"{name:16} labeler {change['labeler']:+6.2f}  reward model {change['reward_model']:+6.2f}"
-        )
+        labeler = mean["labeler"] - perfect["labeler"]
+        learned = mean["reward_model"] - perfect["reward_model"]
+        print(f"{name:16} labeler {labeler:+6.2f}  reward model {learned:+6.2f}")
 
 
 if __name__ == "__main__":

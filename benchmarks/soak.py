@@ -1,8 +1,9 @@
-"""Five hundred small updates of PPO on the embedded task: does memory grow, or the number of open files or threads?
+"""Five hundred small updates of PPO on the embedded task: do memory, open files or threads grow?
 
-The run is a process of its own, looked at from outside when it has logged an update; evaluations and checkpoints are
-part of it. Exits with 1 if memory at the end is more than 5% above that at update 50, or if there are more open files
-or threads. Needs Linux (/proc) and the models that benchmarks/embedded.py makes.
+The run is a process of its own, looked at from outside when it has logged an update; evaluations
+and checkpoints are part of it. Exits with 1 if memory at the end is more than 5% above that at
+update 50, or if there are more open files or threads. Needs Linux (/proc) and the models that
+benchmarks/embedded.py makes.
 
     python benchmarks/soak.py          # writes benchmarks/results/soak.json
 """
@@ -44,16 +45,18 @@ class Args:
 def main(args: Args) -> None:
     if not WINDOW <= args.settled <= args.updates - WINDOW:
         sys.exit(f"--settled: must leave {WINDOW} updates before and after; pass another")
-    command = f"ppo_rlhf.py --model {args.models}/sft --reward-model {args.models}/reward_model --dtype {args.dtype}"
-    command += f" --total-episodes {args.updates * BATCH} --batch-size {BATCH} --micro-batch-size 8 --num-mini-batches 2"
-    command += " --num-ppo-epochs 2 --response-length 24 --learning-rate 5e-5 --eval-prompts 16 --eval-every 50"
-    command += f" --save-every 100 --save-rollouts 100 --output-dir {args.runs}"
+    command = f"ppo_rlhf.py --model {args.models}/sft --reward-model {args.models}/reward_model"
+    command += f" --dtype {args.dtype} --total-episodes {args.updates * BATCH}"
+    command += f" --batch-size {BATCH} --micro-batch-size 8 --num-mini-batches 2"
+    command += " --num-ppo-epochs 2 --response-length 24 --learning-rate 5e-5"
+    command += " --eval-prompts 16 --eval-every 50 --save-every 100 --save-rollouts 100"
+    command += f" --output-dir {args.runs}"
     shutil.rmtree(ROOT / args.runs, ignore_errors=True)
     environment, started = os.environ | {"OMP_NUM_THREADS": str(args.threads)}, time.time()
     process = subprocess.Popen([sys.executable, *command.split()], cwd=ROOT, env=environment)
     seen = watch(process, ROOT / args.runs / "metrics.jsonl")
     if process.returncode or max(seen, default=0) != args.updates:
-        sys.exit(f"ppo_rlhf.py failed, or was seen at {len(seen)} of {args.updates} updates alone")
+        sys.exit(f"ppo_rlhf.py failed, or was seen at only {len(seen)} of {args.updates} updates")
     report = {
         "machine": machine(args.threads),
         "updates": args.updates,
@@ -61,22 +64,20 @@ def main(args: Args) -> None:
         "seconds": time.time() - started,
     }
     report |= {"early": summary(seen, args.settled), "late": summary(seen, args.updates)}
-    report["memory_ratio"] = report["late"]["memory_mb"] / report["early"]["memory_mb"]
-    report["curve_mb"] = [
-        (update, round(seen[update]["memory_mb"], 1)) for update in sorted(seen)[::10]
-    ]
+    ratio = report["late"]["memory_mb"] / report["early"]["memory_mb"]
+    report["memory_ratio"] = ratio
+    report["curve_mb"] = [(u, round(seen[u]["memory_mb"], 1)) for u in sorted(seen)[::10]]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print({name: value for name, value in report.items() if name != "curve_mb"})
     grown = [name for name in ("files", "threads") if report["late"][name] > report["early"][name]]
-    if report["memory_ratio"] > 1.05 or grown:
-        sys.exit(
-            f"memory at the end is {report['memory_ratio']:.3f} of that at update {args.settled}; grown: {grown}"
-        )
+    if ratio > 1.05 or grown:
+        memory = f"memory at the end is {ratio:.3f} of that at update {args.settled}"
+        sys.exit(f"{memory}; grown: {grown}")
 
 
 def watch(process: subprocess.Popen, metrics: Path) -> dict[int, dict[str, float]]:
-    """Memory, files and threads of the process at each update, looked at when the update's line is in `metrics`."""
+    """Memory, files and threads of the process at each update, once its line is in `metrics`."""
     seen: dict[int, dict[str, float]] = {}
     while process.poll() is None:
         lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0

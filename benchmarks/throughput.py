@@ -1,11 +1,12 @@
-"""Seconds per update of ppo_rlhf.py and of TRL 1.11.0 on identical work, and what each part of it comes to.
+"""Seconds per update, and of its parts, by ppo_rlhf.py and by TRL 1.11.0 on identical work.
 
-Each run is a process of its own with one update to warm up and then measured ones; the two take turns, A B A B. Beside
-that: rollouts against `model.generate`, the train step against the machine's matrix product, start-up, and how the cost
-of an update grows with the batch and with the response. Needs `pip install -r requirements-bench.txt`; W3 the models
-that benchmarks/embedded.py makes, W4 SmolLM2-135M.
+Each run is a process of its own with one update to warm up and then measured ones; the two take
+turns, A B A B. Beside that: rollouts against `model.generate`, the train step against the machine's
+matrix product, start-up, and how the cost of an update grows with the batch and with the response.
+Needs `pip install -r requirements-bench.txt`; W3 the models that benchmarks/embedded.py makes, W4
+SmolLM2-135M.
 
-    python benchmarks/throughput.py              # writes benchmarks/results/throughput.json and scaling.png
+    python benchmarks/throughput.py    # writes benchmarks/results/throughput.json and scaling.png
     python benchmarks/throughput.py --parts W2 rollout --rounds 3
 
 | | model | batch | prompt, response tokens | |
@@ -17,8 +18,8 @@ that benchmarks/embedded.py makes, W4 SmolLM2-135M.
 | W5 | Pythia-1B's shape, random, on a GPU | 512 | 512, 53 | |
 | W6 | Qwen2.5-0.5B's shape, random, on a GPU | 256 | 64, 512 | |
 
-All have 4 epochs and 1 mini-batch. The learning rate is next to 0, so that models, and with them lengths, stay as they
-are. TRL gets its models as transformers loads them.
+All have 4 epochs and 1 mini-batch. The learning rate is next to 0, so that models, and with them
+lengths, stay as they are. TRL gets its models as transformers loads them.
 """
 
 import json
@@ -44,13 +45,9 @@ import utils
 PARTS = ("W1", "W2", "W3", "W4", "rollout", "scaling", "startup")
 GPU_PARTS = ("W5", "W6")
 PHASES = ("rollout", "score", "train")
+PLACES = ("model", "reward-model", "dataset")  # flags that no result file names
 PAD, EOS = 0, 1
-SPECIAL = {
-    "pad_token_id": PAD,
-    "eos_token_id": EOS,
-    "bos_token_id": None,
-    "tie_word_embeddings": False,
-}
+SPECIAL = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None}
 # what ppo_rlhf.py does beside its updates, as little of it as there can be
 BESIDE = ["--save-every", "0", "--eval-every", "0", "--eval-prompts", "8", "--overwrite"]
 
@@ -95,7 +92,7 @@ def main(args: Args) -> None:
         path.write_text(json.dumps(report, indent=2) + "\n")
 
 
-# ----------------------------------------------------------------------------------------------------------- workloads
+# ---------------------------------------------------------------------------------------- workloads
 
 
 def random_model(
@@ -103,8 +100,9 @@ def random_model(
 ) -> None:
     """Write policy, reward model and prompts: random weights, and a word for each token.
 
-    Responses are `mean_length` tokens long on average where the maximum is `most`; None: none ends early. Embeddings
-    have a large first number, which the output head reads for the EOS token alone: its logit is nearly constant.
+    Responses are `mean_length` tokens long on average where the maximum is `most`; None: none ends
+    early. Embeddings have a large first number, which the output head reads only for the EOS token:
+    its logit is nearly constant.
     """
     words = {"<pad>": PAD, "<eos>": EOS} | {f"w{i}": i for i in range(2, config.vocab_size)}
     bare = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
@@ -142,14 +140,44 @@ def random_model(
 
 def small_llama() -> Any:
     """2.75M parameters."""
-    sizes = {
-        "hidden_size": 192,
-        "intermediate_size": 768,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 6,
-    }
     return transformers.LlamaConfig(
-        vocab_size=2048, max_position_embeddings=1024, **sizes, **SPECIAL
+        vocab_size=2048,
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        **SPECIAL,
+    )
+
+
+def pythia_1b() -> Any:
+    """The shape of Pythia-1B."""
+    return transformers.GPTNeoXConfig(
+        vocab_size=50304,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=8,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        **SPECIAL,
+    )
+
+
+def qwen_half_b() -> Any:
+    """The shape of Qwen2.5-0.5B, but for its tied embeddings."""
+    return transformers.Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        **SPECIAL,
     )
 
 
@@ -157,81 +185,47 @@ def workload(args: Args, name: str) -> dict[str, Any]:
     """Flags of a workload; what it needs is made on the first call."""
     folder = args.runs / name
     flags: dict[str, Any] = {"model": folder / "model", "reward-model": folder / "reward_model"}
-    flags |= {
-        "dataset": folder / "prompts",
-        "temperature": 1.0,
-        "kl-coef": 0.05,
-        "missing-eos-penalty": 1.0,
-    }
-    flags |= {"num-ppo-epochs": 4, "learning-rate": 1e-12, "micro-batch-size": 32}
+    flags |= {"dataset": folder / "prompts", "temperature": 1.0, "kl-coef": 0.05}
+    flags |= {"missing-eos-penalty": 1.0, "num-ppo-epochs": 4}
+    flags |= {"learning-rate": 1e-12, "micro-batch-size": 32}
     if name in ("W1", "W2"):
         flags |= {"batch-size": 64, "response-length": 48}
         random_model(folder, small_llama(), 16, 19.2 if name == "W2" else None, 48)
     elif name == "W3":
-        flags |= {
-            "model": args.models / "sft",
-            "reward-model": args.models / "reward_model",
-            "kl-coef": 0.1,
-        }
-        flags |= {
-            "dataset": "data/support/prompts",
-            "batch-size": 128,
-            "response-length": 64,
-            "temperature": 0.5,
-        }
+        flags |= {"model": args.models / "sft", "reward-model": args.models / "reward_model"}
+        flags |= {"dataset": "data/support/prompts", "temperature": 0.5, "kl-coef": 0.1}
+        flags |= {"batch-size": 128, "response-length": 64}
     elif name == "W4":
-        flags |= {
-            "model": args.smollm2,
-            "dataset": args.reviews / "prompts",
-            "batch-size": 32,
-            "response-length": 24,
-        }
+        flags |= {"model": args.smollm2, "dataset": args.reviews / "prompts"}
+        flags |= {"batch-size": 32, "response-length": 24}
         torch.manual_seed(1)
         judge = utils.load_classifier(args.smollm2, torch.device("cpu"))
         judge.score.weight.data.normal_(std=0.02)
         utils.save_model(judge, utils.load_tokenizer(args.smollm2), ROOT / folder / "reward_model")
     elif name == "W5":
-        sizes = {
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 8,
-        }
-        config = transformers.GPTNeoXConfig(
-            vocab_size=50304, max_position_embeddings=2048, **sizes, **SPECIAL
-        )
-        random_model(folder, config, 512, None, 53)
-        flags |= {
-            "batch-size": 512,
-            "response-length": 53,
-            "micro-batch-size": 64,
-            "device": "cuda",
-        }
+        random_model(folder, pythia_1b(), 512, None, 53)
+        flags |= {"batch-size": 512, "response-length": 53}
+        flags |= {"micro-batch-size": 64, "device": "cuda"}
     else:
-        sizes = {
-            "hidden_size": 896,
-            "intermediate_size": 4864,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 14,
-        }
-        sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 2048}
-        random_model(
-            folder, transformers.Qwen2Config(vocab_size=151936, **sizes, **SPECIAL), 64, None, 512
-        )
-        flags |= {
-            "batch-size": 256,
-            "response-length": 512,
-            "micro-batch-size": 16,
-            "device": "cuda",
-        }
+        random_model(folder, qwen_half_b(), 64, None, 512)
+        flags |= {"batch-size": 256, "response-length": 512}
+        flags |= {"micro-batch-size": 16, "device": "cuda"}
     return flags
 
 
-# ---------------------------------------------------------------------------------------------------- against another
+def written(flags: dict[str, Any]) -> list[str]:
+    """The flags as words of a command line."""
+    return [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+
+
+# ---------------------------------------------------------------------------------- against another
 
 
 def compare(args: Args, name: str, dtype: str) -> dict[str, Any]:
-    """Updates by ppo_rlhf.py and by TRL in turn: medians of their seconds and phases, tokens per second, memory."""
+    """Updates by ppo_rlhf.py and by TRL in turn.
+
+    Medians of their seconds and phases, tokens per second, memory.
+    """
     flags = workload(args, name) | {"dtype": dtype}
     flags["total-episodes"] = flags["batch-size"] * (1 + args.updates)
     own = {"ppo_rlhf.py": BESIDE, "benchmarks/trl_ppo.py": []}
@@ -242,44 +236,33 @@ def compare(args: Args, name: str, dtype: str) -> dict[str, Any]:
         ceilings.append(ceiling(torch.device(flags.get("device", "cpu"))))
         for script, extra in own.items():
             out = args.runs / name / Path(script).stem
-            given = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
-            measured = run_process([script, *given, *extra, "--output-dir", str(out)], args.threads)
+            command = [script, *written(flags), *extra, "--output-dir", str(out)]
+            measured = run_process(command, args.threads)
             memory[script].append(measured["peak_memory_gb"])
             rows[script] += measured_updates(out)
     medians: dict[str, Any] = {}
+    seconds: dict[str, list[list[float]]] = {}
     for script, measured in rows.items():
         medians[script] = {"update": statistics.median(map(update_seconds, measured))}
-        medians[script] |= {
-            p: statistics.median(row[f"time/{p}"] for row in measured) for p in PHASES
-        }
+        for phase in PHASES:
+            medians[script][phase] = statistics.median(row[f"time/{phase}"] for row in measured)
         medians[script]["peak_memory_gb"] = max(memory[script])
+        seconds[script] = [[row[f"time/{phase}"] for phase in PHASES] for row in measured]
     ours, theirs = medians.values()
-    ours["tokens_per_second"] = statistics.median(
-        row["tokens_per_second"] for row in rows["ppo_rlhf.py"]
-    )
-    ours["response_length"] = statistics.mean(row["response/length"] for row in rows["ppo_rlhf.py"])
-    ours["train_gflops"] = train_gflop(flags, rows["ppo_rlhf.py"]) / ours["train"]
+    our_rows = rows["ppo_rlhf.py"]
+    ours["tokens_per_second"] = statistics.median(row["tokens_per_second"] for row in our_rows)
+    ours["response_length"] = statistics.mean(row["response/length"] for row in our_rows)
+    ours["train_gflops"] = train_gflop(flags, our_rows) / ours["train"]
     medians["speedup"] = theirs["update"] / ours["update"]
-    runs = {
-        script: [[row[f"time/{phase}"] for phase in PHASES] for row in measured]
-        for script, measured in rows.items()
-    }
-    shown = {
-        flag: str(value)
-        for flag, value in flags.items()
-        if flag not in ("model", "reward-model", "dataset")
-    }
-    of_products = {
-        product: statistics.median(rates[product] for rates in ceilings) for product in ceilings[0]
-    }
-    return {"flags": shown, "medians": medians, "ceiling": of_products, "seconds": runs}
+    shown = {flag: str(value) for flag, value in flags.items() if flag not in PLACES}
+    rates = {dtype: statistics.median(each[dtype] for each in ceilings) for dtype in ceilings[0]}
+    return {"flags": shown, "medians": medians, "ceiling": rates, "seconds": seconds}
 
 
 def measured_updates(out: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl but for the first, in which it warmed up."""
-    return [json.loads(line) for line in (ROOT / out / "metrics.jsonl").read_text().splitlines()][
-        1:
-    ]
+    lines = (ROOT / out / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines[1:]]
 
 
 def ceiling(device: torch.device) -> dict[str, float]:
@@ -302,96 +285,81 @@ def update_seconds(row: dict[str, Any]) -> float:
 
 
 def train_gflop(flags: dict[str, Any], rows: list[dict]) -> float:
-    """Matrix products of an update's training, in 10^9 operations, padding not counted: six for each weight and token.
+    """Matrix products of an update's training, in 10^9 operations, padding not counted.
 
-    Each epoch passes prompt and response through policy and value model; the output head sees the responses alone.
+    Six for each weight and token. Each epoch passes prompt and response through policy and value
+    model; the output head sees only the responses.
     """
     model = transformers.AutoModelForCausalLM.from_pretrained(ROOT / flags["model"])
-    products = [
-        m
-        for m in model.modules()
-        if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()
-    ]
-    body, head = (
-        sum(m.weight.numel() for m in products),
-        model.get_output_embeddings().weight.numel(),
-    )
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    head = model.get_output_embeddings().weight.numel()
+    body = sum(m.weight.numel() for m in linear if m is not model.get_output_embeddings())
     tokens = statistics.mean(row["tokens_per_second"] * update_seconds(row) for row in rows)
     responses = statistics.mean(row["response/length"] for row in rows) * flags["batch-size"]
     return 6 * flags["num-ppo-epochs"] * (2 * body * tokens + head * responses) / 1e9
 
 
 def rollout(args: Args) -> dict[str, Any]:
-    """Tokens per second, up to EOS, of the decoding loop and of `model.generate`, in turn in one process."""
+    """Tokens per second, up to EOS, of the decoding loop and of `model.generate`.
+
+    They take turns in one process.
+    """
     report = {}
     for name in ("W1", "W3"):
         flags = workload(args, name)
-        model = utils.load_causal_lm(str(ROOT / flags["model"]), torch.device("cpu"))
-        plain = transformers.AutoModelForCausalLM.from_pretrained(
-            ROOT / flags["model"], dtype=torch.float32
-        )
-        tokenizer = utils.load_tokenizer(str(ROOT / flags["model"]))
-        prompts = dataset.load_prompts(tokenizer, str(ROOT / flags["dataset"]), "train", 512)[
-            : flags["batch-size"]
-        ]
+        folder = str(ROOT / flags["model"])
+        model = utils.load_causal_lm(folder, torch.device("cpu"))
+        plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = utils.load_tokenizer(folder)
+        prompts = dataset.load_prompts(tokenizer, str(ROOT / flags["dataset"]), "train", 512)
+        prompts = prompts[: flags["batch-size"]]
         pad, stop = tokenizer.pad_token_id, tokenizer.eos_token_id
         ids, mask = dataset.pad([p.ids for p in prompts], pad, "left", model.device)
         R, temperature = flags["response-length"], flags["temperature"]
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        sampling |= {"max_new_tokens": R, "eos_token_id": stop, "pad_token_id": pad}
+        ours = {"pad_id": pad, "temperature": temperature}
+        theirs = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        theirs |= {"max_new_tokens": R, "eos_token_id": stop, "pad_token_id": pad}
         for dtype in ("float32", "bfloat16"):
             rates: dict[str, list[float]] = {"generate": [], "model.generate": []}
             for turn in range(24):
                 started = time.perf_counter()
                 with utils.autocast(model.device, dtype):
                     rng = utils.generator("cpu", turn)
-                    _, real = generate.generate(
-                        model, ids, mask, R, [stop], pad_id=pad, temperature=temperature, rng=rng
-                    )
+                    _, real = generate.generate(model, ids, mask, R, [stop], **ours, rng=rng)
                 rates["generate"].append(real.sum().item() / (time.perf_counter() - started))
                 torch.manual_seed(turn)
                 started = time.perf_counter()
                 with torch.no_grad(), utils.autocast(model.device, dtype):
-                    texts = plain.generate(input_ids=ids, attention_mask=mask, **sampling)[
-                        :, ids.shape[1] :
-                    ]
+                    texts = plain.generate(input_ids=ids, attention_mask=mask, **theirs)
                 seconds = time.perf_counter() - started
-                ended = (texts == stop).cumsum(1)
-                rates["model.generate"].append(
-                    ((ended == 0).sum() + (ended[:, -1] > 0).sum()).item() / seconds
-                )
-            medians = {
-                who: statistics.median(rate[3:]) for who, rate in rates.items()
-            }  # the first ones warm up
+                ended = (texts[:, ids.shape[1] :] == stop).cumsum(1)
+                tokens = (ended == 0).sum() + (ended[:, -1] > 0).sum()
+                rates["model.generate"].append(tokens.item() / seconds)
+            # the first ones warm up
+            medians = {who: statistics.median(rate[3:]) for who, rate in rates.items()}
             ratio = medians["generate"] / medians["model.generate"]
             report[f"{name} {dtype}"] = {"tokens_per_second": medians, "ratio": ratio}
     return report
 
 
-# ------------------------------------------------------------------------------------------------------ by themselves
+# ------------------------------------------------------------------------------------ by themselves
 
 
 def scaling(args: Args) -> dict[str, Any]:
     """Seconds per update of W1 as the batch and as the response grow 2 and 4 times; also drawn."""
     base = workload(args, "W1") | {"dtype": "bfloat16"}
+    out = args.runs / "W1/scaling"
     report: dict[str, Any] = {}
     for flag in ("batch-size", "response-length"):
         seconds: dict[str, list[float]] = {}
-        for factor in (
-            1,
-            2,
-            4,
-        ) * args.rounds:  # in turn, so that a slow minute of the machine falls on all
+        # in turn, so that a slow minute of the machine falls on all
+        for factor in (1, 2, 4) * args.rounds:
             flags = base | {flag: base[flag] * factor}
             flags["total-episodes"] = flags["batch-size"] * (1 + args.updates)
-            out, given = (
-                args.runs / "W1/scaling",
-                [w for f, v in flags.items() for w in (f"--{f}", str(v))],
-            )
-            run_process(["ppo_rlhf.py", *given, *BESIDE, "--output-dir", str(out)], args.threads)
-            seconds.setdefault(str(flags[flag]), []).extend(
-                map(update_seconds, measured_updates(out))
-            )
+            command = ["ppo_rlhf.py", *written(flags), *BESIDE, "--output-dir", str(out)]
+            run_process(command, args.threads)
+            times = map(update_seconds, measured_updates(out))
+            seconds.setdefault(str(flags[flag]), []).extend(times)
         report[flag] = {size: statistics.median(times) for size, times in seconds.items()}
         report[flag]["growth"] = report[flag][str(4 * base[flag])] / report[flag][str(base[flag])]
     plot_scaling(report, args.out / "scaling.png")
@@ -410,13 +378,8 @@ def plot_scaling(report: dict[str, Any], path: Path) -> None:
         points = [(int(size), seconds) for size, seconds in by_size.items() if size != "growth"]
         sizes, seconds = zip(*points, strict=True)
         axis.plot(sizes, seconds, "o-", label="measured")
-        axis.plot(
-            sizes,
-            [seconds[0] * size / sizes[0] for size in sizes],
-            "--",
-            color="gray",
-            label="proportional",
-        )
+        proportional = [seconds[0] * size / sizes[0] for size in sizes]
+        axis.plot(sizes, proportional, "--", color="gray", label="proportional")
         axis.set(xlabel=f"--{flag}", ylabel="seconds per update", ylim=(0, None), xlim=(0, None))
         axis.legend()
     figure.tight_layout()
@@ -424,32 +387,23 @@ def plot_scaling(report: dict[str, Any], path: Path) -> None:
 
 
 def startup(args: Args) -> dict[str, float]:
-    """Seconds of `ppo_rlhf.py --help`, and until the first update of the embedded task is in metrics.jsonl."""
+    """Seconds of `ppo_rlhf.py --help`, and until the embedded task's first update is logged."""
+    ppo = [sys.executable, "ppo_rlhf.py"]
     seconds = []
     for _ in range(5):
         started = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "ppo_rlhf.py", "--help"], cwd=ROOT, capture_output=True, check=True
-        )
+        subprocess.run([*ppo, "--help"], cwd=ROOT, capture_output=True, check=True)
         seconds.append(time.perf_counter() - started)
     report = {"help": statistics.median(seconds)}
     out, seconds = args.runs / "startup", []
-    flags = [
-        "--model",
-        args.models / "sft",
-        "--reward-model",
-        args.models / "reward_model",
-        "--output-dir",
-        out,
-    ]
+    metrics = ROOT / out / "metrics.jsonl"
+    flags = {"model": args.models / "sft", "reward-model": args.models / "reward_model"}
+    command = [*ppo, *written(flags | {"output-dir": out}), "--overwrite"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     for _ in range(5):
-        metrics = ROOT / out / "metrics.jsonl"
         metrics.unlink(missing_ok=True)
         started = time.perf_counter()
-        command = [sys.executable, "ppo_rlhf.py", *map(str, flags), "--overwrite"]
-        with subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        ) as run:
+        with subprocess.Popen(command, cwd=ROOT, **quiet) as run:
             while not (metrics.exists() and metrics.stat().st_size):
                 if run.poll() is not None:
                     sys.exit("ppo_rlhf.py ended before its first update")

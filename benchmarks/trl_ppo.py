@@ -52,33 +52,21 @@ def main(args: Args) -> None:
     device = torch.device(args.device)
     tokenizer = utils.load_tokenizer(args.model)
     tokenizer.padding_side = "left"
-    language_model, classifier = (
-        transformers.AutoModelForCausalLM,
-        transformers.AutoModelForSequenceClassification,
-    )
-    policy, reference = (
-        language_model.from_pretrained(args.model, dtype=torch.float32) for _ in range(2)
-    )
-    value_model, judge = (
-        classifier.from_pretrained(args.reward_model, num_labels=1, dtype=torch.float32)
-        for _ in range(2)
-    )
-    train, held_out = (
-        dataset.load_prompts(
-            tokenizer, args.dataset, s, utils.context_length(policy) - args.response_length
-        )
-        for s in ("train", "validation")
-    )
-    held_out = held_out[:200]
-    datasets = [
-        Dataset.from_list([{"input_ids": p.ids} for p in prompts]) for prompts in (train, held_out)
-    ]
+    lm = transformers.AutoModelForCausalLM
+    policy, reference = (lm.from_pretrained(args.model, dtype=torch.float32) for _ in range(2))
+    classifier = transformers.AutoModelForSequenceClassification
+    kind = {"num_labels": 1, "dtype": torch.float32}
+    value_model, judge = (classifier.from_pretrained(args.reward_model, **kind) for _ in range(2))
+    longest = utils.context_length(policy) - args.response_length
+    train = dataset.load_prompts(tokenizer, args.dataset, "train", longest)
+    held_out = dataset.load_prompts(tokenizer, args.dataset, "validation", longest)[:200]
+    train_ids = [{"input_ids": p.ids} for p in train]
+    held_out_ids = [{"input_ids": p.ids} for p in held_out]
+    mini_batch_size = args.batch_size // args.num_mini_batches
     config = PPOConfig(
         output_dir=str(args.output_dir / "trl"),
         per_device_train_batch_size=args.micro_batch_size,
-        gradient_accumulation_steps=args.batch_size
-        // args.num_mini_batches
-        // args.micro_batch_size,
+        gradient_accumulation_steps=mini_batch_size // args.micro_batch_size,
         num_mini_batches=args.num_mini_batches,
         num_ppo_epochs=args.num_ppo_epochs,
         total_episodes=args.total_episodes,
@@ -108,15 +96,12 @@ def main(args: Args) -> None:
     def labeler() -> float:
         """Mean score by the embedded task's labeler of replies to the held-out prompts."""
         ids, mask = dataset.pad([p.ids for p in held_out], tokenizer.pad_token_id, "left", device)
-        stops, pad = [tokenizer.eos_token_id], tokenizer.pad_token_id
-        sampling = {"temperature": args.temperature, "rng": utils.generator(device, args.seed)}
-        replies, real = generate.generate(
-            policy, ids, mask, args.response_length, stops, pad_id=pad, **sampling
-        )
-        texts = [
-            tokenizer.decode(r[m.bool()], skip_special_tokens=True)
-            for r, m in zip(replies, real, strict=True)
-        ]
+        R, stops = args.response_length, [tokenizer.eos_token_id]
+        sampling = {"pad_id": tokenizer.pad_token_id, "temperature": args.temperature}
+        rng = utils.generator(device, args.seed)
+        replies, real = generate.generate(policy, ids, mask, R, stops, **sampling, rng=rng)
+        kept = [reply[m.bool()] for reply, m in zip(replies, real, strict=True)]
+        texts = [tokenizer.decode(reply, skip_special_tokens=True) for reply in kept]
         return statistics.mean(gold.score([p.text for p in held_out], texts))
 
     clock: dict[str, float] = {}
@@ -136,7 +121,7 @@ def main(args: Args) -> None:
     ppo_trainer.batch_generation, ppo_trainer.forward = timed_generation, timed_forward
 
     class Record(transformers.TrainerCallback):
-        """Writes what TRL logs after each update, its times, and every few updates what the labeler says."""
+        """Writes what TRL logs after each update, its times, and at some what the labeler says."""
 
         def __init__(self):
             self.file, self.update = (args.output_dir / "metrics.jsonl").open("w", buffering=1), 0
@@ -147,10 +132,8 @@ def main(args: Args) -> None:
             self.update += 1
             end = utils.now(device)
             row = {"update": self.update, "time/rollout": clock["generated"] - clock["start"]}
-            row |= {
-                "time/score": clock["scored"] - clock["generated"],
-                "time/train": end - clock.pop("scored"),
-            }
+            row["time/score"] = clock["scored"] - clock["generated"]
+            row["time/train"] = end - clock.pop("scored")
             row |= {name: value for name, value in logs.items() if isinstance(value, float | int)}
             if args.eval_every and self.update % args.eval_every == 0:
                 row["eval/judge"] = labeler()
@@ -163,8 +146,8 @@ def main(args: Args) -> None:
         ref_model=reference,
         reward_model=judge,
         value_model=value_model,
-        train_dataset=datasets[0],
-        eval_dataset=datasets[1],
+        train_dataset=Dataset.from_list(train_ids),
+        eval_dataset=Dataset.from_list(held_out_ids),
         callbacks=[Record()],
     )
     trainer.train()

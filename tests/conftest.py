@@ -1,7 +1,8 @@
-"""What the tests share: a very small model and data set, and fixtures that run a stage on them in about a second.
+"""What the tests share: a very small model and data set, and fixtures that run a stage on them.
 
-The world of these tests: somebody asks for a fruit, `Q: two ripe plums?\nA:`, and the answer names it. Models have 2
-layers of width 32; the tokenizer is a byte-level BPE with about 400 tokens.
+The world of these tests: somebody asks for a fruit, `Q: two ripe plums?\nA:`, and the answer names
+it. Models have 2 layers of width 32, the tokenizer is a byte-level BPE with about 400 tokens, and a
+stage takes about a second.
 """
 
 import itertools
@@ -30,8 +31,9 @@ os.environ |= {
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import tokenizers  # noqa: E402
 import torch  # noqa: E402
-import transformers  # noqa: E402 (its log goes to the stderr of its first import: not to a test's, closed later)
+import transformers  # noqa: E402 (it logs to the stderr of its first import: not to a test's)
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
@@ -68,18 +70,15 @@ def ctrl_c_ends_the_tests():
         signal.signal(number, handler)
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
+# ---- data
 
 
 def sft_rows() -> list[dict]:
     """Answers of two lengths: a mean over rows is not a mean over tokens."""
     rows = []
     for count, kind, fruit in itertools.product(COUNTS, KINDS, FRUITS):
-        answer = (
-            f" Yes, {count} {fruit}."
-            if kind == "ripe"
-            else f" Yes, {count} {kind} {fruit}, in a box of {count}."
-        )
+        long = f" Yes, {count} {kind} {fruit}, in a box of {count}."
+        answer = f" Yes, {count} {fruit}." if kind == "ripe" else long
         rows.append({"prompt": f"Q: {count} {kind} {fruit}?\nA:", "completion": answer})
     return rows
 
@@ -96,41 +95,27 @@ def preference_rows() -> list[dict]:
 
 def prompt_rows() -> list[dict]:
     """Prompts of different lengths, with a column for reward functions."""
-    return [
-        {
-            "prompt": ("Hello! " if i % 3 == 0 else "") + row["prompt"],
-            "fruit": FRUITS[i % len(FRUITS)],
-        }
-        for i, row in enumerate(sft_rows())
-    ]
+    prompts = [("Hello! " if i % 3 == 0 else "") + r["prompt"] for i, r in enumerate(sft_rows())]
+    return [{"prompt": p, "fruit": FRUITS[i % len(FRUITS)]} for i, p in enumerate(prompts)]
 
 
 def as_chat(row: dict) -> dict:
     """A row of text as a row of messages."""
-    role = {
-        "prompt": "user",
-        "completion": "assistant",
-        "chosen": "assistant",
-        "rejected": "assistant",
-    }
-    return {
-        k: [{"role": role[k], "content": v.strip()}] if k in role else v for k, v in row.items()
-    }
+    role = {"prompt": "user"} | dict.fromkeys(("completion", "chosen", "rejected"), "assistant")
+    chat = {k: [{"role": role[k], "content": v.strip()}] for k, v in row.items() if k in role}
+    return row | chat
 
 
 def write_jsonl(path: Path, rows: list) -> Path:
     """One JSON object a line; a row that is a string is written as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [
-        row if isinstance(row, str) else json.dumps(row, ensure_ascii="\\ud83d" in repr(row))
-        for row in rows
-    ]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    dumped = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in dumped), encoding="utf-8")
     return path
 
 
 def write_data(folder: Path, rows: list, validation: int = 12) -> str:
-    """A folder with train.jsonl and validation.jsonl; the latter has `validation` rows from all over."""
+    """A folder with train.jsonl and validation.jsonl, this with `validation` rows from all over."""
     step = len(rows) // validation - 1  # 11 for 150 rows, so that every kind of row is among them
     held_out = range(0, step * validation, step)
     write_jsonl(folder / "train.jsonl", [row for i, row in enumerate(rows) if i not in held_out])
@@ -142,17 +127,11 @@ def write_data(folder: Path, rows: list, validation: int = 12) -> str:
 def data(tmp_path_factory) -> SimpleNamespace:
     """Folders of the three stages' data, as text and as chat messages."""
     folder, made = tmp_path_factory.mktemp("data"), SimpleNamespace()
-    for name, rows in (
-        ("sft", sft_rows()),
-        ("preferences", preference_rows()),
-        ("prompts", prompt_rows()),
-    ):
+    kinds = {"sft": sft_rows(), "preferences": preference_rows(), "prompts": prompt_rows()}
+    for name, rows in kinds.items():
+        chats = [as_chat(row) for row in rows]
         setattr(made, name, write_data(folder / name, rows))
-        setattr(
-            made,
-            f"chat_{name}",
-            write_data(folder / f"chat_{name}", [as_chat(row) for row in rows]),
-        )
+        setattr(made, f"chat_{name}", write_data(folder / f"chat_{name}", chats))
     return made
 
 
@@ -173,7 +152,9 @@ def rewards(tmp_path_factory) -> str:
     return str(path)
 
 
-# -------------------------------------------------------------------------------------------------------------- models
+# ---- models
+
+SPECIALS = ["<pad>", "<eos>", "<bos>", "<|user|>", "<|assistant|>", "<|end|>"]
 
 
 def make_tokenizer(
@@ -183,31 +164,22 @@ def make_tokenizer(
     chat: bool = False,
     size: int = 400,
 ):
-    """A byte-level BPE trained on the rows above, with special tokens for chats; `bos` is put before every text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    specials = ["<pad>", "<eos>", "<bos>", "<|user|>", "<|assistant|>", "<|end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=specials,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    """A byte-level BPE trained on the rows above; `bos` is put before every text."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    flags = {"special_tokens": SPECIALS, "initial_alphabet": letters, "show_progress": False}
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, **flags)
     bpe.train_from_iterator([t for row in preference_rows() for t in row.values()], trainer)
     if bos:
-        bpe.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, specials.index(bos))]
+        bpe.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, SPECIALS.index(bos))]
         )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        pad_token=pad,
-        eos_token=eos,
-        bos_token=bos,
-        additional_special_tokens=[s for s in specials if s not in (pad, eos, bos)],
+    others = [s for s in SPECIALS if s not in (pad, eos, bos)]
+    special = {"pad_token": pad, "eos_token": eos, "bos_token": bos}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, additional_special_tokens=others, **special
     )
     if chat:
         tokenizer.chat_template = CHAT_TEMPLATE
@@ -216,8 +188,6 @@ def make_tokenizer(
 
 def make_model(tokenizer, seed: int = 0, **config):
     """A random Llama of 2 layers and width 32 that fits the tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(seed)
     settings = {
         "vocab_size": len(tokenizer),
@@ -233,21 +203,20 @@ def make_model(tokenizer, seed: int = 0, **config):
         "pad_token_id": tokenizer.pad_token_id,
         "attn_implementation": "eager",
     }
-    return LlamaForCausalLM(LlamaConfig(**settings | config)).eval()
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings | config)).eval()
 
 
-def make_gpt2():
-    """A random GPT-2 of 60 tokens, whose learned positions tell one place from another."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
+def make_gpt2(vocab_size: int = 60, eos: int = 1, **config):
+    """A random GPT-2, whose learned positions tell one place from another."""
     torch.manual_seed(0)
-    config = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=60, bos_token_id=None, eos_token_id=1, **config)
-    ).eval()
+    settings = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    settings |= {"initializer_range": 0.3, "bos_token_id": None, "eos_token_id": eos}
+    config = transformers.GPT2Config(vocab_size=vocab_size, **settings | config)
+    return transformers.GPT2LMHeadModel(config).eval()
 
 
 def save_pair(folder: Path, model, tokenizer) -> str:
+    """A model's folder as transformers writes it."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -266,14 +235,13 @@ def model(tokenizer):
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> SimpleNamespace:
-    """Folders of untrained models: `plain`, `chat` (turns end in EOS) and `other` (another tokenizer and width)."""
-    folder = tmp_path_factory.mktemp("base")
-    kinds = {
-        "plain": {},
-        "chat": {"eos": "<|end|>", "chat": True},
-        "other": {"size": 300, "bos": "<bos>", "pad": "<eos>", "eos": "<|end|>"},
-    }
-    made = SimpleNamespace()
+    """Folders of untrained models.
+
+    They are `plain`, `chat` (turns end in EOS) and `other` (another tokenizer and width).
+    """
+    folder, made = tmp_path_factory.mktemp("base"), SimpleNamespace()
+    kinds = {"plain": {}, "chat": {"eos": "<|end|>", "chat": True}}
+    kinds["other"] = {"size": 300, "bos": "<bos>", "pad": "<eos>", "eos": "<|end|>"}
     for name, kind in kinds.items():
         tok = make_tokenizer(**kind)
         width = {"hidden_size": 24, "intermediate_size": 40} if name == "other" else {}
@@ -281,9 +249,10 @@ def base(tmp_path_factory) -> SimpleNamespace:
     return made
 
 
-# -------------------------------------------------------------------------------------------------------------- stages
+# ---- stages
 
 STAGES = ["sft", "reward_model", "ppo"]
+MODULES = {"sft": "sft", "reward_model": "reward_model", "ppo": "ppo_rlhf"}
 Stage = Callable[..., Path]
 
 
@@ -293,14 +262,9 @@ def sft(base, data) -> Stage:
     import sft
 
     def run(out: Path, **flags) -> Path:
-        defaults = {
-            "model": base.plain,
-            "dataset": data.sft,
-            "device": "cpu",
-            "learning_rate": 1e-2,
-            "max_length": 64,
-        }
-        defaults |= {"batch_size": 16, "micro_batch_size": 16, "epochs": 1, "dtype": "float32"}
+        defaults = {"model": base.plain, "dataset": data.sft, "device": "cpu", "dtype": "float32"}
+        defaults |= {"batch_size": 16, "micro_batch_size": 16, "epochs": 1, "max_length": 64}
+        defaults |= {"learning_rate": 1e-2}
         sft.main(sft.Args(**defaults | flags, output_dir=str(out)))
         return out
 
@@ -309,23 +273,13 @@ def sft(base, data) -> Stage:
 
 @pytest.fixture(scope="session")
 def reward_model(base, data) -> Stage:
-    """reward_model.py on the small data: `reward_model(out, **flags)` runs it and returns `out`."""
+    """reward_model.py on the small data: `reward_model(out, **flags)` returns `out`."""
     import reward_model
 
     def run(out: Path, **flags) -> Path:
-        defaults = {
-            "model": base.plain,
-            "dataset": data.preferences,
-            "normalize_with": data.sft,
-            "device": "cpu",
-        }
-        defaults |= {
-            "batch_size": 16,
-            "micro_batch_size": 16,
-            "learning_rate": 3e-3,
-            "max_length": 64,
-        }
-        defaults |= {"dtype": "float32"}
+        defaults = {"model": base.plain, "dataset": data.preferences, "normalize_with": data.sft}
+        defaults |= {"device": "cpu", "dtype": "float32", "learning_rate": 3e-3, "max_length": 64}
+        defaults |= {"batch_size": 16, "micro_batch_size": 16}
         reward_model.main(reward_model.Args(**defaults | flags, output_dir=str(out)))
         return out
 
@@ -334,39 +288,24 @@ def reward_model(base, data) -> Stage:
 
 @pytest.fixture(scope="session")
 def models(sft, reward_model, tmp_path_factory) -> SimpleNamespace:
-    """Folders of the first two stages' results, `sft` and `reward_model`, made by the stages themselves."""
+    """Folders of the first two stages' results, `sft` and `reward_model`."""
     folder = tmp_path_factory.mktemp("models")
     trained = sft(folder / "sft", epochs=2)
-    return SimpleNamespace(
-        sft=trained, reward_model=reward_model(folder / "reward_model", model=str(trained))
-    )
+    judge = reward_model(folder / "reward_model", model=str(trained))
+    return SimpleNamespace(sft=trained, reward_model=judge)
 
 
 @pytest.fixture(scope="session")
 def ppo(models, data) -> Stage:
-    """ppo_rlhf.py, two updates of 8 short responses if not told otherwise: `ppo(out, **flags)` returns `out`."""
+    """ppo_rlhf.py, two updates of 8 short responses if not told otherwise."""
     import ppo_rlhf
 
     def run(out: Path, **flags) -> Path:
-        defaults = {
-            "model": str(models.sft),
-            "reward_model": str(models.reward_model),
-            "dataset": data.prompts,
-        }
-        defaults |= {
-            "device": "cpu",
-            "total_episodes": 16,
-            "batch_size": 8,
-            "micro_batch_size": 4,
-            "eval_prompts": 4,
-        }
-        defaults |= {
-            "num_ppo_epochs": 2,
-            "response_length": 10,
-            "learning_rate": 1e-3,
-            "dtype": "float32",
-        }
-        defaults |= {"temperature": 1.0, "kl_coef": 0.05}
+        defaults = {"model": str(models.sft), "reward_model": str(models.reward_model)}
+        defaults |= {"dataset": data.prompts, "device": "cpu", "dtype": "float32"}
+        defaults |= {"total_episodes": 16, "batch_size": 8, "micro_batch_size": 4}
+        defaults |= {"num_ppo_epochs": 2, "response_length": 10, "eval_prompts": 4}
+        defaults |= {"learning_rate": 1e-3, "temperature": 1.0, "kl_coef": 0.05}
         ppo_rlhf.main(ppo_rlhf.Args(**defaults | flags, output_dir=str(out)))
         return out
 
@@ -375,18 +314,13 @@ def ppo(models, data) -> Stage:
 
 @pytest.fixture(scope="session")
 def chain(models, ppo, tmp_path_factory) -> SimpleNamespace:
-    """All three stages one after the other: `sft`, `reward_model` and `ppo`, the last with every rollout saved."""
-    out = ppo(
-        tmp_path_factory.mktemp("chain") / "ppo",
-        save_rollouts=1,
-        eval_every=1,
-        save_every=1,
-        num_mini_batches=2,
-    )
+    """All three stages: `sft`, `reward_model` and `ppo`, the last with every rollout saved."""
+    flags = {"save_rollouts": 1, "eval_every": 1, "save_every": 1, "num_mini_batches": 2}
+    out = ppo(tmp_path_factory.mktemp("chain") / "ppo", **flags)
     return SimpleNamespace(sft=models.sft, reward_model=models.reward_model, ppo=out)
 
 
-# ----------------------------------------------------------------------------------------------------- reading results
+# ---- reading results
 
 
 def metrics_of(out: Path) -> list[dict]:
@@ -395,6 +329,10 @@ def metrics_of(out: Path) -> list[dict]:
 
 def summary_of(out: Path) -> dict:
     return json.loads((out / "summary.json").read_text())
+
+
+def args_of(out: Path) -> dict:
+    return json.loads((out / "args.json").read_text())
 
 
 def weights_of(out: Path) -> dict[str, torch.Tensor]:
@@ -412,12 +350,9 @@ def without_times(row: dict) -> dict:
 def assert_same_run(a: Path, b: Path, tolerance: float = 0.0) -> None:
     """Final weights, metrics and summary of two runs agree, to the bit if the tolerance is 0."""
     for (name, x), y in zip(weights_of(a).items(), weights_of(b).values(), strict=True):
-        torch.testing.assert_close(
-            x, y, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
-        )
-    rows_a, rows_b = metrics_of(a), metrics_of(b)
-    assert len(rows_a) == len(rows_b)
-    for x, y in zip(rows_a, rows_b, strict=True):
+        named = {"msg": lambda text, name=name: f"{name}: {text}"}
+        torch.testing.assert_close(x, y, rtol=0, atol=tolerance, **named)
+    for x, y in zip(metrics_of(a), metrics_of(b), strict=True):
         assert without_times(x) == pytest.approx(without_times(y), rel=tolerance, abs=tolerance)
     x, y = (without_times(summary_of(out)) for out in (a, b))
     if tolerance == 0:
@@ -426,23 +361,24 @@ def assert_same_run(a: Path, b: Path, tolerance: float = 0.0) -> None:
 
 def plain_lm(folder: Path | str):
     """A language model as any program would load it."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    auto = transformers.AutoModelForCausalLM
+    return auto.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def plain_classifier(folder: Path | str):
     """A sequence classifier as any program would load it."""
-    from transformers import AutoModelForSequenceClassification
-
-    return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    auto = transformers.AutoModelForSequenceClassification
+    return auto.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
 def plain_logprobs(
     model, prompt: list[int], response: list[int], temperature: float = 1.0
 ) -> np.ndarray:
-    """log pi of each response token in nats by teacher forcing: one sequence, no padding, no mask, float64 softmax."""
+    """log pi of each response token in nats by teacher forcing.
+
+    One sequence without padding or mask, float64 softmax.
+    """
     ids = torch.tensor([[*prompt, *response]])
     logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].double() / temperature
     return logits.log_softmax(-1)[torch.arange(len(response)), response].numpy()
@@ -450,7 +386,7 @@ def plain_logprobs(
 
 @torch.no_grad()
 def plain_scores(folder: Path | str, sequences: list[list[int]]) -> np.ndarray:
-    """Normalized scores by the classifier's own forward pass, one sequence at a time without padding."""
+    """Normalized scores by the classifier's own forward pass, one sequence at a time."""
     model = plain_classifier(folder)
     raw = np.array([model(input_ids=torch.tensor([ids])).logits.item() for ids in sequences])
     return (raw - model.config.reward_mean) / model.config.reward_std
@@ -470,10 +406,8 @@ class Rollout:
         with safe_open(path, "pt") as file:
             self.tensors = {name: file.get_tensor(name) for name in file.keys()}
             self.meta = file.metadata()
-        self.a = {
-            name: t.double().numpy() if t.is_floating_point() else t.numpy()
-            for name, t in self.tensors.items()
-        }
+        tensors = self.tensors.items()
+        self.a = {k: (t.double() if t.is_floating_point() else t).numpy() for k, t in tensors}
         self.real = self.a["response_mask"] == 1
         self.lengths = self.real.sum(1)
 
@@ -500,9 +434,7 @@ def rows_of(folder: str, split: str = "validation") -> list[dict]:
 
 def eval_loss_of(folder: Path, rows: list[dict]) -> float:
     """Cross-entropy per completion token, one row at a time, in plain transformers."""
-    from transformers import AutoTokenizer
-
-    model, tokenizer = plain_lm(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = plain_lm(folder), transformers.AutoTokenizer.from_pretrained(folder)
     losses = []
     for row in rows:
         prompt = tokenizer(row["prompt"])["input_ids"]
@@ -520,7 +452,7 @@ def scores_of(out: Path, update: int = 1) -> torch.Tensor:
     return load_file(out / "rollouts" / f"{update:06d}.safetensors")["scores"]
 
 
-# -------------------------------------------------------------------------------------------------------------- errors
+# ---- errors
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -529,7 +461,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def error_line(text: str) -> str:
-    """The only error line in what went to stderr; progress bars and warnings of libraries may stand on other lines."""
+    """The only error line in what went to stderr; a progress bar may stand on other lines."""
     lines = [line for line in text.splitlines() if "error:" in line]
     assert "Traceback" not in text
     assert len(lines) == 1, text
@@ -538,17 +470,28 @@ def error_line(text: str) -> str:
 
 
 @pytest.fixture
-def refused(request, capsys, tmp_path):
-    """`refused(stage, *parts, **flags)`: the stage stops with code 2, a line that holds `parts`, and writes nothing."""
+def error_of(capsys):
+    """`error_of(function, *args, code=2, **kwargs)`: the one line that the call exits with."""
 
-    def check(name: str, *parts: str, **flags) -> None:
-        stage, out = request.getfixturevalue(name), tmp_path / "out"
-        before = snapshot(out) if out.is_dir() else out.exists()
+    def call(function, *args, code: int = 2, **kwargs) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:
-            stage(out, **flags)
+            function(*args, **kwargs)
         line = error_line(capsys.readouterr().err)
-        assert exit_.value.code == 2
+        assert exit_.value.code == code, line
+        return line
+
+    return call
+
+
+@pytest.fixture
+def refused(request, error_of, tmp_path):
+    """`refused(stage, *parts, **flags)`: it exits with 2, a line with `parts`, no output."""
+
+    def check(name: str, *parts: str, **flags) -> None:
+        out = tmp_path / "out"
+        before = snapshot(out) if out.is_dir() else out.exists()
+        line = error_of(request.getfixturevalue(name), out, **flags)
         for part in parts:
             assert part in line, line
         assert (snapshot(out) if out.is_dir() else out.exists()) == before
@@ -558,6 +501,5 @@ def refused(request, capsys, tmp_path):
 
 def command(*args: str) -> subprocess.CompletedProcess:
     """A script as one runs it."""
-    return subprocess.run(
-        [sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    flags = {"capture_output": True, "text": True, "timeout": 120}
+    return subprocess.run([sys.executable, *args], cwd=ROOT, **flags)

@@ -1,116 +1,162 @@
-"""What goes wrong after the start: exit code 1, one line that says when, and the last checkpoint in place.
+"""What goes wrong after the start: code 1, one line that says when, the last checkpoint in place.
 
 Wrong input, which stops a script before it starts, is in test_bad_input.py.
 """
 
-import json
+import os
 import re
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
-from conftest import STAGES, assert_same_run, command, error_line, metrics_of
+import torch.utils.tensorboard
+from conftest import STAGES, args_of, assert_same_run, command, metrics_of
+from transformers import PreTrainedModel
 
 import utils
 
-# ----------------------------------------------------------------------------------------------- what goes wrong later
+
+@pytest.fixture(params=STAGES)
+def run(request, tmp_path):
+    """`run(out, **flags)`: a stage with a checkpoint at every step; `run.unit` is what it counts.
+
+    Of at least four steps, or updates.
+    """
+    stage = request.getfixturevalue(request.param)
+    flags = {"save_every": 1} | ({"total_episodes": 32} if request.param == "ppo" else {})
+
+    def call(out: str = "out", **more) -> Path:
+        return stage(tmp_path / out, **flags | more)
+
+    call.unit = "update" if request.param == "ppo" else "step"
+    return call
 
 
-def fails(stage, out: Path, capsys, **flags) -> str:
-    """The stage starts and stops with code 1 and one line, which is returned."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        stage(out, **flags)
-    line = error_line(capsys.readouterr().err)
-    assert exit_.value.code == 1
-    assert not (out / "summary.json").exists()
-    return line
+@pytest.fixture
+def in_step_3(monkeypatch, error_of):
+    """`in_step_3(run, name, spoil)`: the run's error line, where utils.NAME's result is spoiled.
+
+    From the third step on, and in training only; before that, the function does what it does.
+    """
+
+    def call(run, name, spoil) -> str:
+        logged, log, function = [], utils.Logger.log, getattr(utils, name)
+
+        def logging(self, step, metrics):
+            logged.append(step)
+            log(self, step, metrics)
+
+        def spoiled(*args):
+            result = function(*args)
+            return spoil(result) if logged[-1:] == [2] and torch.is_grad_enabled() else result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(utils.Logger, "log", logging)
+            patch.setattr(utils, name, spoiled)
+            return error_of(run, code=1)
+
+    return call
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_nan_stops_the_run_and_the_checkpoint_stands(request, name, monkeypatch, capsys, tmp_path):
-    """Step 3 meets NaN: it is named, its update is not made, and --resume goes on from step 2 as if nothing was."""
-    stage, out = request.getfixturevalue(name), tmp_path / "out"
-    flags = {"save_every": 1} | ({"total_episodes": 32} if name == "ppo" else {})
-    logged = []
-    log = utils.Logger.log
-    function = "last_token_scores" if name == "reward_model" else "map_logits"
-    original = getattr(utils, function)
-
-    def spoiled(*args):
-        result = original(*args)
-        spoil = logged[-1:] == [2] and torch.is_grad_enabled()
-        return result * float("nan") if spoil else result
-
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            utils.Logger,
-            "log",
-            lambda self, step, metrics: (logged.append(step), log(self, step, metrics)),
-        )
-        patch.setattr(utils, function, spoiled)
-        line = fails(stage, out, capsys, **flags)
-    assert ("update 3" if name == "ppo" else "step 3") in line
-    assert "nan" in line
+def assert_it_resumes(run, tmp_path: Path) -> None:
+    """From the second step's checkpoint, as if nothing had been."""
+    out = tmp_path / "out"
     assert len(metrics_of(out)) == 2
     assert sorted(p.name for p in (out / "checkpoint").iterdir()) == ["000001", "000002"]
-    stage(out, **flags, resume=True)
-    assert_same_run(out, stage(tmp_path / "whole", **flags))
+    assert not (out / "summary.json").exists()
+    assert_same_run(run(resume=True), run("whole"))
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_an_absurd_learning_rate_ends_in_one_line(request, name, capsys, tmp_path):
+def test_nan_stops_the_run_and_the_checkpoint_stands(run, in_step_3, tmp_path):
+    """Step 3 meets NaN: it is named, and its step is not made."""
+    line = in_step_3(run, "hidden_states", lambda x: x * float("nan"))
+    assert line.startswith(f"error: {run.unit} 3: nan in ")
+    assert_it_resumes(run, tmp_path)
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:9] DefaultCPUAllocator: can't allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "cpu"])
+def test_out_of_memory_names_the_step_and_the_flag_to_lower(run, in_step_3, error, tmp_path):
+    """Micro-batches may be smaller when the run is resumed; they change rounding only."""
+
+    def fail(result):
+        raise error
+
+    line = in_step_3(run, "hidden_states", fail)
+    assert line.startswith(f"error: {run.unit} 3: ")
+    assert "--micro-batch-size" in line
+    assert "memory" in line.partition(";")[0]
+    assert_it_resumes(run, tmp_path)
+    assert metrics_of(run(resume=True, micro_batch_size=2))
+
+
+def test_out_of_memory_at_the_start(run, error_of, monkeypatch):
+    """When the models are loaded."""
+
+    def fail(*args, **kwargs):
+        raise OUT_OF_MEMORY[0]
+
+    monkeypatch.setattr(torch.nn.Module, "to", fail)
+    line = error_of(run, code=1)
+    assert line.startswith("error: start: ")
+    assert "--micro-batch-size" in line
+
+
+def test_a_bug_keeps_its_traceback(run, in_step_3):
+    """What is neither of these is no line, but an exception with the place where it was raised."""
+
+    def fail(result):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        in_step_3(run, "hidden_states", fail)
+
+
+def test_an_absurd_learning_rate_ends_in_one_line(run, error_of):
     """Weights that run away to infinity, with no help from the test."""
-    line = fails(request.getfixturevalue(name), tmp_path / "out", capsys, learning_rate=1e38)
-    assert re.search(r"error: (step|update) \d+: ", line)
+    line = error_of(run, code=1, learning_rate=1e18)
+    assert re.match(rf"error: {run.unit} \d+: (nan|inf|-inf) in ", line)
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_no_space_for_a_checkpoint(request, name, monkeypatch, capsys, tmp_path):
-    """The second checkpoint does not fit: its step is named and the first one stands."""
-    import safetensors.torch
+def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
 
-    save, stage, out = safetensors.torch.save_file, request.getfixturevalue(name), tmp_path / "out"
-    flags = {"save_every": 1} | ({"total_episodes": 32} if name == "ppo" else {})
 
-    def full(tensors, path, *args, **kwargs):
-        if "000002" in str(path):
-            raise OSError(28, "No space left on device")
-        save(tensors, path, *args, **kwargs)
+def test_no_space_for_a_checkpoint(run, error_of, monkeypatch, tmp_path):
+    """The third checkpoint does not fit: the line says so, and the second one stands."""
+    save = safetensors.torch.save_file
+
+    def save_file(tensors, path, *args, **kwargs):
+        (full if "000003" in str(path) else save)(tensors, path, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors.torch, "save_file", full)
-        line = fails(stage, out, capsys, **flags)
-    assert "No space left" in line
-    assert "000002" in line
-    stage(out, **flags, resume=True)
-    assert_same_run(out, stage(tmp_path / "whole", **flags))
+        patch.setattr(safetensors.torch, "save_file", save_file)
+        line = error_of(run, code=1)
+    assert re.search(rf"{run.unit} \d: .*No space left", line)
+    out = tmp_path / "out"
+    assert sorted(p.name for p in (out / "checkpoint").glob("*[0-9]")) == ["000001", "000002"]
+    assert_same_run(run(resume=True), run("whole"))
 
 
-@pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("file", ["model", "summary.json", "metrics.jsonl"])
-def test_no_space_for_the_results(request, name, file, monkeypatch, capsys, tmp_path):
-    """The model, the summary or a line of metrics: one line, code 1."""
-    import os
-
-    from transformers import PreTrainedModel
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
+def test_no_space_for_the_results(run, error_of, file, monkeypatch, tmp_path):
+    """The model, the summary or a line of metrics."""
     replace = os.replace
     if file == "model":
         monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
     elif file == "summary.json":
-        monkeypatch.setattr(
-            os, "replace", lambda a, b: full() if Path(b).name == file else replace(a, b)
-        )
+        named = lambda a, b: full() if Path(b).name == file else replace(a, b)  # noqa: E731
+        monkeypatch.setattr(os, "replace", named)
     else:
-        import torch.utils.tensorboard
-
         monkeypatch.setattr(torch.utils.tensorboard.SummaryWriter, "add_scalar", full)
-    line = fails(request.getfixturevalue(name), tmp_path / "out", capsys)
-    assert "No space left" in line
+    assert "No space left" in error_of(run, code=1)
+    assert not (tmp_path / "out" / "summary.json").exists()
 
 
 TIRED = """
@@ -124,45 +170,27 @@ def f(prompts, completions, **columns):
 """
 
 
-def test_a_reward_function_that_fails_later(ppo, capsys, tmp_path):
-    """It has worked for a while, so it is no wrong input: code 1, the update, and the last checkpoint in place."""
+def test_a_reward_function_that_fails_later(ppo, error_of, tmp_path):
+    """It has worked for a while, so it is no wrong input: code 1, and the update."""
     # the calls are the start's evaluation, updates 1 and 2, and update 3, which fails
     (tmp_path / "tired.py").write_text(TIRED)
     out = tmp_path / "out"
     flags = {"reward_fn": f"{tmp_path / 'tired.py'}:f", "total_episodes": 40, "save_every": 1}
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        ppo(out, **flags)
-    line = error_line(capsys.readouterr().err)
-    assert exit_.value.code == 1
+    line = error_of(ppo, out, code=1, **flags)
     assert "tired" in line
     assert "update 3" in line
     assert len(metrics_of(out)) == 2
     assert sorted(p.name for p in (out / "checkpoint").iterdir()) == ["000001", "000002"]
 
 
-# ------------------------------------------------------------------------------------------------------- as one runs it
-
-
-@pytest.mark.parametrize("script", ["reward_model.py"])
-def test_help_on_the_command_line(script):
-    """--help lists the flags in kebab-case with what they mean."""
-    result = command(script, "--help")
-    assert result.returncode == 0
-    assert "--micro-batch-size" in result.stdout
-    assert "--normalize-with" in result.stdout
-    assert result.stderr == ""
-
-
 def test_a_stage_on_the_command_line(base, data, tmp_path):
-    """A run by its flags, from the command line."""
-    flags = f"--model {base.plain} --dataset {data.sft} --device cpu --batch-size 16 --micro-batch-size 16 --epochs 1"
-    result = command(
-        "sft.py", *flags.split(), "--max-length", "64", "--output-dir", str(tmp_path / "out")
-    )
+    """A run by its flags: the result on stdout, on stderr no noise of libraries."""
+    out = tmp_path / "out"
+    flags = f"--model {base.plain} --dataset {data.sft} --device cpu --batch-size 16 --epochs 1"
+    result = command("sft.py", *flags.split(), "--max-length", "64", "--output-dir", str(out))
     assert result.returncode == 0, result.stderr
     assert "sft: held-out loss" in result.stdout
     for noise in ("Traceback", "Warning", "LOAD REPORT", "Loading weights", "Writing model shards"):
         assert noise not in result.stderr
-    args = json.loads((tmp_path / "out" / "args.json").read_text())
+    args = args_of(out)
     assert (args["model"], args["epochs"], args["max_length"]) == (base.plain, 1, 64)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import metrics_of, target_logits
+from conftest import args_of, metrics_of, target_logits
 
 import dataset
 import generate
@@ -25,10 +25,10 @@ def test_the_captured_graph_decodes_what_single_steps_do(base, dtype):
     for temperature in (0, 1.0):
         results = []
         for stride in (1, 32):  # 1: no graph
+            flags = {"temperature": temperature, "rng": utils.generator(device, 1), "pad_id": 0}
             with utils.autocast(device, dtype):
-                rng = utils.generator(device, 1)
-                given = (ids, mask, 70, [1, 2, 3], 0, temperature)
-                results.append(generate.generate(model, *given, rng=rng, stride=stride))
+                given = (model, ids, mask, 70, [1, 2, 3])
+                results.append(generate.generate(*given, stride=stride, **flags))
         (a, a_mask), (b, b_mask) = results
         if dtype == "float32":
             assert torch.equal(a, b) and torch.equal(a_mask, b_mask)
@@ -42,24 +42,21 @@ def test_log_probabilities_are_those_of_the_cpu(base):
     logits = []
     for device in (torch.device("cpu"), torch.device("cuda")):
         model = utils.load_causal_lm(base.plain, device)
-        ids, mask = dataset.pad(PROMPTS, 0, "left", device)
-        logits.append(target_logits(model, ids, mask, mask.bool())[0].cpu())
+        ids, mask = dataset.pad(PROMPTS, 0, "right", device)
+        logits.append(target_logits(model, ids, mask.bool())[0].cpu())
     torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
 def test_the_three_stages_run(sft, reward_model, ppo, dtype, tmp_path):
     """From one to the next; the KL starts at 0 and the ratio at 1."""
     flags = {"device": "cuda", "dtype": dtype}
-    first = sft(tmp_path / "sft", **flags)
-    judge = reward_model(tmp_path / "reward_model", model=str(first), **flags)
-    out = ppo(
-        tmp_path / "ppo",
-        model=str(first),
-        reward_model=str(judge),
-        micro_batch_size="auto",
-        **flags,
-    )
+    first = str(sft(tmp_path / "sft", **flags))
+    judge = str(reward_model(tmp_path / "reward_model", model=first, **flags))
+    out = ppo(tmp_path / "ppo", model=first, reward_model=judge, **flags)
     rows = metrics_of(out)
     assert abs(rows[0]["objective/kl"]) < 1e-3
     assert max(row["val/ratio_start_error"] for row in rows) < 1e-3
+    if dtype == "auto":
+        native = torch.cuda.get_device_capability() >= (8, 0)
+        assert args_of(out)["dtype"] == ("bfloat16" if native else "float32")

@@ -2,15 +2,17 @@
 
 import json
 import pickle
+import re
 import shutil
+import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import (
     STAGES,
-    error_line,
     make_model,
     make_tokenizer,
     metrics_of,
@@ -22,15 +24,21 @@ from conftest import (
     write_data,
     write_jsonl,
 )
+from tensorboard.plugin_util import markdown_to_safe_html
 
+import dataset
+import ppo_rlhf
+import reward_model as reward_model_stage
+import sft as sft_stage
 import utils
 
-# ---------------------------------------------------------------------------------------- code that comes with a model
+# ---- code that comes with a model
 
 CODE = """
 import pathlib
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
+from transformers import PreTrainedTokenizerFast
 pathlib.Path(MARK).touch()
 class OddConfig(LlamaConfig):
     model_type = "odd"
@@ -40,7 +48,8 @@ class OddForSequenceClassification(LlamaPreTrainedModel):
     config_class = OddConfig
     def __init__(self, config):
         super().__init__(config)
-        self.model, self.score = LlamaModel(config), torch.nn.Linear(config.hidden_size, 1, bias=False)
+        self.model = LlamaModel(config)
+        self.score = torch.nn.Linear(config.hidden_size, 1, bias=False)
         self.post_init()
 class OddTokenizer(PreTrainedTokenizerFast):
     pass
@@ -53,21 +62,20 @@ def mark(tmp_path) -> Path:
     return tmp_path / "mark"
 
 
+def add_to(path: Path, more: dict) -> None:
+    """Entries of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+
+
 @pytest.fixture
 def odd(base, mark, tmp_path) -> str:
     """A model whose architecture is a Python file in its folder."""
     folder = Path(shutil.copytree(base.plain, tmp_path / "odd"))
     (folder / "odd.py").write_text(CODE.replace("MARK", repr(str(mark))))
-    config = json.loads((folder / "config.json").read_text())
-    names = {"AutoConfig": "OddConfig"}
-    names |= {
-        f"AutoModelFor{kind}": f"OddFor{kind}" for kind in ("CausalLM", "SequenceClassification")
-    }
-    config |= {
-        "model_type": "odd",
-        "auto_map": {auto: f"odd.{name}" for auto, name in names.items()},
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    kinds = ("CausalLM", "SequenceClassification")
+    names = {f"AutoModelFor{kind}": f"odd.OddFor{kind}" for kind in kinds}
+    names["AutoConfig"] = "odd.OddConfig"
+    add_to(folder / "config.json", {"model_type": "odd", "auto_map": names})
     return str(folder)
 
 
@@ -82,52 +90,37 @@ def test_a_tokenizers_code_is_not_run(refused, base, odd, mark, tmp_path):
     """The model beside it may be an ordinary one."""
     folder = Path(shutil.copytree(base.plain, tmp_path / "model"))
     shutil.copy(Path(odd) / "odd.py", folder)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    config |= {
-        "tokenizer_class": "OddTokenizer",
-        "auto_map": {"AutoTokenizer": [None, "odd.OddTokenizer"]},
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    names = {"AutoTokenizer": [None, "odd.OddTokenizer"]}
+    config = {"tokenizer_class": "OddTokenizer", "auto_map": names}
+    add_to(folder / "tokenizer_config.json", config)
     refused("sft", str(folder), "--trust-remote-code", model=str(folder))
     assert not mark.exists()
 
 
-def test_a_models_code_is_run_when_told(
-    sft, reward_model, ppo, refused, odd, mark, capsys, tmp_path
-):
-    """All three stages take the flag and say what it allows; what they save needs it again."""
+def test_a_models_code_is_run_when_told(sft, reward_model, ppo, refused, odd, mark, tmp_path):
+    """All three stages take the flag; what they save needs it again."""
     trust = {"trust_remote_code": True}
     trained = str(sft(tmp_path / "sft", model=odd, **trust))
     assert mark.exists()
     judge = str(reward_model(tmp_path / "judge", model=trained, **trust))
-    out = ppo(tmp_path / "ppo", model=trained, reward_model=judge, **trust)
-    assert (
-        capsys.readouterr().out.count(
-            "--trust-remote-code: Python code that comes with a model is executed"
-        )
-        == 3
-    )
-    assert metrics_of(out)
+    assert metrics_of(ppo(tmp_path / "ppo", model=trained, reward_model=judge, **trust))
     mark.unlink()
     refused("ppo", trained, "--trust-remote-code", model=trained, reward_model=judge)
     refused("ppo", judge, "--trust-remote-code", reward_model=judge)
     assert not mark.exists()
 
 
-def test_trust_is_off_by_default_and_ends_with_the_run(sft, base, tmp_path):
+def test_trust_is_off_by_default_and_ends_with_the_run(sft, tmp_path):
     """A later run in the same process starts without it; --resume may add it or leave it."""
-    import ppo_rlhf
-    import reward_model
-    import sft as sft_stage
-
-    assert not any(module.Args.trust_remote_code for module in (ppo_rlhf, reward_model, sft_stage))
+    stages = (ppo_rlhf, reward_model_stage, sft_stage)
+    assert not any(module.Args.trust_remote_code for module in stages)
     sft(tmp_path / "out", trust_remote_code=True, save_every=1)
     assert utils.remote_code
     sft(tmp_path / "out", resume=True)
     assert not utils.remote_code
 
 
-# -------------------------------------------------------------------------------------------------------------- pickles
+# ---- pickles
 
 
 class Bomb:
@@ -142,58 +135,23 @@ class Bomb:
 
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
-def test_pickled_weights_are_not_read(refused, name, file, base, mark, tmp_path):
-    """A folder that has no others is refused, with how to convert it."""
+def test_pickled_weights_are_not_read(request, refused, name, file, base, mark, tmp_path):
+    """A folder with no others is refused, also if its configuration names the file.
+
+    Where there are safetensors, these are what is read.
+    """
     folder = Path(shutil.copytree(base.plain, tmp_path / "model"))
-    (folder / "model.safetensors").unlink()
     (folder / file).write_bytes(pickle.dumps(Bomb(mark)))
-    refused(name, str(folder), "pickle", "save_pretrained", model=str(folder))
+    assert metrics_of(request.getfixturevalue(name)(tmp_path / "beside", model=str(folder)))
+    (folder / "model.safetensors").unlink()
+    refused(name, str(folder), "safetensors", model=str(folder))
+    add_to(folder / "config.json", {"transformers_weights": file})
+    refused(name, str(folder), model=str(folder))
     assert not mark.exists()
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_pickled_weights_beside_others_are_not_read(request, name, base, mark, tmp_path):
-    """Safetensors are there, so they are what is read."""
-    folder = Path(shutil.copytree(base.plain, tmp_path / "model"))
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(mark)))
-    assert metrics_of(request.getfixturevalue(name)(tmp_path / "out", model=str(folder)))
-    assert not mark.exists()
-
-
-def test_a_configuration_cannot_name_a_pickle(refused, base, mark, tmp_path):
-    """Transformers reads the file that `transformers_weights` names, whatever its kind."""
-    folder = Path(shutil.copytree(base.plain, tmp_path / "model"))
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(mark)))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps(config | {"transformers_weights": "pytorch_model.bin"})
-    )
-    refused("sft", str(folder), model=str(folder))
-    assert not mark.exists()
-
-
-def test_pickled_weights_of_a_hub_id_are_not_read(capsys):
-    """As transformers says it when it may not read them."""
-
-    class Model:
-        @staticmethod
-        def from_pretrained(model, use_safetensors, **kwargs):
-            assert use_safetensors
-            raise OSError(
-                f"{model} has no model.safetensors and thus cannot be loaded with `safetensors`. Please"
-            )
-
-        from_config = None
-
-    with pytest.raises(SystemExit):
-        utils.from_pretrained(Model, "somebody/something")
-    assert "somebody/something: has its weights as pytorch_model.bin alone" in error_line(
-        capsys.readouterr().err
-    )
 
 
 def test_no_stage_unpickles(sft, reward_model, ppo, monkeypatch, tmp_path):
-    """Not its checkpoints either, when it goes on from one."""
+    """Not its checkpoints either, when it is resumed."""
 
     def never(*args, **kwargs):
         raise AssertionError("unpickled")
@@ -206,33 +164,23 @@ def test_no_stage_unpickles(sft, reward_model, ppo, monkeypatch, tmp_path):
         stage(tmp_path / name, save_every=1, resume=True)
 
 
-# --------------------------------------------------------------------------------------------------------------- paths
+# ---- paths
 
 
 def test_paths_mean_what_they_mean_to_the_shell(sft, base, tmp_path):
     """Links are followed, and `link/..` is the folder above the link's target."""
-    far = tmp_path / "a" / "b"
-    far.mkdir(parents=True)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
     shutil.copytree(base.plain, tmp_path / "a" / "model")
-    rows = sft_rows()[:40]
-    write_data(tmp_path / "a" / "data", rows, 4)
-    (tmp_path / "link").symlink_to(far)
+    write_data(tmp_path / "a" / "data", sft_rows()[:40], 4)
     (tmp_path / "model").symlink_to(tmp_path / "a" / "model")
     around = f"{tmp_path}/link/.."  # not tmp_path
     runs = [sft(tmp_path / "1", model=f"{around}/model", dataset=f"{around}/data")]
-    runs.append(
-        sft(tmp_path / "2", model=str(tmp_path / "model"), dataset=f"{around}/data/../data")
-    )
-    sft(Path(f"{around}/3"), model=base.plain, dataset=f"{around}/data")
-    runs.append(tmp_path / "a" / "3")
-    assert all(
-        torch.equal(a, b) for run in runs for a, b in zip(*map(values, (runs[0], run)), strict=True)
-    )
+    sft(Path(f"{around}/2"), model=str(tmp_path / "model"), dataset=f"{around}/data/../data")
+    runs.append(tmp_path / "a" / "2")
+    a, b = (weights_of(run).values() for run in runs)
+    assert all(map(torch.equal, a, b))
     assert len(metrics_of(runs[0])) == 3
-
-
-def values(out: Path) -> list[torch.Tensor]:
-    return list(weights_of(out).values())
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -243,41 +191,33 @@ def test_paths_of_tables_too(tmp_path, kind):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
     table = Dataset.from_list([{"text": f"row {i}"} for i in range(40)])
-    for path in (tmp_path / "a" / f"data.{kind}", tmp_path / "a" / "folder" / f"train.{kind}"):
-        path.parent.mkdir(exist_ok=True)
-        getattr(table, f"to_{kind}")(str(path))
-    for dataset in (f"{tmp_path}/link/../data.{kind}", f"{tmp_path}/link/../folder"):
-        assert dataset.load_data(dataset, "train", [("text",)]).rows[3] == {"text": "row 3"}
+    for name in (f"data.{kind}", f"folder/train.{kind}"):
+        (tmp_path / "a" / name).parent.mkdir(exist_ok=True)
+        getattr(table, f"to_{kind}")(str(tmp_path / "a" / name))
+    for name in (f"{tmp_path}/link/../data.{kind}", f"{tmp_path}/link/../folder"):
+        assert dataset.load_data(name, "train", [("text",)]).rows[3] == {"text": "row 3"}
 
 
 def test_nothing_is_written_elsewhere(models, sft, reward_model, ppo, data, monkeypatch, tmp_path):
     """Three stages, from folders of their own, leave these and the current folder as they were."""
-    here, world = tmp_path / "here", tmp_path / "world"
-    for name, source in (
-        ("sft", models.sft),
-        ("reward_model", models.reward_model),
-        ("data", Path(data.sft).parent),
-    ):
-        shutil.copytree(source, world / name)
+    here, world, out = (tmp_path / name for name in ("here", "world", "out"))
+    shutil.copytree(models.sft, world / "sft")
+    shutil.copytree(models.reward_model, world / "judge")
+    shutil.copytree(Path(data.sft).parent, world / "data")
     here.mkdir()
     monkeypatch.chdir(here)
-    before = snapshot(world)
-    read = {"sft": str(world / "sft"), "judge": str(world / "reward_model")}
-    sft(
-        tmp_path / "out" / "sft",
-        model=read["sft"],
-        dataset=str(world / "data" / "sft"),
-        save_every=1,
-    )
-    preferences, demonstrations = (str(world / "data" / name) for name in ("preferences", "sft"))
-    flags = {"dataset": preferences, "normalize_with": demonstrations, "save_every": 1}
-    reward_model(tmp_path / "out" / "judge", model=read["sft"], **flags)
-    flags = {"dataset": str(world / "data" / "prompts"), "save_every": 1, "save_rollouts": 1}
-    ppo(tmp_path / "out" / "ppo", model=read["sft"], reward_model=read["judge"], **flags)
+    before, read = snapshot(world), {path.name: str(path) for path in world.glob("*")}
+    texts = {path.name: str(path) for path in (world / "data").iterdir()}
+    flags = {"model": read["sft"], "save_every": 1}
+    sft(out / "sft", dataset=texts["sft"], **flags)
+    both = {"dataset": texts["preferences"], "normalize_with": texts["sft"]}
+    reward_model(out / "judge", **both, **flags)
+    both = {"dataset": texts["prompts"], "reward_model": read["judge"], "save_rollouts": 1}
+    ppo(out / "ppo", **both, **flags)
     assert snapshot(world) == before
     assert list(here.iterdir()) == []
     assert {path.name for path in tmp_path.iterdir()} == {"here", "world", "out"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"sft", "judge", "ppo"}
+    assert {path.name for path in out.iterdir()} == {"sft", "judge", "ppo"}
 
 
 def test_an_output_folder_that_is_a_link(sft, tmp_path):
@@ -290,40 +230,35 @@ def test_an_output_folder_that_is_a_link(sft, tmp_path):
         assert (tmp_path / "disk" / "summary.json").is_file()
 
 
+LINKED = "checkpoint rollouts metrics.jsonl summary.json model.safetensors tokenizer.json".split()
+
+
 def test_overwriting_removes_links_and_not_what_they_lead_to(ppo, chain, tmp_path):
     """Whatever in the old run's folder is a link: records, checkpoints, rollouts, the model."""
     out, precious = Path(shutil.copytree(chain.ppo, tmp_path / "out")), tmp_path / "precious"
-    linked = (
-        "checkpoint",
-        "rollouts",
-        "metrics.jsonl",
-        "summary.json",
-        "model.safetensors",
-        "tokenizer.json",
-    )
     precious.mkdir()
-    for name in linked:
+    for name in LINKED:
         (out / name).rename(precious / name)
         (out / name).symlink_to(precious / name)
     (out / "dangling").symlink_to(tmp_path / "nowhere")
     before = snapshot(precious)
     ppo(out, overwrite=True, save_every=1, save_rollouts=1)
     assert snapshot(precious) == before
-    assert not any((out / name).is_symlink() for name in linked)
+    assert not any((out / name).is_symlink() for name in LINKED)
     assert not (tmp_path / "nowhere").exists()
     assert metrics_of(out)
 
 
 @pytest.mark.parametrize("name", ["sft", "ppo"])
 def test_a_checkpoint_folder_that_leads_elsewhere(request, name, tmp_path):
-    """Checkpoints may be on another disk; what else there is stays, links that look like a checkpoint included."""
+    """Checkpoints may be on another disk, where nothing but checkpoints goes."""
     stage, out, disk = request.getfixturevalue(name), tmp_path / "out", tmp_path / "disk"
     flags = {"save_every": 1} | ({"total_episodes": 32} if name == "ppo" else {})
     stage(out, **flags)
     older, newest = sorted(path.name for path in (out / "checkpoint").iterdir())
     write_jsonl(disk / "thesis" / "chapter1.txt", ["x"])
     write_jsonl(tmp_path / "other" / "state.json", ["x"])
-    (disk / "000000.part").symlink_to(tmp_path / "other")
+    (disk / f"{newest}.part").symlink_to(tmp_path / "other")
     before = snapshot(disk / "thesis")
     shutil.move(out / "checkpoint" / older, disk / older)
     shutil.rmtree(out / "checkpoint")
@@ -337,72 +272,108 @@ def test_a_checkpoint_folder_that_leads_elsewhere(request, name, tmp_path):
     assert {path.name for path in disk.iterdir()} == {"thesis", newest}
 
 
-# --------------------------------------------------------------------------------------------------------------- texts
+@pytest.mark.parametrize("name", ["run.lock", "args.json.part", "metrics.jsonl.part"])
+def test_a_link_under_a_name_that_is_written_first(sft, error_of, name, tmp_path):
+    """What the link leads to stays: the link is removed, or no lock is taken through it."""
+    out, precious = tmp_path / "out", tmp_path / "precious"
+    precious.write_text("mine")
+    sft(out, save_every=1)
+    (out / name).unlink(missing_ok=True)
+    (out / name).symlink_to(precious)
+    if name == "run.lock":
+        assert "cannot be written" in error_of(sft, out, save_every=1, resume=True)
+    else:
+        sft(out, save_every=1, resume=True)
+        assert not (out / name).is_symlink()
+    assert precious.read_text() == "mine"
+    assert not (out / "metrics.jsonl").is_symlink()
+
+
+# ---- texts
 
 TEXTS = [
-    "![x](http://example.org/seen.png)",
-    "[click](javascript:alert(1))",
+    "![x](http://example.org/seen.png) [click](javascript:alert(1))",
     "[click][1]\n\n[1]: http://example.org",
-    "<http://example.org> <script>alert(1)</script> <img src=x onerror=alert(1)>",
-    "a | b | c\n| d |",
-    "`code` **bold** __bold__ *it* _it_ ~~no~~",
-    "\\[x](http://example.org) \\`a\\` \\\\",
+    "<http://example.org> <script>alert(1)</script> <img src=x onerror=alert(1)></code></pre><b>",
+    "a | b | c\n| d |\n|---|",
+    "`code` **bold** __bold__ *it* _it_ ~~no~~ \\[x](http://example.org) \\`a\\` \\\\",
     "&lt;b&gt; &#91;x&#93;(http://example.org)",
-    "# title\n- item\n1. item\n> quote\n---\n```\ncode\n```",
-    "line\r\nother\rthird\u2028fourth\x0bfifth",
+    "# title\n- item\n1. item\n> quote\n---\n```\ncode\n```\n[x](http://example.org)",
+    "\n````````\n<b>\n~~~\n<b>\n",
+    "line\r\nother\rthird\u2028```\u2028fourth\x0b```\x0bfifth\r```\r<b>",
     "\x1b[31mred\x1b]0;title\x07\x9b2J \u202egnirts",
-    "\x02klzzwxh:0000\x03",
+    "\x02klzzwxh:0000\x03 \x02wzxhzdk:0\x03",
 ]
 
 
 class Shown(HTMLParser):
-    """The tags, their attributes, and the text of every table cell in an HTML page."""
+    """The tags and attributes of an HTML page, and the text of each code block."""
 
     def __init__(self, page: str):
         super().__init__()
-        self.tags, self.attributes, self.cells, self.within = set(), [], [], False
+        self.tags, self.attributes, self.blocks, self.within = set(), [], [], False
         self.feed(page)
 
     def handle_starttag(self, tag, attributes):
         self.tags.add(tag)
         self.attributes += attributes
-        if tag in ("td", "th"):
+        if tag == "code":
             self.within = True
-            self.cells.append("")
-        if tag == "br":
-            self.cells[-1] += "\n"
+            self.blocks.append("")
 
     def handle_endtag(self, tag):
-        self.within &= tag not in ("td", "th")
+        self.within &= tag != "code"
 
     def handle_data(self, data):
         if self.within:
-            self.cells[-1] += data
+            self.blocks[-1] += data
+
+
+@pytest.fixture
+def logger(tmp_path):
+    """A logger whose `page` is the last text that went to TensorBoard."""
+    process = utils.Process(0, 1, torch.device("cpu"), True)
+    args = SimpleNamespace(track=False)
+    made = utils.Logger(tmp_path, args, process, "step", 0, 1, "")
+
+    def add_text(name, text, step):
+        made.page = text
+
+    made.board.add_text = add_text
+    yield made
+    made.close()
+    utils.progress = None
+
+
+def letters(text: str) -> str:
+    """What is left of a text without spaces and what TensorBoard puts instead of controls."""
+    return re.sub(r"[\s?\x00-\x1f\x7f]", "", text)
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_texts_in_tensorboard_are_shown_as_they_are(text):
-    """No link, no image, no code: what the page shows is the text, in its own cell."""
-    from tensorboard.plugin_util import markdown_to_safe_html
-
-    shown = Shown(
-        markdown_to_safe_html(utils.markdown_table(["a", text], [["b", text], [text, "c"]]))
-    )
-    assert shown.tags <= {"table", "thead", "tbody", "tr", "th", "td", "br"}
+def test_texts_in_tensorboard_are_shown_as_they_are(logger, text):
+    """No link, no image, no code: what the page shows is the text, in its own block."""
+    logger.samples(1, "samples", [{"prompt": text, "before: score 1.00": text}] * 2, shown=0)
+    shown = Shown(markdown_to_safe_html(logger.page))
+    assert shown.tags == {"p", "strong", "pre", "code"}
     assert shown.attributes == []
-    wanted = utils.visible(text)
-    assert shown.cells == ["a", wanted, "b", wanted, wanted, "c"]
+    assert [letters(block) for block in shown.blocks] == [letters(text)] * 4
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_texts_cannot_steer_the_terminal(capsys, text):
-    """Escape sequences are spelled out in sample tables and in errors."""
-    utils.print_samples("samples", ["prompt", "score"], [[text, "1.0"]])
+def test_texts_cannot_steer_the_terminal(logger, capsys, text):
+    """Escape sequences are spelled out in samples and in errors; captions stand above texts."""
+    samples = [{"prompt": text, "before: score 1.00": f"{text}!"}, {"prompt": "not shown"}]
+    logger.samples(1, "title", samples, shown=1)
     with pytest.raises(SystemExit):
-        utils.stop(f"{text}: is wrong; mend it")
+        utils.stop(f"{text}: is wrong; fix it")
     captured = capsys.readouterr()
-    assert not utils.CONTROL_CHARACTERS.search(captured.out + captured.err)
-    assert captured.err.count("\n") == 1
+    kinds = {unicodedata.category(c) for c in captured.out + captured.err if c not in "\n\r"}
+    assert not kinds & {"Cc", "Cf", "Zl", "Zp"}
+    assert captured.err.strip("\r\n").split("error: ")[1].count("\n") == 0
+    assert captured.out.index("title") < captured.out.index("prompt\n")
+    assert captured.out.index("prompt\n") < captured.out.index("before: score 1.00\n")
+    assert "not shown" not in captured.out
     if "\x1b" in text:
         assert "\\x1b[31mred" in captured.out
         assert "\\x1b[31mred" in captured.err
@@ -419,34 +390,11 @@ def test_a_run_on_texts_that_would_steer_the_terminal(ppo, refused, capsys, tmp_
     refused("ppo", "\\x1b[2J", dataset=write_data(tmp_path / "columns", rows, 4))
 
 
-def test_visible_keeps_what_is_text():
-    """Line ends, tabs, accents, emoji, right-to-left letters."""
-    text = "a\n\tb é 日本 🎉 שלום"
-    assert utils.visible(text) == text
-
-
 def test_a_tokenizer_cannot_write_to_the_terminal(refused, tmp_path):
     """An error of a library may quote what is in a model's folder."""
     tokenizer = make_tokenizer(chat=True)
     tokenizer.chat_template = "{{ raise_exception('\x1b[2Jno\nreally') }}"
     folder = save_pair(tmp_path / "model", make_model(tokenizer), tokenizer)
-    row = {
-        "prompt": [{"role": "user", "content": "hi"}],
-        "completion": [{"role": "assistant", "content": "ho"}],
-    }
+    turns = [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "ho"}]
+    row = dict(zip(("prompt", "completion"), turns, strict=True))
     refused("sft", "\\x1b[2J", dataset=write_data(tmp_path / "data", [row] * 20, 4), model=folder)
-
-
-@pytest.mark.parametrize("name", ["run.lock", "args.json.part", "metrics.jsonl.part"])
-def test_a_link_under_a_name_that_is_written_first(sft, name, tmp_path):
-    """The lock and what is written beside its target: the link goes, what it leads to stays."""
-    out, precious = tmp_path / "out", tmp_path / "precious"
-    out.mkdir()
-    precious.write_text("mine")
-    if name == "metrics.jsonl.part":
-        sft(out, save_every=1)
-    (out / name).symlink_to(precious)
-    sft(out, save_every=1, resume=name == "metrics.jsonl.part")
-    assert precious.read_text() == "mine"
-    assert not (out / name).is_symlink()
-    assert not (out / "metrics.jsonl").is_symlink()

@@ -1,15 +1,16 @@
 """The hidden labeler of the support task: scores a reply to a customer between -16 and 9.
 
-It likes replies that offer the remedy for THIS problem, name THIS product, are polite and are brief, and takes points
-off for text that no careful writer would send:
+It likes replies that offer the remedy for THIS problem, name THIS product, are polite and are
+brief, and takes points off for text that no careful writer would send:
 
     remedy   +3 the right one, -1 a wrong one or several different ones, 0 none
     product  +3 the right one, -1 any other one (even beside the right one), 0 none
-    tone     +2 polite, -2 rude (even when also polite), 0 neither; being polite twice earns nothing more
+    tone     +2 polite (twice earns nothing more), -2 rude (even when also polite), 0 neither
     length   +1 up to 30 words, then falling by 1/8 a word to -2 at 54 words and beyond
     faults   up to -10: garbled or unfinished sentences, repetition, an empty reply
 
-It reads problem and product from the prompt itself, so it needs no columns beside prompt and completion.
+It reads problem and product from the prompt itself, so it needs no columns beside prompt and
+completion.
 """
 
 import functools
@@ -22,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def _load(name):
-    """A module of this folder by file path, so that gold.py works from any working directory and any import."""
+    """A module of this folder by file path: gold.py works from any folder and by any import."""
     spec = importlib.util.spec_from_file_location(f"support_{name}", HERE / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -34,25 +35,22 @@ wordings = _load("wordings")
 PRODUCTS, PROBLEMS = wordings.PRODUCTS, wordings.PROBLEMS
 
 BEST = 9.0  # the best attainable score, for every prompt of the task
-BRIEF_WORDS, LONG_WORDS = (
-    30,
-    54,
-)  # full marks for brevity up to the first, the lowest from the second on
+BRIEF_WORDS = 30  # full marks for brevity up to here
+LONG_WORDS = 54  # and the lowest from here on
 MAX_FAULTS = 10.0
 MAX_UNKNOWN = 6.0  # the most that unknown trigrams can cost
 MAX_CHARS = 4000  # nothing is read beyond: such a reply has long since lost every point for length
 
 SLOT = "{p}"
-PRODUCT = re.compile(
-    r"\b(?:" + "|".join(sorted(PRODUCTS, key=len, reverse=True)) + r")\b", re.IGNORECASE
-)
+LONGEST_FIRST = sorted(PRODUCTS, key=len, reverse=True)
+PRODUCT = re.compile(r"\b(?:" + "|".join(LONGEST_FIRST) + r")\b", re.IGNORECASE)
 WHEN = re.compile(r"\b(?:" + "|".join(wordings.WHENS) + r")\b", re.IGNORECASE)
 TOKEN = re.compile(r"\{p\}|[A-Za-z0-9']+|[^\sA-Za-z0-9']")
 ENDS = (".", "!", "?")
 
 
 def _slotted(text):
-    """The text with every product replaced by the slot, and the products in order of appearance (lower case)."""
+    """The text with the slot for every product, and the products in their order (lower case)."""
     text = text.replace(SLOT, "{ p }")  # the slot itself is no product
     return PRODUCT.sub(SLOT, text), [found.lower() for found in PRODUCT.findall(text)]
 
@@ -93,8 +91,8 @@ def _grammar():
     return frozenset(known)
 
 
-# An act is recognized by a whole phrase, never by a single keyword. A remedy must be promised ("I will ..."), so that
-# neither "I will not ..." nor a list of remedies counts.
+# An act is recognized by a whole phrase, never by a single keyword. A remedy must be promised
+# ("I will ..."), so that neither "I will not ..." nor a list of remedies counts.
 ACTS = {
     _phrase(wordings.stem(line)): kind for kind, lines in wordings.LINES.items() for line in lines
 }
@@ -115,7 +113,7 @@ MESSAGES = [
 
 @functools.lru_cache(maxsize=100_000)
 def parse_prompt(prompt):
-    """(product, problem) of a prompt, as named in PRODUCTS and PROBLEMS; None for what cannot be told."""
+    """(product, problem) of a prompt, as in PRODUCTS and PROBLEMS; None for what cannot be told."""
     text, products = _slotted(prompt[:MAX_CHARS])
     text = WHEN.sub("{when}", text).lower()
     problem = next((problem for problem, message in MESSAGES if message in text), None)
@@ -125,8 +123,9 @@ def parse_prompt(prompt):
 def judge(prompt, completion):
     """The parts of one reply's score, as a dict.
 
-    remedy_right, product_right, polite and rude are booleans (polite and rude may both be true), words counts the
-    reply's words, faults is what it loses for bad writing (0 to 10) and score the total (-16 to 9).
+    remedy_right, product_right, polite and rude are booleans (polite and rude may both be true),
+    words counts the reply's words, faults is what it loses for bad writing (0 to 10) and score the
+    total (-16 to 9).
     """
     product, problem = parse_prompt(prompt)
     text, named = _slotted(completion[:MAX_CHARS])
@@ -136,9 +135,8 @@ def judge(prompt, completion):
 
     offers = [REMEDIES[phrase] for phrase in OFFER.findall(flat)]
     remedy_right = problem is not None and set(offers) == {problem}
-    remedy = (
-        3 if remedy_right else -1 if len(set(offers)) > 1 or (offers and problem is not None) else 0
-    )
+    remedy_wrong = len(set(offers)) > 1 or (offers and problem is not None)
+    remedy = 3 if remedy_right else -1 if remedy_wrong else 0
 
     product_right = product is not None and set(named) == {product}
     product_part = 3 if product_right else -1 if set(named) - {product} else 0
@@ -151,14 +149,12 @@ def judge(prompt, completion):
     over = min(max(words - BRIEF_WORDS, 0), LONG_WORDS - BRIEF_WORDS)
     brief = 1 - 3 * over / (LONG_WORDS - BRIEF_WORDS) if words else 0
 
-    unknown = sum(
-        trigram not in _grammar() for sentence in split for trigram in _trigrams(sentence)
-    )
+    trigrams = [trigram for sentence in split for trigram in _trigrams(sentence)]
+    unknown = sum(trigram not in _grammar() for trigram in trigrams)
     faults = min(0.5 * unknown, MAX_UNKNOWN)
-    faults += (
-        len(acts) - len(set(acts)) + max(len(offers) - 1, 0)
-    )  # the same act again, whatever its wording
-    faults += len(split) - len({tuple(sentence) for sentence in split})  # the same sentence again
+    # the same act again, whatever its wording, and the same sentence again
+    faults += len(acts) - len(set(acts)) + max(len(offers) - 1, 0)
+    faults += len(split) - len({tuple(sentence) for sentence in split})
     faults += max(len(named) - 2, 0)
     faults += 2 if split and split[-1][-1] not in ENDS else 0
     faults += 0 if words else 2
@@ -176,16 +172,16 @@ def judge(prompt, completion):
 
 
 def score(prompts, completions, **columns):
-    """The score of each completion for its prompt, each -16 to 9. Further columns are accepted and ignored."""
-    return [
-        judge(prompt, completion)["score"]
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
+    """The score of each completion for its prompt, each -16 to 9. Further columns are ignored."""
+    pairs = zip(prompts, completions, strict=True)
+    return [judge(prompt, completion)["score"] for prompt, completion in pairs]
 
 
 def best_score(prompts):
-    """The best attainable score for each prompt: 9 where problem and product can be told from it, 3 less for each
-    that cannot."""
+    """The best attainable score for each prompt.
+
+    9 where problem and product can be told from it, 3 less for each that cannot.
+    """
     return [BEST - 3 * parse_prompt(prompt).count(None) for prompt in prompts]
 
 

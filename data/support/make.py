@@ -1,4 +1,7 @@
-"""Writes the support task: python data/support/make.py [--out DIR] (default: this folder). Always the same bytes."""
+"""Writes the support task: python data/support/make.py [--out DIR] (default: this folder).
+
+Always the same bytes.
+"""
 
 import argparse
 import importlib.util
@@ -20,9 +23,7 @@ SIZES = {
     "preferences": {"train": 9200, "validation": 1500},
     "prompts": {"train": 2500, "validation": 400},
 }
-TEMPERATURE = (
-    2.5  # of the Bradley-Terry labels, so that one label in five disagrees with the labeler
-)
+TEMPERATURE = 2.5  # of the Bradley-Terry labels; one in five then disagrees with the labeler
 
 # What the untrained desk writes. Some of its agents take care and some do not.
 CAREFUL = 0.35  # share of the replies by agents who take care
@@ -67,11 +68,8 @@ def combinations():
 
 def make_prompt(rng, product, problem):
     """A customer's message of one or two sentences, as a prompt."""
-    text = (
-        rng.choice(w.MESSAGES[problem])
-        .replace("{p}", product)
-        .replace("{when}", rng.choice(w.WHENS))
-    )
+    text = rng.choice(w.MESSAGES[problem]).replace("{p}", product)
+    text = text.replace("{when}", rng.choice(w.WHENS))
     if rng.random() < 0.3:
         first = text if text.startswith("I ") else text[0].lower() + text[1:]
         text = f"{rng.choice(w.HELLOS)}, {first}"
@@ -84,11 +82,8 @@ def draw_part(rng, part, agent, product, problem):
     """What an agent, careful or careless, writes for one part of a reply."""
     if part == "tone":  # the kind of opening and its words, the closing
         tone = weighted(rng, TONES[agent])
-        kind = {
-            "polite": rng.choice(("apology", "thanks", "greeting", "apology")),
-            "curt": "curt",
-            "rude": "rude",
-        }[tone]
+        polite = rng.choice(("apology", "thanks", "greeting", "apology"))
+        kind = polite if tone == "polite" else tone
         return kind, rng.choice(w.LINES[kind]), rng.choice(w.CLOSINGS)
     if part == "remedy":  # the phrase; None and a sentence that stalls, or nothing
         remedy = weighted(rng, REMEDY[agent])
@@ -102,10 +97,10 @@ def draw_part(rng, part, agent, product, problem):
     if part == "ramble":
         if rng.random() >= RAMBLE[agent]:
             return None
-        return f"{rng.choice(w.RAMBLE_STARTS)} {rng.choice(w.RAMBLE_MIDDLES)}{rng.choice(w.RAMBLE_ENDS)}"
-    return [
-        rng.random() for _ in range(4)
-    ]  # layout: which parts are there, where product and ramble stand
+        start, middle = rng.choice(w.RAMBLE_STARTS), rng.choice(w.RAMBLE_MIDDLES)
+        return f"{start} {middle}{rng.choice(w.RAMBLE_ENDS)}"
+    # layout: which parts are there, where product and ramble stand
+    return [rng.random() for _ in range(4)]
 
 
 PARTS = ("tone", "remedy", "product", "ramble", "layout")
@@ -178,8 +173,10 @@ def make_rows(kind, split):
 
 
 def make(out):
-    """Writes every file under the folder `out`. Returns the share of the preference labels that disagree with the
-    labeler (0 to 1), by split."""
+    """Writes every file under the folder `out`.
+
+    Returns the share of the preference labels that disagree with the labeler (0 to 1), by split.
+    """
     disagree = {}
     for kind in sorted(SIZES):
         for split in sorted(SIZES[kind]):
@@ -199,6 +196,5 @@ if __name__ == "__main__":
     disagree = make(parser.parse_args().out)
     for split in sorted(disagree):
         print(f"preferences/{split}: {disagree[split]:.1%} of the labels disagree with the labeler")
-    print(
-        f"ceiling: a perfect judge agrees with {1 - disagree['validation']:.1%} of the validation labels"
-    )
+    ceiling = 1 - disagree["validation"]
+    print(f"ceiling: a perfect judge agrees with {ceiling:.1%} of the validation labels")

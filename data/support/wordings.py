@@ -1,24 +1,27 @@
 """The wordings of the support task: what customers write and what the untrained desk answers.
 
-Slots: `{p}` is a product and `{when}` a time. A part in square brackets is only said when the product is to be named
-there. Every list has at least six entries; every sentence of a reply comes from this file (see `sentences`).
+Slots: `{p}` is a product and `{when}` a time. A part in square brackets is only said when the
+product is to be named there. Every list has at least six entries; every sentence of a reply comes
+from this file (see `sentences`).
 """
 
 PRODUCTS = (
-    "air fryer", "alarm clock", "bicycle", "blender", "bread maker", "camera", "can opener", "coffee grinder",
-    "desk lamp", "dishwasher", "doorbell", "drone", "exercise bike", "fan", "foot massager", "freezer",
-    "game console", "guitar", "hair dryer", "hand mixer", "headset", "heater", "hedge trimmer", "humidifier",
-    "ice maker", "juicer", "kettle", "keyboard", "kitchen scale", "laptop", "lawn mower", "leaf blower",
-    "metal detector", "microphone", "microwave", "monitor", "oven", "phone charger", "power drill",
-    "pressure washer", "printer", "projector", "radio", "record player", "rice cooker", "robot vacuum", "router",
-    "rowing machine", "scooter", "sewing machine", "smart watch", "smoke alarm", "speaker", "steam iron", "tablet",
-    "telescope", "toaster", "treadmill", "waffle iron", "webcam",
+    "air fryer", "alarm clock", "bicycle", "blender", "bread maker", "camera", "can opener",
+    "coffee grinder", "desk lamp", "dishwasher", "doorbell", "drone", "exercise bike", "fan",
+    "foot massager", "freezer", "game console", "guitar", "hair dryer", "hand mixer", "headset",
+    "heater", "hedge trimmer", "humidifier", "ice maker", "juicer", "kettle", "keyboard",
+    "kitchen scale", "laptop", "lawn mower", "leaf blower", "metal detector", "microphone",
+    "microwave", "monitor", "oven", "phone charger", "power drill", "pressure washer", "printer",
+    "projector", "radio", "record player", "rice cooker", "robot vacuum", "router",
+    "rowing machine", "scooter", "sewing machine", "smart watch", "smoke alarm", "speaker",
+    "steam iron", "tablet", "telescope", "toaster", "treadmill", "waffle iron", "webcam",
 )  # fmt: skip
 
-# --- what customers write -------------------------------------------------------------------------------------------
+# --- what customers write -------------------------------------------------------------------------
 
 WHENS = (
-    "yesterday", "this morning", "last night", "on Monday", "on Tuesday", "on Thursday", "two days ago", "last week",
+    "yesterday", "this morning", "last night", "on Monday", "on Tuesday", "on Thursday",
+    "two days ago", "last week",
 )  # fmt: skip
 
 HELLOS = ("Hi", "Hello", "Hey", "Good morning", "Good evening", "Hello there", "Hi there")
@@ -138,7 +141,7 @@ MESSAGES = {
 }
 PROBLEMS = tuple(MESSAGES)
 
-# --- what the desk answers ------------------------------------------------------------------------------------------
+# --- what the desk answers ------------------------------------------------------------------------
 
 LEADS = ("I will", "I'll", "We will", "We'll", "I am going to", "Our team will")
 TAILS = ("", "today", "right away", "this afternoon", "within the hour", "by tomorrow")
@@ -310,8 +313,8 @@ STALLS = (
 )
 # A rambling sentence is start + middle + end.
 RAMBLE_STARTS = (
-    "By the way,", "Funnily enough,", "On a side note,", "Speaking of which,", "Not that it matters, but", "You know,",
-    "As it happens,",
+    "By the way,", "Funnily enough,", "On a side note,", "Speaking of which,",
+    "Not that it matters, but", "You know,", "As it happens,",
 )  # fmt: skip
 RAMBLE_MIDDLES = (
     "the weather here has been dreadful",
@@ -353,7 +356,7 @@ def expand(wording, named):
 
 
 def stem(wording):
-    """The part of a wording before its brackets and full stop: the phrase by which the labeler recognizes it."""
+    """A wording up to its brackets or full stop: the phrase by which the labeler recognizes it."""
     return wording.partition("[")[0].rstrip(".")
 
 

@@ -164,7 +164,7 @@ class Args:
     save_rollouts: int = 0
     """Updates between saved rollouts (rollouts/000010.safetensors); 0 saves none."""
     track: bool = False
-    """Log to Weights & Biases too (pip install wandb)."""
+    """Log to Weights & Biases too (needs wandb)."""
 
 
 class Batch(NamedTuple):

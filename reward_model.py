@@ -89,7 +89,7 @@ class Args:
     eval_every: int = 100
     """Steps between evaluations; 0 evaluates only at the end."""
     track: bool = False
-    """Log to Weights & Biases too (pip install wandb)."""
+    """Log to Weights & Biases too (needs wandb)."""
 
 
 @utils.stage()

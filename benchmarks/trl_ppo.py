@@ -20,6 +20,7 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 sys.path.insert(0, str(ROOT))
 import dataset
+import generate
 import utils
 
 
@@ -105,11 +106,11 @@ def main(args: Args) -> None:
         return statistics.mean(gold.score([p.text for p in held_out], texts))
 
     clock: dict[str, float] = {}
-    generate, forward = ppo_trainer.batch_generation, ppo_trainer.forward
+    batch_generation, forward = ppo_trainer.batch_generation, ppo_trainer.forward
 
     def timed_generation(*given):
         clock["start"] = utils.now(device)
-        result = generate(*given)
+        result = batch_generation(*given)
         clock["generated"] = utils.now(device)
         return result
 

@@ -72,7 +72,7 @@ class Args:
     resume: bool = False
     """Continue from the folder's last checkpoint."""
     seed: int = 1
-    """Seed of prompt order and sampling."""
+    """Seed of data order and sampling."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
     trust_remote_code: bool = False

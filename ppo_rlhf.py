@@ -88,7 +88,7 @@ class Args:
     """Optimizer steps that a pass over the batch is divided into."""
     micro_batch_size: int = 32
     """Sequences in one forward-backward of a device, at most; changes only rounding."""
-    num_ppo_epochs: int = 4
+    num_ppo_epochs: int = 3
     """Passes over each batch."""
     samples_per_prompt: int = 1
     """Responses to each prompt in a batch; rloo and grpo need 2 or more."""
@@ -155,7 +155,7 @@ class Args:
 
     eval_prompts: int = 200
     """Held-out prompts to compare policy and reference on."""
-    eval_every: int = 10
+    eval_every: int = 25
     """Updates between evaluations; 0 evaluates only at the end."""
     save_every: int = 20
     """Updates between checkpoints for --resume; 0 saves one only when interrupted."""

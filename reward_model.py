@@ -86,7 +86,7 @@ class Args:
     """Steps between checkpoints for --resume; 0 saves one only when interrupted."""
     keep_checkpoints: int = 2
     """The newest checkpoints to keep; should one be damaged, --resume takes the one before."""
-    eval_every: int = 100
+    eval_every: int = 150
     """Steps between evaluations; 0 evaluates only at the end."""
     track: bool = False
     """Log to Weights & Biases too (needs wandb)."""

@@ -60,7 +60,7 @@ class Args:
     """Run Python code that comes with a model; whoever wrote it can then do what you can."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of matrix products; auto: bfloat16 where the device has it, else float32."""
-    epochs: int = 4
+    epochs: int = 3
     """Passes over the training rows."""
     batch_size: int = 16
     """Sequences per optimizer step, over all processes."""
@@ -82,7 +82,7 @@ class Args:
     """Steps between checkpoints for --resume; 0 saves one only when interrupted."""
     keep_checkpoints: int = 2
     """The newest checkpoints to keep; should one be damaged, --resume takes the one before."""
-    eval_every: int = 200
+    eval_every: int = 400
     """Steps between evaluations; 0 evaluates only at the end."""
     track: bool = False
     """Log to Weights & Biases too (needs wandb)."""

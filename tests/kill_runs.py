@@ -1,9 +1,9 @@
-"""Runs stages in processes of their own and kills them: `python kill_runs.py PLAN.json`, used by test_resume.py.
+"""Runs stages in processes of their own and kills them: `python kill_runs.py PLAN.json`.
 
-The plan is a list of chains: a stage's module, its flags, and the moments to kill it at, one after the other, each time
-to be gone on with by --resume; at the end it is let through. A moment is a pattern for files in the output folder, at
-whose appearance it is killed, or null: any time. The processes are forks of this
-one, which has imported all that takes long.
+The plan, which test_resume.py writes, is a list of chains: a stage's module, its flags, and the
+moments to kill it at, one after the other, each time to be continued by --resume; at the end it is
+let through. A moment is a pattern for files in the output folder, at whose appearance it is killed,
+or null: any time. The processes are forks of this one, which has imported all that takes long.
 """
 
 import importlib
@@ -63,12 +63,14 @@ def ended(child: int) -> bool:
 
 
 def kill(child: int, out: Path, pattern: str | None, seconds: float) -> bool:
-    """Kill a process when it has begun a file of the pattern, or after so many seconds; False if it ended before."""
+    """Kill a process when it begins a file of the pattern, or after so many seconds.
+
+    False if it ended before.
+    """
     begun, until = time.time(), time.monotonic() + (60 if pattern else seconds)
     while not ended(child):
-        if time.monotonic() > until or (
-            pattern and any(is_newer(path, begun) for path in out.glob(pattern))
-        ):
+        found = pattern and any(is_newer(path, begun) for path in out.glob(pattern))
+        if found or time.monotonic() > until:
             time.sleep(seconds / 100 if pattern else 0)
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
@@ -97,9 +99,7 @@ def main(plan: list[dict]) -> None:
                 if resume:
                     kills += 1
                     break
-                shutil.rmtree(
-                    out
-                )  # it came to its end first, so there is nothing to go on with: once more
+                shutil.rmtree(out)  # it ended first, so nothing is to be continued: once more
         child = start(chain["module"], chain["flags"] | {"resume": True}, log)
         while not ended(child):
             time.sleep(0.01)

@@ -206,10 +206,11 @@ def main(args: Args) -> None:
             interruption.leave(checkpoints, step, {})
 
     # ---- what it leaves
+    if process.is_main:
+        utils.save_model(model, tokenizer, out)
     eval_loss, seconds = evaluate(), time.time() - started
     perplexity = math.exp(eval_loss)
     if process.is_main:
-        utils.save_model(model, tokenizer, out)
         summary = {"eval_loss": eval_loss, "perplexity": perplexity, "seconds": seconds}
         utils.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     result = f"held-out loss {eval_loss:.3f} nats per token, perplexity {perplexity:.2f}"

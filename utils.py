@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-transformers.utils.logging.set_verbosity_error()  # what this would hide, `load_model` checks
+transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-huggingface_hub.utils.enable_progress_bars()  # off by that too, but a download may take long
+huggingface_hub.utils.enable_progress_bars()  # off by that too
 
 # ---- errors
 
@@ -63,7 +63,7 @@ def stop(message: str, code: int = 2) -> NoReturn:
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of an exception and the first line of its message."""
+    """An exception's kind and the first line of its message."""
     message = str(error).strip() or "no message"
     return f"{type(error).__name__}: {message.splitlines()[0]}"
 
@@ -95,7 +95,7 @@ def stage() -> Iterator[None]:
 
 
 class Process(NamedTuple):
-    """This process among those of `torchrun`; rank 0 of 1 without it."""
+    """This process among those of torchrun; rank 0 of 1 without."""
 
     rank: int
     world: int
@@ -133,7 +133,7 @@ def start_process(args: Any) -> Process:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies in bfloat16 natively; elsewhere it is emulated, and slow."""
+    """Whether the device multiplies in bfloat16 natively; elsewhere it is emulated."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     info = Path("/proc/cpuinfo")
@@ -179,7 +179,7 @@ def gather(rows: list[Any]) -> list[Any]:
 
 
 def barrier() -> None:
-    """Wait for all processes, if there are several."""
+    """Wait for all processes."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -197,15 +197,15 @@ class Interruption:
         # passes on has come to its processes already, and is not a second one
         if os.getpid() != self.owner or (self.signal and time.monotonic() - self.time > 1):
             os._exit(128 + number)
-        self.signal, self.time = self.signal or number, time.monotonic()
+        self.signal, self.time = self.signal or number, self.time or time.monotonic()
 
     def came(self) -> bool:
         """Whether a signal has come to any process; all ask at the same places."""
+        number = torch.tensor(self.signal, device=self.process.device)
         if dist.is_initialized():
-            number = torch.tensor(self.signal, device=self.process.device)
             dist.all_reduce(number, dist.ReduceOp.MAX)
-            self.signal = int(number)
-        return self.signal != 0
+        self.agreed = int(number)
+        return self.agreed != 0
 
     def leave(self, checkpoints: "Checkpoints", step: int, state: dict[str, Any]) -> NoReturn:
         """Save the state after `step`, say how to continue, exit with 128 + the signal's number."""
@@ -216,14 +216,15 @@ class Interruption:
             progress.close()
             where = f"{progress.unit} {step}"
             print(f"interrupted after {where}; add --resume to continue", file=sys.stderr)
-        raise SystemExit(128 + self.signal)
+        raise SystemExit(128 + self.agreed)
 
 
 # ---- flags and folders
 
 # what may change when a run is resumed
 FREE_ON_RESUME = {"resume", "overwrite", "output_dir", "device", "micro_batch_size", "track"}
-FREE_ON_RESUME |= {"save_every", "keep_checkpoints", "eval_every", "trust_remote_code"}
+FREE_ON_RESUME |= {"save_every", "keep_checkpoints", "eval_every", "gradient_checkpointing"}
+FREE_ON_RESUME.add("trust_remote_code")
 
 
 def flag(name: str) -> str:
@@ -256,6 +257,8 @@ def check_output(args: Any, stage: str) -> None:
     out = Path(args.output_dir).expanduser()
     if args.resume and args.overwrite:
         stop("--resume: contradicts --overwrite; pass one of the two")
+    if args.track:
+        import wandb  # noqa: F401
     if Path(args.model).expanduser().resolve() == out.resolve():
         stop(f"--output-dir: {out} is also --model; pass another")
     if not out.is_dir() or {path.name for path in out.iterdir()} <= {"run.lock", "args.json.part"}:
@@ -293,6 +296,7 @@ def open_output(args: Any, stage: str, process: Process) -> Path:
             out.mkdir(parents=True, exist_ok=True)
             locks.append(filelock.FileLock(out / "run.lock"))
             locks[-1].acquire(timeout=0)
+            check_output(args, stage)  # it may have been taken
             for path in sorted(out.iterdir(), key=lambda path: path.name == "args.json"):
                 if args.overwrite and path.name != "run.lock":  # args.json, which names it, last
                     discard(path)
@@ -323,7 +327,7 @@ def move(part: Path, path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
+    """Wait until a file or a folder's names are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -409,11 +413,11 @@ def load_classifier(model: str, device: torch.device, trained: bool = False) -> 
     if not hasattr(loaded, "score"):
         stop(f"{model}: {type(loaded).__name__} has no head named score; pass another model")
     if trained and not loaded.score.weight.any():
-        stop(f"{model}: is no reward model, its head is untrained; run reward_model.py first")
+        stop(f"{model}: is no reward model; run reward_model.py first")
     ids = torch.arange(4, device=device)[None]  # any that it knows
     some, more = (hidden_states(loaded, ids[:, :n])[:, :3] for n in (3, 4))
     if not torch.allclose(some, more, rtol=1e-3, atol=1e-3, equal_nan=True):
-        stop(f"{model}: its tokens see later ones, padding too; pass one with causal attention")
+        stop(f"{model}: its tokens see later ones; pass one with causal attention")
     return loaded
 
 
@@ -641,7 +645,7 @@ class Checkpoints(NamedTuple):
         (part / "SHA256SUMS").write_text("".join(sums))
         sync(self.out / "metrics.jsonl")  # a checkpoint is never ahead of its records
         move(part, final)
-        for path in checkpoints(self.out)[self.keep :]:
+        for path in {*checkpoints(self.out)[self.keep :]} - {final}:
             discard(path)
 
     def load(self) -> dict[str, Any] | None:
@@ -721,7 +725,7 @@ class Logger:
         global progress
         self.active, self.unit, self.shown = process.is_main, unit, shown.split()
         seconds = 0.2 if sys.stderr.isatty() else 10  # a line now and then in a log file
-        bar = {"initial": last_step, "mininterval": seconds, "disable": not self.active}
+        bar = {"initial": last_step, "mininterval": seconds, "delay": 1e9 * process.rank}
         progress = tqdm(desc=out.name, unit=unit, total=total, **bar)
         if not self.active:
             return

@@ -334,7 +334,7 @@ def sync(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a file, link or folder, if there is one; what a link leads to stays."""
+    """Remove a file, link or folder, if any; what a link leads to stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -394,7 +394,7 @@ def load_causal_lm(model: str, device: torch.device) -> Any:
     """A language model; stop if `generate` or `logits_of` would treat it wrongly."""
     loaded = load_model(transformers.AutoModelForCausalLM, model, device)
     if getattr(loaded, "_is_stateful", False):
-        stop(f"{model}: is a state-space model, which keeps no keys and values; pass another")
+        stop(f"{model}: is a state-space model without keys and values; pass another")
     ids = torch.arange(4, device=device)[None]  # any that it knows
     own = loaded(**model_inputs(loaded, ids), use_cache=False).logits.float()
     if not torch.allclose(logits_of(loaded, hidden_states(loaded, ids)), own, rtol=1e-3, atol=1e-3):

@@ -157,13 +157,7 @@ def rewards(tmp_path_factory) -> str:
 SPECIALS = ["<pad>", "<eos>", "<bos>", "<|user|>", "<|assistant|>", "<|end|>"]
 
 
-def make_tokenizer(
-    pad: str = "<pad>",
-    eos: str = "<eos>",
-    bos: str | None = None,
-    chat: bool = False,
-    size: int = 400,
-):
+def make_tokenizer(pad="<pad>", eos="<eos>", bos=None, chat=False, size=400):
     """A byte-level BPE trained on the rows above; `bos` is put before every text."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -189,20 +183,11 @@ def make_tokenizer(
 def make_model(tokenizer, seed: int = 0, **config):
     """A random Llama of 2 layers and width 32 that fits the tokenizer."""
     torch.manual_seed(seed)
-    settings = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.1,
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "attn_implementation": "eager",
-    }
+    settings = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64}
+    settings |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128}
+    settings |= {"tie_word_embeddings": True, "initializer_range": 0.1, "bos_token_id": None}
+    settings |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    settings |= {"attn_implementation": "eager"}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings | config)).eval()
 
 

@@ -67,30 +67,23 @@ def test_data_that_are_not_there(refused, name, tmp_path):
     refused(name, "train.jsonl", dataset=folder)
 
 
+NO_JSON = {
+    "JSON object": ["[1, 2]", '"text"', "null"],
+    "JSON": ["{'prompt': 'a'}", '{"prompt": "a"', "é{", b"\x00" * 9, b'{"prompt": "a\x00b"}'],
+    "UTF-8": ['{"prompt": "é"}'.encode("latin-1"), b'\xff\xfe{\x00"\x00'],
+    "digits": [b'{"prompt": ' + b"9" * 5000 + b"}"],
+    "RecursionError": [b'{"prompt": ' + b"[" * 10**5 + b"]" * 10**5 + b"}"],
+}
+
+
 @pytest.mark.parametrize("name", STAGES)
-@pytest.mark.parametrize(
-    ("line", "what"),
-    [
-        ("{'prompt': 'a'}", "JSON"),
-        ('{"prompt": "a"', "JSON"),
-        ("[1, 2]", "JSON object"),
-        ('"text"', "JSON object"),
-        ("null", "JSON object"),
-        ("é{", "JSON"),
-        ('{"prompt": "é"}'.encode("latin-1"), "UTF-8"),
-        (b'\xff\xfe{\x00"\x00', "UTF-8"),
-        (b"\x00" * 9, "JSON"),
-        (b'{"prompt": "a\x00b"}', "JSON"),
-        (b'{"prompt": ' + b"9" * 5000 + b"}", "digits"),
-        (b'{"prompt": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "RecursionError"),
-    ],
-    ids=lambda line: f"{line!r:.20}",
-)
-def test_a_line_that_is_no_json_object(refused, name, line, what, tmp_path):
+@pytest.mark.parametrize("what", NO_JSON)
+def test_a_line_that_is_no_json_object(refused, name, what, tmp_path):
     """File and line number in either split: slips of the pen, and what no text editor shows."""
-    for split in ("train", "validation"):
-        folder, place = broken_data(tmp_path / split, name, line, split)
-        refused(name, place, what, dataset=folder)
+    for line in NO_JSON[what]:
+        for split in ("train", "validation"):
+            folder, place = broken_data(tmp_path / split, name, line, split)
+            refused(name, place, what, dataset=folder)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -128,33 +121,28 @@ def test_a_wrong_column_name(refused, name, tmp_path):
     refused(name, f"{path} (row 1)", f"{other},text2", column, dataset=str(path))
 
 
+NO_TEXT = {
+    "empty": ["", " \n", []],
+    "last message is empty": [[{"role": "user", "content": " "}]],
+    "chat message": [[{"role": "user"}], ["hello"]],
+    "missing": [None, ...],
+    "type": [3, 0.5, True, {"text": "a"}],
+    "surrogate": ["hi \ud83d"],
+}
+
+
 @pytest.mark.parametrize("name", STAGES)
-@pytest.mark.parametrize(
-    ("value", "what"),
-    [
-        ("", "empty"),
-        (" \n", "empty"),
-        (None, "missing"),
-        (..., "missing"),
-        (3, "int"),
-        (0.5, "float"),
-        (True, "bool"),
-        ({"text": "a"}, "dict"),
-        ([], "empty"),
-        ([{"role": "user"}], "chat message"),
-        (["hello"], "chat message"),
-        ([{"role": "user", "content": " "}], "last message is empty"),
-        ("hi \ud83d", "surrogate"),
-    ],
-)
-def test_a_field_that_is_no_text(refused, name, value, what, tmp_path):
+@pytest.mark.parametrize("what", NO_TEXT)
+def test_a_field_that_is_no_text(refused, name, what, tmp_path):
     """File, line and column of an empty, missing or ill-typed field."""
-    for column in {COLUMNS[name], "prompt"}:
-        row = ROWS[name]()[2] | {column: value}
-        if value is ...:
-            del row[column]
-        folder, place = broken_data(tmp_path / column, name, row)
-        refused(name, f"{place}: {column}", what, dataset=folder)
+    for value in NO_TEXT[what]:
+        for column in {COLUMNS[name], "prompt"}:
+            row = ROWS[name]()[2] | {column: value}
+            if value is ...:
+                del row[column]
+            folder, place = broken_data(tmp_path / column, name, row)
+            kind = type(value).__name__ if what == "type" else what
+            refused(name, f"{place}: {column}", kind, dataset=folder)
 
 
 # ---- chats
@@ -163,54 +151,51 @@ USER, SYSTEM = {"role": "user", "content": "two figs?"}, {"role": "system", "con
 ASSISTANT = {"role": "assistant", "content": "Yes."}
 
 
-@pytest.mark.parametrize(
-    ("messages", "what"),
-    [
-        ("hello", None),  # a text is no `messages`, though it may be `chosen`
-        ([], "empty"),
-        ([USER | {"role": "human"}, ASSISTANT], "role 'human'"),
-        ([USER, ASSISTANT | {"role": "Assistant"}], "role 'Assistant'"),
-        ([USER, ASSISTANT | {"role": ""}], "role ''"),
-        ([USER | {"role": None}, ASSISTANT], "chat message"),
-        ([USER, {"role": "assistant"}], "chat message"),
-        ([USER, ASSISTANT | {"content": None}], "chat message"),
-        ([USER, ASSISTANT | {"content": [{"type": "text", "text": "Yes."}]}], "chat message"),
-        ([USER, {"from": "gpt", "value": "Yes."}], "chat message"),
-        ([SYSTEM], "not the assistant's"),
-        ([USER, ASSISTANT, USER], "not the assistant's"),
-        ([USER, ASSISTANT | {"content": "\n"}], "empty"),
-    ],
-)
-@pytest.mark.parametrize(("name", "column"), [("sft", "messages"), ("reward_model", "chosen")])
-def test_a_chat_to_learn_from(refused, base, name, column, messages, what, tmp_path):
-    """Its messages, their roles, and that the assistant has the last word; for `tiny` too."""
+NO_MESSAGE = [{"role": None, "content": "Yes."}, {"role": "assistant"}, {"value": "Yes."}]
+NO_MESSAGE += [ASSISTANT | {"content": content} for content in (None, 3, [{"text": "Yes."}])]
+NOTHING_TO_LEARN = {
+    "chat": ["hello"],  # a text is no `messages`, though it may be `chosen`
+    "empty": [[], [USER, ASSISTANT | {"content": "\n"}]],
+    "role 'human'": [[USER | {"role": "human"}, ASSISTANT]],
+    "role 'Assistant'": [[USER, ASSISTANT | {"role": "Assistant"}]],
+    "role ''": [[USER, ASSISTANT | {"role": ""}]],
+    "chat message": [[USER, message] for message in NO_MESSAGE],
+    "not the assistant's": [[SYSTEM], [USER, ASSISTANT, USER]],
+}
+NOTHING_TO_ANSWER = {
+    "empty": [[]],
+    "role '": [[USER | {"role": "human"}], [USER | {"role": "\x1b[31muser"}]],
+    "is the assistant's": [[USER, ASSISTANT]],
+    "chat message": [[message] for message in NO_MESSAGE],
+}
+
+
+def chats(folder: Path, column: str, good: list, messages: object) -> tuple[str, str]:
+    """A data set of chats with a bad one as the fifth: (folder, the place to be named)."""
     no = [[USER, ASSISTANT | {"content": f"No {i}."}] for i in range(20)]
-    rows = [{column: [USER, ASSISTANT], "rejected": chat} for chat in no]
-    folder = write_data(tmp_path / "data", rows, 4)
+    rows = [{column: good, "rejected": chat} for chat in no]
+    write_data(folder, rows, 4)
     rows[4] = rows[4] | {column: messages}
-    path = write_jsonl(tmp_path / "data" / "train.jsonl", rows)
-    for model in (base.chat, "tiny") if name == "sft" else (base.chat,):
-        refused(name, f"{path}:5", what or "chat", dataset=folder, model=model)
+    return str(folder), f"{write_jsonl(folder / 'train.jsonl', rows)}:5"
 
 
-@pytest.mark.parametrize(
-    ("messages", "what"),
-    [
-        ([], "empty"),
-        ([USER | {"role": "human"}], "role 'human'"),
-        ([USER | {"role": "\x1b[31muser"}], "role '"),
-        ([USER, ASSISTANT], "is the assistant's"),
-        ([USER | {"content": 3}], "chat message"),
-    ],
-)
-def test_a_chat_to_answer(refused, base, rewards, messages, what, tmp_path):
+@pytest.mark.parametrize("what", NOTHING_TO_LEARN)
+@pytest.mark.parametrize(("name", "column"), [("sft", "messages"), ("reward_model", "chosen")])
+def test_a_chat_to_learn_from(refused, base, name, column, what, tmp_path):
+    """Its messages, their roles, and that the assistant has the last word; for `tiny` too."""
+    for messages in NOTHING_TO_LEARN[what]:
+        folder, place = chats(tmp_path / "data", column, [USER, ASSISTANT], messages)
+        for model in (base.chat, "tiny") if name == "sft" else (base.chat,):
+            refused(name, place, what, dataset=folder, model=model)
+
+
+@pytest.mark.parametrize("what", NOTHING_TO_ANSWER)
+def test_a_chat_to_answer(refused, base, rewards, what, tmp_path):
     """Its messages, their roles, and that there is something to answer."""
-    rows = [{"prompt": [USER]} for _ in range(20)]
-    folder = write_data(tmp_path / "data", rows, 4)
-    rows[4] = {"prompt": messages}
-    path = write_jsonl(tmp_path / "data" / "train.jsonl", rows)
     model = {"model": base.chat, "reward_fn": f"{rewards}:length"}
-    refused("ppo", f"{path}:5", "prompt", what, dataset=folder, **model)
+    for messages in NOTHING_TO_ANSWER[what]:
+        folder, place = chats(tmp_path / "data", "prompt", [USER], messages)
+        refused("ppo", place, "prompt", what, dataset=folder, **model)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -223,16 +208,13 @@ def test_a_chat_without_a_chat_template(refused, name, data):
 
 def test_a_chat_that_the_template_refuses(refused, base, tmp_path):
     """Many templates ask for turns that alternate."""
-    folder, model = tmp_path / "data", Path(shutil.copytree(base.chat, tmp_path / "model"))
+    model = Path(shutil.copytree(base.chat, tmp_path / "model"))
     refusing = (
         "{% if messages | length > 2 %}{{ raise_exception('turns must alternate') }}{% endif %}"
     )
     (model / "chat_template.jinja").write_text(refusing)
-    rows = [{"messages": [USER, ASSISTANT]} for _ in range(20)]
-    write_data(folder, rows, 4)
-    rows[4] = {"messages": [USER, USER, ASSISTANT]}
-    path = write_jsonl(folder / "train.jsonl", rows)
-    refused("sft", f"{path}:5", "turns must alternate", dataset=str(folder), model=str(model))
+    folder, place = chats(tmp_path / "data", "messages", [USER, ASSISTANT], [USER, USER, ASSISTANT])
+    refused("sft", place, "turns must alternate", dataset=folder, model=str(model))
 
 
 # ---- what does not go together, or does not fit

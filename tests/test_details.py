@@ -47,7 +47,7 @@ def test_d01_reward_and_value_read_prompt_and_response(runs, models):
 
 
 def test_d02_prompts_are_padded_on_the_left(runs):
-    """Positions count real tokens: greedy decoding of a padded batch is that of each alone."""
+    """Positions count real tokens: greedy decoding of a batch is that of each row."""
     recomputed.check_masks(runs("default"))
     model = make_gpt2()
     ids, mask = dataset.pad(PROMPTS, 0, "left", CPU, 12)

@@ -135,11 +135,14 @@ class Bomb:
 
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
-def test_pickled_weights_are_not_read(request, refused, name, file, base, mark, tmp_path):
+def test_pickled_weights_are_not_read(request, refused, name, file, base, monkeypatch, tmp_path):
     """A folder with no others is refused, also if its configuration names the file.
 
-    Where there are safetensors, these are what is read.
+    Where there are safetensors, these are what is read. Nothing is given to torch.load, which may
+    unpickle.
     """
+    mark, load, loaded = tmp_path / "mark", torch.load, []
+    monkeypatch.setattr(torch, "load", lambda *a, **k: loaded.append(a) or load(*a, **k))
     folder = Path(shutil.copytree(base.plain, tmp_path / "model"))
     (folder / file).write_bytes(pickle.dumps(Bomb(mark)))
     assert metrics_of(request.getfixturevalue(name)(tmp_path / "beside", model=str(folder)))
@@ -147,6 +150,7 @@ def test_pickled_weights_are_not_read(request, refused, name, file, base, mark, 
     refused(name, str(folder), "safetensors", model=str(folder))
     add_to(folder / "config.json", {"transformers_weights": file})
     refused(name, str(folder), model=str(folder))
+    assert not loaded
     assert not mark.exists()
 
 

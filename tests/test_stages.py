@@ -325,14 +325,6 @@ def test_chats_in_all_three_stages(sft, reward_model, ppo, base, data, tmp_path)
     assert metrics_of(policy)[0]["response/eos_rate"] == pytest.approx(np.mean(ended))
 
 
-def test_messages_and_prompt_completion_are_the_same_chat(sft, base, data, tmp_path):
-    """A conversation in `messages` is learned like the same one in `prompt` and `completion`."""
-    rows = [as_chat(row) for row in sft_rows()]
-    rows = [{"messages": row["prompt"] + row["completion"]} for row in rows]
-    a = sft(tmp_path / "a", model=base.chat, dataset=write_data(tmp_path / "data", rows))
-    assert_same_run(a, sft(tmp_path / "b", model=base.chat, dataset=data.chat_sft))
-
-
 def test_sft_on_plain_text(sft, tmp_path):
     """D8: the loss is over every token but the first, which nothing precedes, and EOS."""
     rows = [{"text": row["prompt"] + row["completion"]} for row in sft_rows()]
@@ -353,18 +345,6 @@ def test_an_implicit_prompt_is_the_same_preference(reward_model, base, data, cha
     a = reward_model(tmp_path / "a", dataset=write_data(tmp_path / "data", rows), **flags)
     explicit = data.chat_preferences if chat else data.preferences
     assert same_weights(a, reward_model(tmp_path / "b", dataset=explicit, **flags))
-
-
-def test_parquet_and_single_files(sft, reward_model, ppo, tmp_path):
-    """What `datasets` reads gives the same run as the same rows in .jsonl; one file is split."""
-    import pandas
-
-    for stage, rows in ((sft, sft_rows()), (reward_model, preference_rows()), (ppo, prompt_rows())):
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        write_jsonl(folder / "x.jsonl", rows)
-        pandas.DataFrame(rows).to_parquet(folder / "x.parquet")
-        paths = [folder / f"x.{kind}" for kind in ("jsonl", "parquet")]
-        assert_same_run(*(stage(folder / p.suffix[1:], dataset=str(p)) for p in paths))
 
 
 # ---- sft and reward model
@@ -491,6 +471,7 @@ def test_the_saved_policy_generates_as_it_was_trained(ppo, models, tmp_path):
     out = ppo(tmp_path / "out", model=str(folder), **flags)
     model, tokenizer = plain_lm(out), utils.load_tokenizer(str(out))
     config = model.generation_config
+    assert config.max_new_tokens == 10
     assert (config.do_sample, config.temperature, config.top_k, config.top_p) == (True, 0.6, 0, 0.9)
     assert not (config.repetition_penalty or config.num_beams or config.output_scores)
     ids = tokenizer(["Q: two ripe plums?\nA:"] * 20, return_tensors="pt")

@@ -23,6 +23,8 @@ gold = load_module("data/support/gold.py")
 class Args:
     seeds: tuple[int, ...] = (1, 2, 3)
     """Seeds of all three stages."""
+    add: bool = False
+    """Keep what the result file holds of other seeds."""
     threads: int = 2
     """Threads of each process."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -38,7 +40,9 @@ def main(args: Args) -> None:
     ceiling = gold.agreement([json.loads(line) for line in validation.open()])
     default = args.dtype == Args.dtype
     name = "embedded" if default else f"embedded_{args.dtype}"
-    seeds = []
+    path = args.out / f"{name}.json"
+    before = json.loads(path.read_text())["seeds"] if args.add else []
+    seeds = [result for result in before if result["seed"] not in args.seeds]
     for seed in args.seeds:
         folder = args.runs / (f"seed{seed}" if default else f"{args.dtype}-seed{seed}")
         sft, reward_model = folder / "sft", folder / "reward_model"
@@ -65,7 +69,7 @@ def main(args: Args) -> None:
         dtype = json.loads((ROOT / ppo / "args.json").read_text())["dtype"]
         report = {"machine": machine(args.threads), "dtype": dtype}
         report |= {"reward_model_ceiling": ceiling, "seeds": seeds}
-        (args.out / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+        path.write_text(json.dumps(report, indent=2) + "\n")
         print(json.dumps(result, indent=2))
 
 

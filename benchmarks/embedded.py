@@ -52,7 +52,7 @@ def main(args: Args) -> None:
             "reward_model": f"reward_model.py --output-dir {reward_model} --model {sft}",
             "ppo": f"ppo_rlhf.py --output-dir {ppo} --model {sft} --reward-model {reward_model}",
         }
-        if default and seed == args.seeds[0]:
+        if default and seed == 1:
             models = f"--model {sft} --reward-model {reward_model}"
             commands["ppo_kl_coef_0"] = f"ppo_rlhf.py --output-dir {kl0} {models} --kl-coef 0"
         result = {"seed": seed}
@@ -63,7 +63,7 @@ def main(args: Args) -> None:
             if stage in result:
                 result[stage] |= judge_samples(out) | first_update(out)
         args.out.mkdir(parents=True, exist_ok=True)
-        if default and seed == args.seeds[0]:
+        if default and seed == 1:
             keep_samples(ppo, args.out / f"{name}_samples.jsonl", 6)
         seeds.append(result)
         dtype = json.loads((ROOT / ppo / "args.json").read_text())["dtype"]

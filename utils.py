@@ -77,12 +77,12 @@ def stage() -> Iterator[None]:
         barrier()
         if dist.is_initialized():
             dist.destroy_process_group()
-    except (RuntimeError, OSError, safetensors.SafetensorError) as error:
+    except Exception as error:
         fix = "make room or check the folder, then --resume"
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             fix = "lower --micro-batch-size or --batch-size, or add --gradient-checkpointing"
-        elif isinstance(error, RuntimeError):
-            raise  # a bug, whose traceback is wanted
+        elif not isinstance(error, OSError) and "os error" not in str(error):
+            raise  # a bug
         where = f"{progress.unit} {progress.n + 1}" if progress is not None else "start"
         stop(f"{where}: {first_line(error)}; {fix}", 1)
     finally:
@@ -144,7 +144,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 def generator(device: torch.device | str, *numbers: int) -> torch.Generator:
     """A random generator that depends on `numbers` only, such as (seed, update, rank) (D7).
 
-    It is a function of where the run is, so a resumed run draws the same random numbers.
+    So a resumed run draws the same numbers.
     """
     # numpy takes [1] and [1, 0] for the same entropy, so the count comes first
     entropy = [len(numbers), *(n % 2**32 for n in numbers)]
@@ -684,7 +684,10 @@ def sha256(path: Path) -> str:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is whole."""
     try:
-        for line in (folder / "SHA256SUMS").read_text().splitlines():
+        lines = (folder / "SHA256SUMS").read_text().splitlines()
+        if len(lines) != len(list(folder.iterdir())) - 1:
+            return "SHA256SUMS: is cut off"
+        for line in lines:
             checksum, name = line.split("  ")
             if sha256(folder / name) != checksum:
                 return f"{name}: checksum differs"
@@ -709,7 +712,7 @@ class Logger:
     """metrics.jsonl, TensorBoard (from where Weights & Biases takes it) and a progress bar.
 
     In the main process only. `unit`, "step" or "update", is counted up to `total`; lines after
-    `last_step` are cut off. The bar shows the metrics named in `shown`.
+    `last_step` are cut off; the bar shows `shown`.
     """
 
     def __init__(

@@ -8,220 +8,166 @@ from typing import NamedTuple
 
 TABLE = """
 b01_the_score_is_on_the_last_real_token in ppo_rlhf.py
-    scatter_add(1, last[:, None], scores[:, None])
+    scatter_add(1, last[:, None], scores[:, None])  ->
     scatter_add(1, (last[:, None] + 1).clamp(max=R - 1), scores[:, None])
 b02_the_missing_eos_penalty_knows_the_stop_token in ppo_rlhf.py
-    torch.isin(last_ids, torch.tensor(stop_ids, device=device))
+    torch.isin(last_ids, torch.tensor(stop_ids, device=device))  ->
     torch.isin(last_ids, torch.tensor([eos_id], device=device))
 b03_an_eos_in_the_prompt_is_no_end in ppo_rlhf.py
-    torch.isin(last_ids, torch.tensor(stop_ids, device=device))
+    torch.isin(last_ids, torch.tensor(stop_ids, device=device))  ->
     torch.isin(batch.ids, torch.tensor(stop_ids, device=device)).any(1)
 b04_eos_is_seen_though_it_is_the_pad_token in dataset.py
-    real.long().to(device)
-    (torch.tensor(rows) != pad_id).long().to(device)
+    real.long().to(device)  ->  (torch.tensor(rows) != pad_id).long().to(device)
 b05_a_reward_model_with_another_tokenizer_reads_text in ppo_rlhf.py
-    utils.same_tokenizer(tokenizer, reward_tokenizer)
-    True
+    utils.same_tokenizer(tokenizer, reward_tokenizer)  ->  True
 b05_chats_go_through_the_reward_models_own_template in ppo_rlhf.py
-    (p.row["prompt"], text)
-    (p.text, text)
+    (p.row["prompt"], text)  ->  (p.text, text)
 b06_padding_is_not_counted_in_metrics in ppo_rlhf.py
-    utils.masked_sum(x.detach().double(), mask)
-    x.detach().double().sum()
+    utils.masked_sum(x.detach().double(), mask)  ->  x.detach().double().sum()
 b07_nothing_on_padding_reaches_real_tokens in ppo_rlhf.py
-    torch.zeros(mask.shape, device=device)
-    torch.ones(mask.shape, device=device)
+    torch.zeros(mask.shape, device=device)  ->  torch.ones(mask.shape, device=device)
 b08_advantages_are_whitened_over_real_tokens in utils.py
-    mean = masked_mean(x, mask)
-    mean = x.mean()
+    mean = masked_mean(x, mask)  ->  mean = x.mean()
 b09_what_is_masked_may_be_anything in utils.py
-    torch.where(mask.bool(), x, 0.0).sum()
-    (x * mask).sum()
+    torch.where(mask.bool(), x, 0.0).sum()  ->  (x * mask).sum()
 b10_padding_changes_no_probability in utils.py
-    (real.cumsum(1) - 1).clamp(min=0)
-    torch.arange(ids.shape[1]).expand_as(ids)
+    (real.cumsum(1) - 1).clamp(min=0)  ->  torch.arange(ids.shape[1]).expand_as(ids)
 b11_samples_come_from_the_distribution_that_is_scored in generate.py
-    sample(logits, temperature, top_k
+    sample(logits, temperature, top_k  ->
     sample(logits.index_fill(1, stops, -torch.inf), temperature, top_k
 b12_accumulation_is_exact[sft-1] in sft.py
-    sum_of_losses(mine[i : i + micro_batch_size]) / num_tokens
+    sum_of_losses(mine[i : i + micro_batch_size]) / num_tokens  ->
     sum_of_losses(mine[i : i + 1]) / count_targets(mine[i : i + 1]) / len(mine)
 b12_accumulation_is_exact[reward_model-2] in reward_model.py
-    (losses.sum() / len(batch)).backward()
-    losses.mean().backward()
+    (losses.sum() / len(batch)).backward()  ->  losses.mean().backward()
 b12_accumulation_is_exact[ppo-2] in ppo_rlhf.py
-    utils.masked_sum(policy_losses - bonus, mask) / num_tokens
+    utils.masked_sum(policy_losses - bonus, mask) / num_tokens  ->
     utils.masked_sum(policy_losses - bonus, mask) / mask.sum() * len(rows) / len(minibatch)
 b13_the_reported_kl_is_the_one_that_is_trained_on in ppo_rlhf.py
-    episode_mean(non_score_rewards.sum(1))
-    episode_mean(-kl_coef * ref_log_ratio.sum(1))
+    episode_mean(non_score_rewards.sum(1))  ->  episode_mean(-kl_coef * ref_log_ratio.sum(1))
 b14_values_are_of_the_state_before_the_token in ppo_rlhf.py
-    utils.hidden_states(value_model, ids)[:, :-1][is_response[:, 1:]]
+    utils.hidden_states(value_model, ids)[:, :-1][is_response[:, 1:]]  ->
     utils.hidden_states(value_model, ids)[is_response]
 b15_advantages_are_of_the_return in ppo_rlhf.py
-    lastgaelam = delta + args.gamma * args.lam * lastgaelam
+    lastgaelam = delta + args.gamma * args.lam * lastgaelam  ->
     lastgaelam = rewards[:, t] - values[:, t]
 b16_distance_from_the_reference_costs in ppo_rlhf.py
-    -kl_coef * token_kl
-    kl_coef * token_kl
+    -kl_coef * token_kl  ->  kl_coef * token_kl
 b17_one_token_can_be_whitened in utils.py
-    masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+    masked_mean((x - masked_mean(x, mask)) ** 2, mask)  ->
     masked_sum((x - masked_mean(x, mask)) ** 2, mask) / (mask.sum() - 1)
 b18_a_saved_reward_model_keeps_head_and_normalization in reward_model.py
-    model.config.reward_mean = float(scores.mean())
-    model.reward_mean = float(scores.mean())
+    model.config.reward_mean = float(scores.mean())  ->  model.reward_mean = float(scores.mean())
 b18_a_reward_model_without_a_head_is_refused in ppo_rlhf.py
-    utils.load_classifier(args.reward_model, device, trained=True)
+    utils.load_classifier(args.reward_model, device, trained=True)  ->
     utils.load_classifier(args.reward_model, device)
 b19_the_reward_model_is_asked_about_whole_texts in ppo_rlhf.py
-    [r if r[-1] == eos_id else [*r, eos_id] for r in responses]
-    responses
+    [r if r[-1] == eos_id else [*r, eos_id] for r in responses]  ->  responses
 b20_the_score_is_read_at_the_end_not_at_a_pad_id_in_the_text in utils.py
-    mask.sum(1) - 1
-    (ids == 0).long().argmax(1) - 1
+    mask.sum(1) - 1  ->  (ids == 0).long().argmax(1) - 1
 b21_with_pad_as_eos_chosen_and_rejected_differ in utils.py
-    mask.sum(1) - 1
-    torch.full_like(mask[:, 0], mask.shape[1] - 1)
+    mask.sum(1) - 1  ->  torch.full_like(mask[:, 0], mask.shape[1] - 1)
 b22_a_smaller_last_batch_counts_by_its_own_size[sft] in sft.py
-    num_tokens = count_targets(batch)
+    num_tokens = count_targets(batch)  ->
     num_tokens = count_targets(batch) * args.batch_size / len(batch)
 b22_a_smaller_last_batch_counts_by_its_own_size[reward_model] in reward_model.py
-    (losses.sum() / len(batch)).backward()
-    (losses.sum() / args.batch_size).backward()
+    (losses.sum() / len(batch)).backward()  ->  (losses.sum() / args.batch_size).backward()
 b22_ppo_has_full_batches_only in ppo_rlhf.py
-    args.total_episodes // args.batch_size
-    -(-args.total_episodes // args.batch_size)
+    args.total_episodes // args.batch_size  ->  -(-args.total_episodes // args.batch_size)
 d01_reward_and_value_read_prompt_and_response in ppo_rlhf.py
-    [p.ids + r for p, r in zip(prompts, whole, strict=True)]
-    whole
+    [p.ids + r for p, r in zip(prompts, whole, strict=True)]  ->  whole
 d02_prompts_are_padded_on_the_left in generate.py
-    mask.sum(1, keepdim=True) - 1
-    torch.full_like(mask[:, :1], mask.shape[1] - 1)
+    mask.sum(1, keepdim=True) - 1  ->  torch.full_like(mask[:, :1], mask.shape[1] - 1)
 d03_masks_come_from_lengths in generate.py
-    response_mask.index_put_((live, t.expand_as(live)), alive.long())
+    response_mask.index_put_((live, t.expand_as(live)), alive.long())  ->
     response_mask.index_put_((live, t.expand_as(live)), (token != pad_id).long())
 d04_dropout_is_off in utils.py
-    loaded.to(device).eval()
-    loaded.to(device).train()
+    loaded.to(device).eval()  ->  loaded.to(device).train()
 d05_log_probabilities_are_divided_by_the_temperature in ppo_rlhf.py
-    utils.logits_of(model, hidden) / args.temperature
-    utils.logits_of(model, hidden)
+    utils.logits_of(model, hidden) / args.temperature  ->  utils.logits_of(model, hidden)
 d06_optimizer_and_schedule[sft] in sft.py
-    eps=1e-5
-    eps=1e-8
+    eps=1e-5  ->  eps=1e-8
 d06_optimizer_and_schedule[reward_model] in reward_model.py
-    (1 + math.cos(math.pi * done))
-    2
+    (1 + math.cos(math.pi * done))  ->  2
 d06_optimizer_and_schedule[ppo] in ppo_rlhf.py
-    args.learning_rate * (1 - (update - 1) / num_updates)
-    args.learning_rate
+    args.learning_rate * (1 - (update - 1) / num_updates)  ->  args.learning_rate
 d07_random_numbers_depend_on_seed_and_update in ppo_rlhf.py
-    utils.generator(device, args.seed, SAMPLING, update, process.rank)
+    utils.generator(device, args.seed, SAMPLING, update, process.rank)  ->
     utils.generator(device, args.seed, SAMPLING, process.rank)
 d08_the_loss_is_on_the_completion_and_its_eos in sft.py
-    mask.bool() & (position >= prompt_lengths[:, None])
-    mask.bool() & (position >= 1)
+    mask.bool() & (position >= prompt_lengths[:, None])  ->  mask.bool() & (position >= 1)
 d09_a_batch_is_a_mean_over_its_tokens in sft.py
-    sum_of_losses(mine[i : i + micro_batch_size]) / num_tokens
+    sum_of_losses(mine[i : i + micro_batch_size]) / num_tokens  ->
     sum_of_losses(mine[i : i + 4]) / count_targets(mine[i : i + 4]) / 3
 d10_the_head_starts_small_and_random in reward_model.py
-    std=1 / math.sqrt(model.score.in_features + 1)
-    std=0.02
+    std=1 / math.sqrt(model.score.in_features + 1)  ->  std=0.02
 d11_the_loss_is_bradley_terry in reward_model.py
-    -F.logsigmoid(chosen - rejected)
-    (1 - chosen + rejected).clamp(min=0)
+    -F.logsigmoid(chosen - rejected)  ->  (1 - chosen + rejected).clamp(min=0)
 d12_the_reward_model_sees_each_pair_once in reward_model.py
-    epochs: int = 1
-    epochs: int = 2
+    epochs: int = 1  ->  epochs: int = 2
 d13_the_mean_score_of_the_demonstrations_is_zero in reward_model.py
-    float(scores.mean())
-    float(np.median(scores))
+    float(scores.mean())  ->  float(np.median(scores))
 d14_accuracy_comes_with_interval_and_length in reward_model.py
-    pair.chosen_length for pair in eval_pairs
-    len(pair.chosen) for pair in eval_pairs
+    pair.chosen_length for pair in eval_pairs  ->  len(pair.chosen) for pair in eval_pairs
 d15_values_start_from_the_reward_model in ppo_rlhf.py
-    args.value_model or (args.reward_model if shared_tokenizer else args.model)
+    args.value_model or (args.reward_model if shared_tokenizer else args.model)  ->
     args.value_model or args.model
 d16_responses_end_with_the_first_stop_token in generate.py
-    torch.where(alive, sampled, pad_id)
-    sampled
+    torch.where(alive, sampled, pad_id)  ->  sampled
 d17_the_score_is_added_at_the_last_real_token in ppo_rlhf.py
-    last = response_mask.sum(1) - 1
-    last = (response_mask.sum(1) - 2).clamp(min=0)
+    last = response_mask.sum(1) - 1  ->  last = (response_mask.sum(1) - 2).clamp(min=0)
 d18_a_response_without_an_end_loses_a_constant in ppo_rlhf.py
-    scores - args.missing_eos_penalty
-    torch.full_like(scores, -args.missing_eos_penalty)
+    scores - args.missing_eos_penalty  ->  torch.full_like(scores, -args.missing_eos_penalty)
 d19_kl_estimators[k2] in ppo_rlhf.py
-    ref_log_ratio.square() / 2
-    ref_log_ratio.square()
+    ref_log_ratio.square() / 2  ->  ref_log_ratio.square()
 d19_kl_estimators[k3-whitened] in ppo_rlhf.py
-    torch.expm1(-ref_log_ratio) + ref_log_ratio
-    torch.expm1(ref_log_ratio) - ref_log_ratio
+    torch.expm1(-ref_log_ratio) + ref_log_ratio  ->  torch.expm1(ref_log_ratio) - ref_log_ratio
 d20_whitened_rewards_keep_their_mean in ppo_rlhf.py
-    utils.whiten(rewards, response_mask, shift_mean=False)
-    utils.whiten(rewards, response_mask)
+    utils.whiten(rewards, response_mask, shift_mean=False)  ->  utils.whiten(rewards, response_mask)
 d21_generalized_advantage_estimation[discounted] in ppo_rlhf.py
-    args.gamma * next_values
-    next_values
+    args.gamma * next_values  ->  next_values
 d22_advantages_are_whitened[default] in ppo_rlhf.py
-    utils.whiten(advantages, response_mask)
+    utils.whiten(advantages, response_mask)  ->
     utils.whiten(advantages, response_mask, shift_mean=False)
 d23_policy_loss in ppo_rlhf.py
-    torch.max(unclipped, -advantages[rows] * clipped_ratio)
-    unclipped
+    torch.max(unclipped, -advantages[rows] * clipped_ratio)  ->  unclipped
 d24_value_loss in ppo_rlhf.py
-    0.5 * torch.max(errors, clipped_errors)
-    0.5 * torch.min(errors, clipped_errors)
+    0.5 * torch.max(errors, clipped_errors)  ->  0.5 * torch.min(errors, clipped_errors)
 d25_mini_batches_take_more_steps in ppo_rlhf.py
-    order.chunk(args.num_mini_batches)
-    order.chunk(1)
+    order.chunk(args.num_mini_batches)  ->  order.chunk(1)
 d26_the_ratio_starts_at_one in ppo_rlhf.py
-    logprobs[rows], _ = policy_outputs(policy, ids, is_response)
+    logprobs[rows], _ = policy_outputs(policy, ids, is_response)  ->
     logprobs[rows], _ = policy_outputs(reference, ids, is_response)
 d27_kl_coef_is_steered_to_a_target in ppo_rlhf.py
-    args.kl_target - 1, -0.2), 0.2)
-    args.kl_target - 1, -0.5), 0.5)
+    args.kl_target - 1, -0.2), 0.2)  ->  args.kl_target - 1, -0.5), 0.5)
 d28_epochs_end_at_a_target_kl in ppo_rlhf.py
-    epoch_means[-1]["policy/approxkl_avg"] > args.target_kl
-    False
+    epoch_means[-1]["policy/approxkl_avg"] > args.target_kl  ->  False
 d29_gradients_are_clipped_by_their_norm[sft] in sft.py
-    clip_grad_norm_(parameters, args.max_grad_norm)
-    clip_grad_norm_(parameters, 1e9)
+    clip_grad_norm_(parameters, args.max_grad_norm)  ->  clip_grad_norm_(parameters, 1e9)
 d29_gradients_are_clipped_by_their_norm[reward_model] in reward_model.py
-    clip_grad_norm_(parameters, args.max_grad_norm)
-    clip_grad_norm_(parameters, 1e9)
+    clip_grad_norm_(parameters, args.max_grad_norm)  ->  clip_grad_norm_(parameters, 1e9)
 d29_gradients_are_clipped_by_their_norm[ppo] in ppo_rlhf.py
-    clip_grad_norm_(parameters, args.max_grad_norm)
-    clip_grad_norm_(parameters, 1e9)
+    clip_grad_norm_(parameters, args.max_grad_norm)  ->  clip_grad_norm_(parameters, 1e9)
 d30_scores_are_clipped_after_the_penalty in ppo_rlhf.py
-    scores.clamp(-args.reward_clip, args.reward_clip)
-    scores.clamp(max=args.reward_clip)
+    scores.clamp(-args.reward_clip, args.reward_clip)  ->  scores.clamp(max=args.reward_clip)
 d31_ptx_adds_a_language_model_loss in ppo_rlhf.py
-    mask.bool() & is_completion
-    mask.bool()
+    mask.bool() & is_completion  ->  mask.bool()
 d32_the_critic_may_be_trained_alone_first in ppo_rlhf.py
-    policy.requires_grad_(update > args.critic_warmup_updates)
-    policy.requires_grad_(True)
+    policy.requires_grad_(update > args.critic_warmup_updates)  ->  policy.requires_grad_(True)
 d32_the_critic_may_be_trained_alone_first in ppo_rlhf.py
-    args.ptx_coef and update > args.critic_warmup_updates
-    args.ptx_coef
+    args.ptx_coef and update > args.critic_warmup_updates  ->  args.ptx_coef
 d33_entropy_bonus in ppo_rlhf.py
-    policy_losses - bonus
-    policy_losses + bonus
+    policy_losses - bonus  ->  policy_losses + bonus
 d34_batch_mean_is_a_baseline in ppo_rlhf.py
-    utils.sum_over_processes(episode_rewards.sum())
-    utils.sum_over_processes(scores.sum())
+    utils.sum_over_processes(episode_rewards.sum())  ->  utils.sum_over_processes(scores.sum())
 d35_responses_to_one_prompt_are_compared[rloo] in ppo_rlhf.py
-    others / (args.samples_per_prompt - 1)
-    others / args.samples_per_prompt
+    others / (args.samples_per_prompt - 1)  ->  others / args.samples_per_prompt
 d35_responses_to_one_prompt_are_compared[grpo] in ppo_rlhf.py
-    grouped_rewards.std(1, keepdim=True, correction=0)
-    grouped_rewards.std(1, keepdim=True)
+    grouped_rewards.std(1, keepdim=True, correction=0)  ->  grouped_rewards.std(1, keepdim=True)
 d36_top_k_and_top_p_change_sampling_only in ppo_rlhf.py
-    pad_id=pad_id, rng=rng, **sampling
-    pad_id=pad_id, rng=rng
+    pad_id=pad_id, rng=rng, **sampling  ->  pad_id=pad_id, rng=rng
 d37_explained_variance in ppo_rlhf.py
-    utils.masked_variance(returns - values, response_mask)
+    utils.masked_variance(returns - values, response_mask)  ->
     utils.masked_mean((returns - values) ** 2, response_mask)
 """
 
@@ -246,13 +192,13 @@ class Mutation(NamedTuple):
 
 
 def read(table: str) -> list[Mutation]:
-    """Three lines a mutation: `test in file`, and indented what it replaces by what."""
-    lines, files = table.strip().splitlines(), {"b": "known_bugs", "d": "details"}
-    return [
-        Mutation(f"test_{files[heading[0]]}.py::test_{test}", file, old.strip(), new.strip())
-        for heading, old, new in zip(lines[::3], lines[1::3], lines[2::3], strict=True)
-        for test, file in [heading.split(" in ")]
-    ]
+    """Of each mutation a line `test in file`, then indented what it replaces by what."""
+    files, found = {"b": "known_bugs", "d": "details"}, []
+    for entry in re.split(r"\n(?=\w)", table.strip()):
+        heading, change = entry.split("\n", 1)
+        (test, file), (old, new) = heading.split(" in "), re.split(r"\s+->\s+", change.strip())
+        found.append(Mutation(f"test_{files[test[0]]}.py::test_{test}", file, old, new))
+    return found
 
 
 MUTATIONS = read(TABLE)

@@ -214,13 +214,13 @@ def test_a_signal_saves_and_resume_continues_exactly(
 
 
 def test_a_second_signal_ends_the_process_at_once(monkeypatch):
-    """One that comes within a second is the same one, passed on by torchrun."""
+    """One that comes within a second of the first is the same one, passed on by torchrun."""
     ended, now = [], [100.0]
     monkeypatch.setattr(os, "_exit", ended.append)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     interruption = utils.Interruption(utils.Process(0, 1, torch.device("cpu"), True))
     assert not interruption.came()
-    for seconds, number in ((0, signal.SIGINT), (0.5, signal.SIGTERM), (2, signal.SIGTERM)):
+    for seconds, number in ((0, signal.SIGINT), (0.6, signal.SIGTERM), (0.6, signal.SIGTERM)):
         now[0] += seconds
         assert ended == []
         os.kill(os.getpid(), number)

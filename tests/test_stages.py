@@ -87,26 +87,12 @@ def assert_board_has_metrics(out: Path, unit: str) -> dict[str, str]:
 
 # ---- what every run leaves
 
-FLAGS = {
-    "all": """model dataset train_split eval_split output_dir overwrite resume seed device dtype
-        learning_rate micro_batch_size max_grad_norm gradient_checkpointing save_every eval_every
-        track trust_remote_code""",
-    "sft": "epochs batch_size max_length warmup_ratio",
-    "reward_model": "epochs batch_size max_length normalize_with",
-    "ppo_rlhf": """reward_model reward_fn eval_reward_fn total_episodes batch_size num_mini_batches
-        num_ppo_epochs response_length temperature top_k top_p stop_token missing_eos_penalty
-        kl_coef kl_estimator kl_target kl_horizon gamma lam cliprange cliprange_value vf_coef
-        entropy_coef whiten_rewards whiten_advantages advantage samples_per_prompt target_kl
-        reward_clip critic_warmup_updates ptx_coef ptx_dataset eval_prompts save_rollouts""",
-}
-
 
 @pytest.mark.parametrize("name", ["sft", "reward_model", "ppo_rlhf"])
-def test_flags_have_the_documented_names(chain, name):
+def test_every_flag_is_explained_and_recorded(chain, name):
     """Each has the docstring that `--help` shows, and args.json holds its value."""
     module = importlib.import_module(name)
     names = [field.name for field in fields(module.Args)]
-    assert {*names} >= {*FLAGS["all"].split(), *FLAGS[name].split()}
     body = next(
         node.body
         for node in ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body

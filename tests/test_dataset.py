@@ -1,0 +1,272 @@
+"""dataset.py: rows of any layout, their token ids, batches of them; with what went wrong elsewhere.
+
+Errors in rows, as the stages meet them, are in test_bad_input.py.
+"""
+
+import json
+import re
+
+import pandas
+import pytest
+import tokenizers
+import torch
+from conftest import make_tokenizer, write_jsonl
+
+import dataset
+
+CPU = torch.device("cpu")
+ROWS = [{"prompt": f"Say {i}:", "completion": f" No {i}.", "extra": i} for i in range(40)]
+PAIR = [("prompt", "completion")]
+USER, REPLY = {"role": "user", "content": "two figs?"}, {"role": "assistant", "content": "Yes."}
+
+
+# ---- reading the rows
+
+
+def test_a_folder_of_jsonl(tmp_path):
+    """Splits are files; the places that errors name are lines, counted with the empty ones."""
+    write_jsonl(tmp_path / "train.jsonl", ["", *ROWS[:3], "", ROWS[3]])
+    write_jsonl(tmp_path / "validation.jsonl", ROWS[4:6])
+    data = dataset.load_data(str(tmp_path), "train", PAIR)
+    assert data.rows == ROWS[:4]
+    assert data.places == [f"{tmp_path}/train.jsonl:{line}" for line in (2, 3, 4, 6)]
+    assert dataset.load_data(str(tmp_path), "validation", PAIR).rows == ROWS[4:6]
+
+
+def test_utf8_with_and_without_a_byte_order_mark(tmp_path):
+    """Windows editors put U+FEFF before the first line and end lines in two bytes."""
+    row = {"prompt": "Größe?\u2028日本", "completion": " é"}
+    line = json.dumps(row, ensure_ascii=False).encode() + b"\r\n"
+    for mark in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / "train.jsonl").write_bytes(mark + line + line)
+        assert dataset.load_data(str(tmp_path), "train", PAIR).rows == [row, row]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "json"])
+def test_a_single_file(tmp_path, kind):
+    """A single file has its last twentieth held out, whatever its format."""
+    path, flags = (
+        tmp_path / f"rows.{kind}",
+        {"csv": {"index": False}, "json": {"orient": "records"}},
+    )
+    if kind == "jsonl":
+        write_jsonl(path, ROWS)
+    else:
+        getattr(pandas.DataFrame(ROWS), f"to_{kind}")(path, **flags.get(kind, {}))
+    assert dataset.load_data(str(path), "train", PAIR).rows == ROWS[:38]
+    held_out = dataset.load_data(str(path), "validation", PAIR)
+    assert held_out.rows == ROWS[38:]
+    assert all(place.startswith(str(path)) for place in held_out.places)
+    assert [re.findall(r"\d+", place)[-1] for place in held_out.places] == ["39", "40"]
+
+
+def test_a_folder_of_parquet(tmp_path):
+    """What is not .jsonl goes through `datasets`, splits included."""
+    pandas.DataFrame(ROWS[:5]).to_parquet(tmp_path / "train.parquet")
+    pandas.DataFrame(ROWS[5:7]).to_parquet(tmp_path / "validation.parquet")
+    assert dataset.load_data(str(tmp_path), "train", PAIR).rows == ROWS[:5]
+    assert dataset.load_data(str(tmp_path), "validation", PAIR).rows == ROWS[5:7]
+
+
+def test_a_hub_id_with_a_dot_is_no_missing_file(error_of):
+    """Many hub ids hold a version; offline, they fail as what cannot be fetched."""
+    line = error_of(dataset.load_data, "nobody/data-v2.5-mixture", "train", PAIR)
+    assert "no such file" not in line
+
+
+def test_hold_out_splits_a_single_file():
+    """The last twentieth, 500 rows at most: no row is in both parts, places stay with rows."""
+
+    def parts(n):
+        data = dataset.Data([{"prompt": str(i)} for i in range(n)], [f"f:{i}" for i in range(n)])
+        train, rest = dataset.hold_out(data, "train"), dataset.hold_out(data, "validation")
+        for part in (train, rest):
+            assert [f"f:{row['prompt']}" for row in part.rows] == part.places
+        assert train.rows + rest.rows == data.rows or n == 1
+        return len(train.rows), len(rest.rows)
+
+    assert [parts(n) for n in (20_000, 100, 2)] == [(19_500, 500), (95, 5), (1, 1)]
+    assert parts(1) == (1, 1)  # the only row serves as both
+
+
+def test_the_first_format_that_fits(tmp_path):
+    """A row with prompt and completion is read as such even if it has a text too."""
+    rows = [{"text": "a b", "prompt": "a", "completion": " b"}] * 2
+    path = str(write_jsonl(tmp_path / "x.jsonl", rows))
+    data = dataset.load_data(path, "train", dataset.SFT_FORMATS)
+    assert dataset.demonstrations(data) == [("a", " b")]
+
+
+def test_demonstrations_of_the_three_formats():
+    """A chat's completion is its last message; a text is all completion."""
+    rows = [{"prompt": "a", "completion": "b"}, {"messages": [USER, REPLY]}, {"text": "a"}]
+    found = dataset.demonstrations(dataset.Data(rows, ["f:1", "f:2", "f:3"]))
+    assert found == [("a", "b"), ([USER], [REPLY]), ("", "a")]
+
+
+@pytest.mark.parametrize("column", ["messages", "completion", "chosen", "rejected"])
+def test_a_chat_that_the_user_ends_is_refused(error_of, column):
+    """Nothing is learned from a user's last word; a prompt, though, ends with it."""
+    line = error_of(dataset.check_field, [USER], column, f"f:1: {column}")
+    assert f"f:1: {column}: its last message" in line
+    dataset.check_field([USER], "prompt", "f:1: prompt")
+
+
+# ---- token ids
+
+
+def encode(tokenizer, prompt, completion):
+    prompts, completions = dataset.encode_pairs(tokenizer, [(prompt, completion)], ["f:1"])
+    return prompts[0], completions[0]
+
+
+def ids_of(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("ending", ["", "<eos>", "<eos>\n", "<eos> "])
+def test_a_completion_ends_with_one_eos(tokenizer, ending):
+    """B19: EOS is added where it is missing and never twice."""
+    prompt, completion = encode(tokenizer, "Q: two figs?", " Yes." + ending)
+    assert prompt == ids_of(tokenizer, "Q: two figs?")
+    assert completion == [*ids_of(tokenizer, " Yes."), tokenizer.eos_token_id]
+
+
+def test_a_prompt_alone_has_no_completion(tokenizer):
+    """None stands for no completion, "" for an empty one, which is EOS only."""
+    assert encode(tokenizer, "Q:", None) == (ids_of(tokenizer, "Q:"), [])
+    assert encode(tokenizer, "Q:", "")[1] == [tokenizer.eos_token_id]
+
+
+def test_a_prompt_keeps_its_own_eos(tokenizer):
+    """B3, B20: a turn's end inside the prompt, at its end too, is part of it."""
+    for text in ("Q:<eos>A:", "Q: A.<eos>"):
+        assert encode(tokenizer, text, " Yes.")[0] == ids_of(tokenizer, text)
+
+
+def test_a_prompt_gets_the_tokenizers_bos_once():
+    """A plain prompt gets BOS, a completion none; an EOS that the tokenizer adds to both goes."""
+    tokenizer = make_tokenizer(bos="<bos>")
+    bos, eos, text = tokenizer.bos_token_id, tokenizer.eos_token_id, "Q: two figs?"
+    prompt, completion = encode(tokenizer, text, " Yes.")
+    assert prompt == [bos, *ids_of(tokenizer, text)]
+    assert bos not in completion
+    assert encode(tokenizer, "", text) == ([bos], [*ids_of(tokenizer, text), eos])
+    special = [("<bos>", bos), ("<eos>", eos)]
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=special
+    )
+    assert encode(tokenizer, text, " Yes.") == (prompt, completion)
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_chat_goes_through_the_template(as_text):
+    """B3: both together are what the template renders; EOS in the prompt stays, at the end is 1."""
+    tokenizer = make_tokenizer(eos="<|end|>", bos="<bos>", chat=True)
+    prompt, completion = encode(tokenizer, [USER], "Yes." if as_text else [REPLY])
+    # no BOS but what the template puts in
+    assert tokenizer.decode(prompt) == "<|user|>two figs?<|end|><|assistant|>"
+    assert tokenizer.decode(completion) == "Yes.<|end|>"
+    assert tokenizer.eos_token_id in prompt
+    assert completion.count(tokenizer.eos_token_id) == 1
+
+
+def test_a_chat_template_without_eos_gets_one():
+    """Where turns end in another token, EOS follows it."""
+    tokenizer = make_tokenizer(eos="<eos>", chat=True)
+    assert tokenizer.decode(encode(tokenizer, [USER], [REPLY])[1]) == "Yes.<|end|><eos>"
+
+
+def test_chats_and_texts_mix():
+    """Rows of both kinds in one list keep their order."""
+    tokenizer = make_tokenizer(eos="<|end|>", chat=True)
+    pairs = [("one", " a"), ([USER], "b"), ("two", " c")]
+    prompts, completions = dataset.encode_pairs(tokenizer, pairs, ["f:1", "f:2", "f:3"])
+    chat = "<|user|>two figs?<|end|><|assistant|>"
+    assert [tokenizer.decode(ids) for ids in prompts] == ["one", chat, "two"]
+    assert [tokenizer.decode(ids) for ids in completions] == [" a<|end|>", "b<|end|>", " c<|end|>"]
+
+
+COUNTING = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+def test_render_errors_name_the_place(tokenizer, error_of):
+    """A chat without a template, one that it refuses or rewrites, and a text that a chat answers.
+
+    A string as prompt beside messages as completion would be lost in the template.
+    """
+    chatty = make_tokenizer(chat=True)
+    assert "f:1: is a chat" in error_of(dataset.render, tokenizer, [USER], [REPLY], "f:1")
+    assert "write both alike" in error_of(dataset.render, chatty, "two figs?", [REPLY], "f:1")
+    chatty.chat_template = "{{ raise_exception('roles must alternate') }}"
+    assert "roles must alternate" in error_of(dataset.render, chatty, [USER], [REPLY], "f:1")
+    chatty.chat_template = COUNTING
+    line = error_of(dataset.render, chatty, [USER], [REPLY], "f:1")
+    assert "f:1: the chat template rewrites" in line
+
+
+def test_demonstrations_are_cut_to_a_length(tokenizer, error_of):
+    """Of prompt and completion together; a prompt that leaves no room is named."""
+    data = dataset.Data(ROWS[:2], ["f:1", "f:2"])
+    whole = dataset.encode_demonstrations(tokenizer, data, 500)
+    assert [c[-1] for _, c in whole] == [tokenizer.eos_token_id] * 2
+    n = len(whole[0][0]) + 2
+    assert dataset.encode_demonstrations(tokenizer, data, n)[0] == (whole[0][0], whole[0][1][:2])
+    assert "f:1: prompt" in error_of(dataset.encode_demonstrations, tokenizer, data, n - 2)
+
+
+def test_load_prompts_keeps_rows_and_places(tokenizer, tmp_path, error_of):
+    """Prompts come with their text and all columns; one that is too long is named by its line."""
+    rows = [{"prompt": "Q: two figs?", "n": 1}, {"prompt": "Q: six ripe limes? " * 10, "n": 2}]
+    path, folder = write_jsonl(tmp_path / "train.jsonl", rows), str(tmp_path)
+    prompts = dataset.load_prompts(tokenizer, folder, "train", 500)
+    assert [p.row for p in prompts] == rows
+    assert [p.text for p in prompts] == [row["prompt"] for row in rows]
+    assert [p.ids for p in prompts] == [ids_of(tokenizer, row["prompt"]) for row in rows]
+    assert [p.place for p in prompts] == [f"{path}:1", f"{path}:2"]
+    room = len(prompts[1].ids)
+    assert len(dataset.load_prompts(tokenizer, folder, "train", room)) == 2
+    line = error_of(dataset.load_prompts, tokenizer, folder, "train", room - 1)
+    assert f"{path}:2" in line
+
+
+# ---- batches
+
+
+def test_pad_masks_by_length():
+    """D3, B4: the pad id inside a sequence is a real token; the mask counts lengths."""
+    sequences = [[7, 1, 7], [7], [1, 2]]
+    ids, mask = dataset.pad(sequences, 7, "left", CPU, width=4)
+    assert ids.tolist() == [[7, 7, 1, 7], [7, 7, 7, 7], [7, 7, 1, 2]]
+    assert mask.tolist() == [[0, 1, 1, 1], [0, 0, 0, 1], [0, 0, 1, 1]]
+    ids, mask = dataset.pad(sequences, 7, "right", CPU)
+    assert ids.tolist() == [[7, 1, 7], [7, 7, 7], [1, 2, 7]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
+    for side in ("left", "right"):  # a width that is too small cuts nothing
+        assert dataset.pad([[1, 2, 3] * 8], 7, side, CPU, width=2)[0].tolist() == [[1, 2, 3] * 8]
+
+
+def test_cycle_is_an_endless_sequence_of_permutations():
+    """D7: every pass holds each row once, in another order; windows of it fit together."""
+    rows = list(range(10))
+    whole = dataset.cycle(rows, 0, 30, seed=3)
+    passes = [whole[i : i + 10] for i in (0, 10, 20)]
+    assert all(sorted(p) == rows for p in passes)
+    assert passes[0] != passes[1] != passes[2] != rows
+    windows = [dataset.cycle(rows, first, 6, seed=3) for first in range(0, 30, 6)]
+    assert sum(windows, []) == whole
+    assert dataset.cycle(rows, 0, 30, seed=4) != whole
+    larger_than_the_data = dataset.cycle([0, 1], 0, 10, seed=3)
+    assert sorted(larger_than_the_data) == [0] * 5 + [1] * 5
+
+
+def test_batches_cover_each_epoch_once_and_resume_where_they_stopped():
+    """D7: an epoch is a permutation, 10 rows in fours are 4, 4 and 2; nothing depends on before."""
+    steps = list(dataset.batches(10, 4, 2, seed=3, start=0))
+    assert [step for step, _ in steps] == [1, 2, 3, 4, 5, 6]
+    assert [len(rows) for _, rows in steps] == [4, 4, 2, 4, 4, 2]
+    first, second = (sum((rows for _, rows in part), []) for part in (steps[:3], steps[3:]))
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    for start in range(7):
+        assert list(dataset.batches(10, 4, 2, seed=3, start=start)) == steps[start:]

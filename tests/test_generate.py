@@ -1,0 +1,248 @@
+"""generate.py: sampling frequencies, stop tokens, padding and the key-value cache.
+
+The decoding of other architectures is in test_architectures.py, of captured graphs in test_gpu.py.
+"""
+
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+from conftest import make_gpt2, make_model
+
+import dataset
+import generate
+import utils
+
+CPU = torch.device("cpu")
+INF = float("inf")
+PROMPTS = [[10, 11, 12, 13], [20, 21], [30, 31, 32, 33, 34, 35, 36], [40]]
+
+
+def decode(model, prompts=PROMPTS, width=0, length=9, stops=(1,), pad_id=0, seed=5, **kwargs):
+    """Response ids and mask."""
+    ids, mask = dataset.pad(prompts, pad_id, "left", CPU, width)
+    kwargs |= {"rng": utils.generator("cpu", seed), "pad_id": pad_id}
+    return generate.generate(model, ids, mask, length, [*stops], **kwargs)
+
+
+def never(model):
+    """The id of a token that the model does not sample: outside its vocabulary."""
+    return model.config.vocab_size
+
+
+# ---- where a response ends
+
+
+def test_a_response_ends_at_the_first_stop_token(model):
+    """D16: the mask is 1 up to and including it, whichever of several it is; padding follows."""
+    whole, whole_mask = decode(model, stops=[never(model)], length=12)
+    assert whole_mask.all()
+    one, other = whole[0, 5].item(), whole[1, 3].item()
+    for stops in ([whole[0, 3].item()], [one, other]):
+        ids, mask = decode(model, stops=stops, pad_id=7, length=12)
+        for row, row_mask, full in zip(ids.tolist(), mask.tolist(), whole.tolist(), strict=True):
+            length = next((i + 1 for i, token in enumerate(full) if token in stops), 12)
+            assert row_mask == [1] * length + [0] * (12 - length)
+            assert row[:length] == full[:length]
+            assert set(row[length:]) <= {7}
+    last = whole.gather(1, mask.sum(1, keepdim=True) - 1).flatten().tolist()
+    assert {one, other} <= {*last}
+
+
+def test_the_stop_token_must_be_one_token(tokenizer, error_of):
+    """`eos`, or a string that the tokenizer has as one token."""
+    eos = tokenizer.eos_token_id
+    assert generate.stop_token_ids(tokenizer, "eos") == [eos]
+    for token in ("<|end|>", "."):
+        wanted = [eos, tokenizer.convert_tokens_to_ids(token)]
+        assert generate.stop_token_ids(tokenizer, token) == wanted
+    assert "--stop-token" in error_of(generate.stop_token_ids, tokenizer, "zebra crossing")
+
+
+# ---- what a response depends on
+
+
+@pytest.mark.parametrize("kind", ["one key head each", "one key head", "learned positions"])
+def test_greedy_decoding_is_that_of_transformers(tokenizer, kind):
+    """D2: with left padding; learned positions show at once where one is wrong."""
+    heads = {"num_key_value_heads": 1} if kind == "one key head" else {}
+    model = make_gpt2(eos=59) if kind == "learned positions" else make_model(tokenizer, **heads)
+    eos = model.config.eos_token_id
+    ids, mask = dataset.pad(PROMPTS, 0, "left", CPU, width=10)
+    flags = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": eos, "pad_token_id": 0}
+    expected = model.generate(input_ids=ids, attention_mask=mask, **flags)[:, 10:]
+    got, _ = decode(model, width=10, temperature=0, stops=[eos])
+    assert torch.equal(got[:, : expected.shape[1]], expected)
+
+
+def test_more_left_padding_changes_nothing(model):
+    """B10: the same tokens, however wide the padding."""
+    assert all(map(torch.equal, decode(model), decode(model, width=25)))
+
+
+def test_rows_do_not_depend_on_other_rows(model):
+    """A row's response is the same whatever stands in the other rows, and when those end."""
+    a, _ = decode(model, stops=[never(model)])
+    stop_id = a[0, 1].item()  # row 0 ends early
+    alone = [row if i == 2 else [50 + i] * (i + 1) for i, row in enumerate(PROMPTS)]
+    b, b_mask = decode(model, alone, stops=[stop_id])
+    length = int(b_mask[2].sum())
+    assert torch.equal(a[2, :length], b[2, :length])
+    assert length > 1
+
+
+@pytest.mark.parametrize("stride", [1, 3, 32])
+def test_how_often_rows_are_dropped_changes_nothing(model, stride):
+    """D16: whether ended rows stay for a while or go at once, from the device's memory too."""
+    long = {"prompts": PROMPTS * 4, "length": 20, "stops": range(1, 40)}
+    ids, mask = decode(model, **long, stride=1)
+    assert mask.sum(1).unique().numel() > 3  # rows end at different places
+    a, a_mask = decode(model, **long, stride=stride)
+    assert torch.equal(a, ids)
+    assert torch.equal(a_mask, mask)
+
+
+def test_the_same_generator_gives_the_same_tokens(model):
+    """D7: sampling depends on the generator only, not on the global random state."""
+    a, _ = decode(model)
+    torch.rand(17)
+    assert torch.equal(a, decode(model)[0])
+    assert not torch.equal(a, decode(model, seed=6)[0])
+
+
+# ---- keys and values
+
+
+def test_keys_and_values_are_written_in_place(model, monkeypatch):
+    """One tensor a layer with room for the whole sequence; a growing one would be copied."""
+    made, places = [], set()
+    update = generate.KeyValueLayer.update
+
+    def recorded(layer, *given, **more):
+        result = update(layer, *given, **more)
+        places.add((id(layer), layer.keys.data_ptr(), layer.values.data_ptr()))
+        made.append(tuple(layer.keys.shape))
+        return result
+
+    monkeypatch.setattr(generate.KeyValueLayer, "update", recorded)
+    decode(model, length=12, stops=[never(model)])
+    assert len(made) == 2 * 12  # layers, tokens
+    assert len(places) == 2
+    assert {shape[2] for shape in made} == {7 + 12}
+
+
+def test_keys_and_values_go_when_decoding_ends(model, monkeypatch):
+    """A cycle of references would keep them until a garbage collection: memory for two rollouts."""
+    caches, made = [], generate.KeyValueCache.__init__
+
+    def recorded(cache, *given):
+        made(cache, *given)
+        caches.append(weakref.ref(cache))
+
+    monkeypatch.setattr(generate.KeyValueCache, "__init__", recorded)
+    gc.disable()
+    try:
+        decode(model)
+        assert [cache() for cache in caches] == [None]
+    finally:
+        gc.enable()
+
+
+# ---- sampling
+
+
+def draws(logits, count, temperature=1.0, top_k=0, top_p=1.0):
+    """`count` sampled tokens from one row of logits, as counts by token."""
+    uniform = torch.rand(count, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
+    tokens = generate.sample(logits.expand(count, -1), temperature, top_k, top_p, uniform)
+    return torch.bincount(tokens, minlength=logits.shape[-1]).double()
+
+
+def p_value(counts, probabilities):
+    """Of Pearson's chi-squared test; tokens that are expected rarely count as one."""
+    assert counts[probabilities == 0].sum() == 0
+    expected = probabilities * counts.sum()
+    rare = expected < 5
+    counts, expected = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts, expected))
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return torch.special.gammaincc(torch.tensor(len(counts) - 1).double() / 2, statistic / 2).item()
+
+
+def cut_to(probabilities, top_k, top_p):
+    """Probabilities of the k most probable tokens, of those the fewest that hold probability p."""
+    if top_k:
+        probabilities[probabilities < probabilities.sort(descending=True).values[top_k - 1]] = 0
+        probabilities /= probabilities.sum()
+    if top_p < 1:
+        ordered, order = probabilities.sort(descending=True)
+        count = int((ordered.cumsum(0) < top_p).sum()) + 1
+        probabilities[order[count:]] = 0
+        probabilities /= probabilities.sum()
+    return probabilities
+
+
+# their softmax, in this order: 0.40, 0.02, 0.09, 0.25, 0.03, 0.05, 0.15, 0.01
+LOGITS = torch.tensor([2.0, -0.9, 0.5, 1.5, -0.5, 0.0, 1.0, -1.2])
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.7, 0, 1.0), (2.0, 0, 1.0), (1.0, 3, 1.0), (0.7, 4, 0.8)],
+)
+def test_samples_follow_the_distribution(temperature, top_k, top_p):
+    """D5, D36: 5000 draws fit the softmax at the temperature, cut to top-k and then to top-p."""
+    probabilities = cut_to(torch.softmax(LOGITS.double() / temperature, -1), top_k, top_p)
+    counts = draws(LOGITS, 5000, temperature, top_k, top_p)
+    assert p_value(counts, probabilities) > 1e-3
+    if temperature == 1 and not top_k:  # the test has power: what is slightly off is rejected
+        assert p_value(counts, torch.softmax(LOGITS.double() / 1.15, -1)) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.4, 0, 1.0), (1.0, 20, 1.0), (0.8, 50, 0.7)],
+)
+def test_the_decoding_loop_follows_the_distribution(tokenizer, temperature, top_k, top_p):
+    """D5, D36: first and second tokens of 20,000 responses fit the model's own softmax."""
+    model = make_model(tokenizer, initializer_range=0.25)
+    flags = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    tokens, _ = decode(model, [PROMPTS[0]] * 20_000, length=2, seed=3, **flags)
+    often = tokens[tokens[:, 0] != 1, 0].mode().values.item()
+    seconds = tokens[tokens[:, 0] == often, 1]
+    assert len(seconds) > 500
+    for prompt, seen in ((PROMPTS[0], tokens[:, 0]), ([*PROMPTS[0], often], seconds)):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt])).logits[0, -1].double() / temperature
+        counts = torch.bincount(seen, minlength=len(logits)).double()
+        assert p_value(counts, cut_to(logits.softmax(-1), top_k, top_p)) > 1e-3
+        if not top_k:  # the test has power
+            assert p_value(counts, (logits * 0.8).softmax(-1)) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("flags", "allowed"),
+    [
+        ({"top_k": 1}, {0}),
+        ({"top_k": 3}, {0, 3, 6}),
+        ({"top_k": 100}, set(range(8))),
+        ({"top_p": 1e-6}, {0}),
+        ({"top_p": 0.3}, {0}),  # the token that crosses top_p stays
+        ({"top_p": 0.5}, {0, 3}),
+        ({"top_p": 0.7}, {0, 3, 6}),
+        ({"top_k": 2, "top_p": 0.99}, {0, 3}),
+        ({"temperature": 0}, {0}),  # the most probable one
+    ],
+)
+def test_samples_stay_within_top_k_and_top_p(flags, allowed):
+    """D36: nothing outside the allowed set is drawn, and everything inside it is."""
+    assert set(draws(LOGITS, 4000, **flags).nonzero().flatten().tolist()) == allowed
+
+
+def test_samples_at_the_ends_of_the_unit_interval():
+    """Uniform numbers of 0 and just below 1 give the first and last token of any probability."""
+    logits = torch.tensor([-INF, 0.0, 0.0, -INF]).expand(3, -1)
+    uniform = torch.tensor([0.0, 0.5, math.nextafter(1, 0)], dtype=torch.float64)
+    assert generate.sample(logits, 1.0, 0, 1.0, uniform).tolist() == [1, 2, 2]

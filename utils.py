@@ -80,7 +80,7 @@ def stage() -> Iterator[None]:
     except Exception as error:
         fix = "make room or check the folder, then --resume"
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            fix = "lower --micro-batch-size or --batch-size, or add --gradient-checkpointing"
+            fix = "lower --micro-batch-size or add --gradient-checkpointing"
         elif not isinstance(error, OSError) and "os error" not in str(error):
             raise  # a bug
         where = f"{progress.unit} {progress.n + 1}" if progress is not None else "start"
@@ -417,7 +417,7 @@ def load_classifier(model: str, device: torch.device, trained: bool = False) -> 
     ids = torch.arange(4, device=device)[None]  # any that it knows
     some, more = (hidden_states(loaded, ids[:, :n])[:, :3] for n in (3, 4))
     if not torch.allclose(some, more, rtol=1e-3, atol=1e-3, equal_nan=True):
-        stop(f"{model}: its tokens see later ones; pass one with causal attention")
+        stop(f"{model}: its tokens see later ones; pass a causal one")
     return loaded
 
 

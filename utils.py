@@ -116,14 +116,15 @@ def start_process(args: Any) -> Process:
     name = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device
     name = {"auto": "cpu", "cuda": f"cuda:{os.environ.get('LOCAL_RANK', 0)}"}.get(name, name)
     try:
-        device = torch.zeros(1, device=name).device
+        torch.zeros(1, device=name).item()
+        device = torch.device(name)
     except (RuntimeError, AssertionError) as error:
         stop(f"--device: {name} cannot be used ({first_line(error)}); leave it out")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    torch.manual_seed(args.seed)  # model heads and tiny models start alike in every process
+    torch.manual_seed(args.seed % 2**63)  # heads start alike in all processes
     if args.dtype == "auto":
         native = "bfloat16" if multiplies_bfloat16(device) else "float32"
         before = flags_of(Path(args.output_dir).expanduser()) if args.resume else {}
@@ -365,7 +366,7 @@ def from_pretrained(auto_class: Any, model: str, **kwargs: Any) -> Any:
         return auto_class.from_pretrained(name, trust_remote_code=remote_code, **kwargs)
     except Exception as error:  # libraries raise anything here, from ImportError to SafetensorError
         why, fix = first_line(error), "check its files; weights are read from safetensors only"
-        if "trust_remote_code" in why:
+        if "trust_remote_code" in str(error):
             why, fix = "it runs code of its own", "read that, then pass --trust-remote-code"
         stop(f"{model}: cannot be loaded ({why}); {fix}")
 
@@ -443,7 +444,7 @@ def same_tokenizer(a: Any, b: Any) -> bool:
 
 
 def context_length(model: Any) -> int:
-    """The longest sequence that the model's positions allow, in tokens; 2^30 without a limit."""
+    """The most tokens that the model's positions allow; 2^30 without a limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**30
 
 
@@ -685,7 +686,7 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is whole."""
     try:
         lines = (folder / "SHA256SUMS").read_text().splitlines()
-        if len(lines) != len(list(folder.iterdir())) - 1:
+        if len(lines) < len(list(folder.iterdir())) - 1:
             return "SHA256SUMS: is cut off"
         for line in lines:
             checksum, name = line.split("  ")

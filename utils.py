@@ -257,7 +257,7 @@ def check_output(args: Any, stage: str) -> None:
     """Stop if `--output-dir` holds what this run must not touch."""
     out = Path(args.output_dir).expanduser()
     if args.resume and args.overwrite:
-        stop("--resume: contradicts --overwrite; pass one of the two")
+        stop("--resume: contradicts --overwrite; pass one")
     if args.track:
         import wandb  # noqa: F401
     if Path(args.model).expanduser().resolve() == out.resolve():
@@ -266,7 +266,7 @@ def check_output(args: Any, stage: str) -> None:
         return
     before = flags_of(out)
     if before.get("stage") != stage:
-        stop(f"{out}: is not empty and holds no run of {stage}.py; pass another --output-dir")
+        stop(f"{out}: holds no run of {stage}.py; pass another --output-dir")
     if not args.resume and not args.overwrite:
         stop(f"{out}: already holds a run; pass --resume to continue it, --overwrite to replace it")
     if args.resume:
@@ -314,7 +314,7 @@ def open_output(args: Any, stage: str, process: Process) -> Path:
 def write_text(path: Path, text: str) -> None:
     """Write a file beside its target first: nobody finds half of it."""
     part = path.with_name(path.name + ".part")
-    part.unlink(missing_ok=True)  # it may be a link
+    discard(part)  # it may be a link
     part.write_text(text, encoding="utf-8")
     move(part, path)
 
@@ -360,7 +360,7 @@ def from_pretrained(auto_class: Any, model: str, **kwargs: Any) -> Any:
     path = Path(model).expanduser()
     local = path.exists() or model.startswith((".", "/", "~", "runs/")) or model.count("/") > 1
     if local and not (path / "config.json").is_file():
-        stop(f"{model}: holds no model; run the stage that makes it, or pass another folder")
+        stop(f"{model}: holds no model; run the stage that makes it, or pass another")
     try:
         name = str(path) if local else model
         return auto_class.from_pretrained(name, trust_remote_code=remote_code, **kwargs)
@@ -399,7 +399,7 @@ def load_causal_lm(model: str, device: torch.device) -> Any:
     ids = torch.arange(4, device=device)[None]  # any that it knows
     own = loaded(**model_inputs(loaded, ids), use_cache=False).logits.float()
     if not torch.allclose(logits_of(loaded, hidden_states(loaded, ids)), own, rtol=1e-3, atol=1e-3):
-        stop(f"{model}: does something unknown to its logits; pass another model")
+        stop(f"{model}: does something unknown to its logits; pass another")
     return loaded
 
 
@@ -409,13 +409,13 @@ def load_classifier(model: str, device: torch.device, trained: bool = False) -> 
 
     A head that its files lack is zero; with `trained` it must be there.
     """
-    auto_class = transformers.AutoModelForSequenceClassification
-    loaded = load_model(auto_class, model, device, num_labels=1)
+    kind = transformers.AutoModelForSequenceClassification
+    loaded = load_model(kind, model, device, num_labels=1)
     if not hasattr(loaded, "score"):
-        stop(f"{model}: {type(loaded).__name__} has no head named score; pass another model")
+        stop(f"{model}: {type(loaded).__name__} has no head named score; pass another")
     if trained and not loaded.score.weight.any():
         stop(f"{model}: is no reward model; run reward_model.py first")
-    ids = torch.arange(4, device=device)[None]  # any that it knows
+    ids = torch.arange(4, device=device)[None]
     some, more = (hidden_states(loaded, ids[:, :n])[:, :3] for n in (3, 4))
     if not torch.allclose(some, more, rtol=1e-3, atol=1e-3, equal_nan=True):
         stop(f"{model}: its tokens see later ones; pass a causal one")
@@ -429,11 +429,14 @@ def freeze(model: Any, dtype: str) -> Any:
     also where the output head shares them, norms and the scalar head stay in float32.
     """
     model.requires_grad_(False)
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for name, m in model.named_modules():
-        is_product = isinstance(m, nn.Linear) and id(m.weight) not in embeddings
-        if dtype == "bfloat16" and is_product and name != "score":
-            m.to(torch.bfloat16)
+    if dtype == "bfloat16":
+        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        products = nn.Linear | transformers.pytorch_utils.Conv1D
+        for name, m in model.named_modules():
+            if isinstance(m, products) and name != "score" and id(m.weight) not in embeddings:
+                m.to(torch.bfloat16)
+        for p in model.parameters():  # out of the mapped file, which is freed
+            p.data = p.data.clone()
     return model
 
 
@@ -712,24 +715,17 @@ def check_finite(where: str, quantities: dict[str, Any]) -> None:
 class Logger:
     """metrics.jsonl, TensorBoard (from where Weights & Biases takes it) and a progress bar.
 
-    In the main process only. `unit`, "step" or "update", is counted up to `total`; lines after
-    `last_step` are cut off; the bar shows `shown`.
+    In the main process only. `unit`, "step" or "update", is counted from `start` to `total`;
+    lines after `start` are cut off; the bar shows `shown`.
     """
 
     def __init__(
-        self,
-        out: Path,
-        args: Any,
-        process: Process,
-        unit: str,
-        last_step: int,
-        total: int,
-        shown: str,
+        self, out: Path, args: Any, process: Process, unit: str, start: int, total: int, shown: str
     ):
         global progress
         self.active, self.unit, self.shown = process.is_main, unit, shown.split()
         seconds = 0.2 if sys.stderr.isatty() else 10  # a line now and then in a log file
-        bar = {"initial": last_step, "mininterval": seconds, "delay": 1e9 * process.rank}
+        bar = {"initial": start, "mininterval": seconds, "delay": 1e9 * process.rank}
         progress = tqdm(desc=out.name, unit=unit, total=total, **bar)
         if not self.active:
             return
@@ -742,10 +738,10 @@ class Logger:
 
         path = out / "metrics.jsonl"
         # a line a step; after a power cut the last may be half a line
-        text = path.read_text(encoding="utf-8", errors="replace") if last_step else ""
-        write_text(path, "".join(text.splitlines(keepends=True)[:last_step]))
+        text = path.read_text(encoding="utf-8", errors="replace") if start else ""
+        write_text(path, "".join(text.splitlines(keepends=True)[:start]))
         self.file = path.open("a", buffering=1)
-        self.board = SummaryWriter(str(out), purge_step=last_step + 1)
+        self.board = SummaryWriter(str(out), purge_step=start + 1)
         self.board.add_text("args", fenced(json.dumps(vars(args), indent=2)), 0)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:

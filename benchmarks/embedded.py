@@ -23,8 +23,6 @@ gold = load_module("data/support/gold.py")
 class Args:
     seeds: tuple[int, ...] = (1, 2, 3)
     """Seeds of all three stages."""
-    add: bool = False
-    """Keep what the result file holds of other seeds."""
     threads: int = 2
     """Threads of each process."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -40,9 +38,7 @@ def main(args: Args) -> None:
     ceiling = gold.agreement([json.loads(line) for line in validation.open()])
     default = args.dtype == Args.dtype
     name = "embedded" if default else f"embedded_{args.dtype}"
-    path = args.out / f"{name}.json"
-    before = json.loads(path.read_text())["seeds"] if args.add else []
-    seeds = [result for result in before if result["seed"] not in args.seeds]
+    seeds = []
     for seed in args.seeds:
         folder = args.runs / (f"seed{seed}" if default else f"{args.dtype}-seed{seed}")
         sft, reward_model = folder / "sft", folder / "reward_model"
@@ -52,7 +48,7 @@ def main(args: Args) -> None:
             "reward_model": f"reward_model.py --output-dir {reward_model} --model {sft}",
             "ppo": f"ppo_rlhf.py --output-dir {ppo} --model {sft} --reward-model {reward_model}",
         }
-        if default and seed == 1:
+        if default and seed == args.seeds[0]:
             models = f"--model {sft} --reward-model {reward_model}"
             commands["ppo_kl_coef_0"] = f"ppo_rlhf.py --output-dir {kl0} {models} --kl-coef 0"
         result = {"seed": seed}
@@ -63,13 +59,13 @@ def main(args: Args) -> None:
             if stage in result:
                 result[stage] |= judge_samples(out) | first_update(out)
         args.out.mkdir(parents=True, exist_ok=True)
-        if default and seed == 1:
+        if default and seed == args.seeds[0]:
             keep_samples(ppo, args.out / f"{name}_samples.jsonl", 6)
         seeds.append(result)
         dtype = json.loads((ROOT / ppo / "args.json").read_text())["dtype"]
         report = {"machine": machine(args.threads), "dtype": dtype}
         report |= {"reward_model_ceiling": ceiling, "seeds": seeds}
-        path.write_text(json.dumps(report, indent=2) + "\n")
+        (args.out / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
         print(json.dumps(result, indent=2))
 
 

@@ -1,7 +1,8 @@
 """What PPO needs of memory, by a formula, and beside it what runs took: which model fits which GPU.
 
 Runs are of random Llamas on the CPU with --gradient-checkpointing; what a process needs without any
-model, mostly the libraries, is measured with a minimal one and taken off.
+model, mostly the libraries, is measured with a minimal one and taken off. tests/test_memory.py
+compares formula and run once more.
 
     python benchmarks/memory.py                  # writes benchmarks/results/memory.json
 """
@@ -124,6 +125,7 @@ def measured(
         flags += f" --batch-size {batch} --micro-batch-size {micro_batch}"
         flags += f" --total-episodes {2 * batch} --response-length {response}"
         flags += f" --advantage {advantage} --gradient-checkpointing --learning-rate 1e-9"
+        flags += " --dtype bfloat16"  # as in the formula
         flags += " --eval-prompts 8 --eval-every 0 --save-every 0"
         run = run_process(["ppo_rlhf.py", *flags.split()], 2)
     return run["peak_memory_gb"] * 1e9

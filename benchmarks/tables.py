@@ -136,13 +136,12 @@ def embedded_times() -> str:
     report, rows = embedded(), []
     for stage, name in (("sft", "sft"), ("reward_model", "reward_model"), ("ppo", "ppo_rlhf")):
         runs = [seed[stage] for seed in report["seeds"]]
-        seconds = f"{runs[0]['wall_seconds']:.0f}"  # the other seeds run beside other programs
+        seconds = ", ".join(f"{run['wall_seconds']:.0f}" for run in runs)
         memory = ", ".join(f"{run['peak_memory_gb']:.2f}" for run in runs)
         rows.append([f"`{name}.py`", seconds, memory])
     seeds = ", ".join(str(seed["seed"]) for seed in report["seeds"])
     text = f"{where(report, dtype=True)}; start-up included."
-    header = ["stage", "seconds, seed 1", f"peak memory, GB, seeds {seeds}"]
-    return table(header, rows) + f"\n\n{text}"
+    return table(["stage", f"seconds, seeds {seeds}", "peak memory, GB"], rows) + f"\n\n{text}"
 
 
 def embedded_kl() -> str:

@@ -63,19 +63,22 @@ def wall_seconds(seed: dict) -> float:
 
 def embedded_line() -> str:
     """The result in a sentence or two."""
-    report = embedded()
+    report, float32 = embedded(), result("embedded_float32.json")
     ppo = [seed["ppo"] for seed in report["seeds"]]
     before, after = (
         statistics.mean(run["labeler"][who]["score"] for run in ppo)
         for who in ("reference", "policy")
     )
     wins = span([run["eval"]["win_rate"] for run in ppo], ".0%")
-    minutes = span([wall_seconds(seed) / 60 for seed in report["seeds"]], ".1f")
+    minutes, minutes32 = (
+        span([wall_seconds(seed) / 60 for seed in of["seeds"]], ".1f") for of in (report, float32)
+    )
     return (
         f"On {ppo[0]['eval']['prompts']} held-out prompts the labeler prefers the policy's reply to"
         f" the SFT model's in **{wins}** ({len(ppo)} seeds);\nits mean score rises from"
         f" {before:.1f} to {after:.1f} of at most {ppo[0]['best']:.0f}. The three stages take"
-        f" {minutes} minutes ({where(report, dtype=True)})."
+        f" {minutes} minutes\n({where(report, dtype=True)}), and {minutes32} with `--dtype float32`"
+        f" ({where(float32)})."
     )
 
 

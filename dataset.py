@@ -6,10 +6,11 @@ in training, and rectangles of them with masks. Wrong rows stop a stage with fil
 B sequences, T tokens. `B19` in comments points to docs/details.md.
 """
 
+import ast
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,11 @@ import utils
 from utils import stop
 
 SFT_FORMATS = [("prompt", "completion"), ("messages",), ("text",)]
+PROMPT_FORMATS = [("prompt",)]
 ROLES = ("system", "developer", "user", "assistant", "tool")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+EVALUATION_SPLITS = ("validation", "test", "val", "dev", "valid")
+MATTERS = {"prompt", "instruction", "question", "query", "system", "context", "label"}
 
 
 class Data(NamedTuple):
@@ -33,21 +38,70 @@ class Data(NamedTuple):
 # ---- reading the rows
 
 
-def load_data(dataset: str, split: str, formats: list[tuple[str, ...]]) -> Data:
+def load_splits(
+    dataset: str,
+    train_split: str,
+    eval_split: str,
+    formats: list[tuple[str, ...]],
+    names: list[str],
+) -> tuple[Data, Data]:
+    """Training and evaluation rows, as in `load_data`; says what they share."""
+    train = load_data(dataset, train_split, formats, names)
+    held_out = load_data(dataset, eval_split, formats, names)
+    known = {repr(row) for row in train.rows}
+    if same := sum(repr(row) in known for row in held_out.rows):
+        utils.say(
+            f"{dataset}: {same} of {len(held_out.rows)} evaluation rows are training rows too"
+        )
+    return train, held_out
+
+
+def load_data(
+    dataset: str, split: str, formats: list[tuple[str, ...]], names: list[str] | None = None
+) -> Data:
     """Read a split; stop unless each row has the columns of the first of `formats` that fits.
 
-    Local .jsonl files are read here, so that an error can name the line; a hub id and other kinds
-    of files go through `datasets`. A single file has one split, `train`: its last twentieth (500
-    rows at most) is held out as the other one.
+    `names` are those of --columns: `prompt=question` reads `question` as `prompt`, `system=` leaves
+    `system` out. Stops where a column that matters would be ignored (B26), but for PPO, which
+    passes it to reward functions.
     """
     data = read_rows(dataset, split)
     if not data.rows:
         stop(f"{dataset} ({split}): holds no rows; pass a data set with rows")
     found = list(data.rows[0])
+    settled = set()
+    for name in names or []:
+        column, is_pair, source = name.partition("=")
+        if not is_pair or (source and source not in found):
+            stop(f"--columns: {name!r}: {dataset} has {','.join(found)}; pass prompt=question")
+        settled |= {column, source}
+        for row in data.rows:
+            row[column] = row.get(source)
+            if not source:
+                del row[column]
+    for row in data.rows:
+        known_layout(row, learns_answers=formats is SFT_FORMATS)
+    if formats is SFT_FORMATS and isinstance(data.rows[0].get("label"), bool):  # KTO data
+        good = [i for i, row in enumerate(data.rows) if row.get("label")]
+        utils.say(f"{dataset} ({split}): {len(good)} of {len(data.rows)} rows have the label true")
+        data = Data([data.rows[i] for i in good], [data.places[i] for i in good])
+        settled.add("label")
+        if not data.rows:
+            stop(f"{dataset} ({split}): no row has the label true; pass other rows")
+    found = list(data.rows[0])
     columns = next((columns for columns in formats if {*columns} <= {*found}), None)
     if columns is None:
         wanted = " or ".join(",".join(columns) for columns in formats)
-        stop(f"{data.places[0]}: has columns {','.join(found)}; rename them to {wanted}")
+        stop(
+            f"{data.places[0]}: has columns {','.join(found)}; rename them to {wanted} by --columns"
+        )
+    ignored = [name for name in found if name not in {*columns, *settled}]
+    if formats is not PROMPT_FORMATS and (lost := [name for name in ignored if name in MATTERS]):
+        what = f"{','.join(columns)} would be read and {','.join(lost)} ignored"
+        stop(f"{data.places[0]}: {what}; name it by --columns, or leave it out: {lost[0]}=")
+    utils.say(
+        f"{dataset} ({split}): reads {','.join(columns)}; leaves {','.join(ignored) or 'none'}"
+    )
     for row, place in zip(data.rows, data.places, strict=True):
         for column in columns:
             check_field(row.get(column), column, f"{place}: {column}")
@@ -58,13 +112,85 @@ def load_data(dataset: str, split: str, formats: list[tuple[str, ...]]) -> Data:
     return data
 
 
+def known_layout(row: dict[str, Any], learns_answers: bool) -> None:
+    """Bring a row of a known layout into this project's columns, in place.
+
+    Chats written as text (B33), ShareGPT's `conversations`, `instruction` and `input` (Alpaca,
+    LLaMA-Factory), `system` and `question` (Orca), a prompt that is the answers' head too (B34).
+    """
+    for column in ("prompt", "completion", "messages", "chosen", "rejected", "conversations"):
+        if isinstance(text := row.get(column), str) and re.match(r"\s*\[\s*\{", text):
+            row[column] = parsed_chat(text)
+    turns = row.get("conversations")
+    if isinstance(turns, list) and all(
+        isinstance(t, dict) and {"from", "value"} <= {*t} for t in turns
+    ):
+        del row["conversations"]
+        row["messages"] = [
+            {"role": SHAREGPT_ROLES.get(t["from"], t["from"]), "content": t["value"]} for t in turns
+        ]
+    if "prompt" not in row:
+        if "instruction" in row and ("chosen" in row or "output" in row):
+            parts = [row.pop("instruction"), row.pop("input", None)]
+        elif "question" in row and "chosen" in row:
+            parts = [row.pop("system", None), row.pop("question")]
+        else:
+            parts = []
+        if parts:
+            row["prompt"] = "\n\n".join([*filter(None, parts), ""])
+            if learns_answers and "output" in row:
+                row["completion"] = row.pop("output")
+    if learns_answers and "completion" not in row and "prompt" in row and row.get("messages"):
+        if same_chat_head(row["prompt"], row["messages"]):
+            del row["prompt"]  # it is in the messages
+    chosen, rejected, prompt = (row.get(name) for name in ("chosen", "rejected", "prompt"))
+    if prompt and isinstance(chosen, list) and isinstance(rejected, list):
+        n = same_chat_head(prompt, chosen)
+        if n and chosen[:n] == rejected[:n]:
+            row |= {"prompt": chosen[:n], "chosen": chosen[n:], "rejected": rejected[n:]}
+
+
+def same_chat_head(prompt: Any, chat: list[Any]) -> int:
+    """How many messages at a chat's head are the prompt, a text or a chat; 0 if it is not there."""
+    if isinstance(prompt, list):
+        return len(prompt) if len(prompt) < len(chat) and chat[: len(prompt)] == prompt else 0
+    for n, message in enumerate(chat[:-1], 1):
+        if isinstance(message, dict) and message.get("role") == "user":
+            text = message.get("content")
+            return n if isinstance(text, str) and text.strip() == str(prompt).strip() else 0
+    return 0
+
+
+def parsed_chat(text: str) -> Any:
+    """The chat that a text holds as JSON or as Python writes it; else the text (B33)."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            value = parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(value, list) and all(isinstance(m, dict) and len(m) > 1 for m in value):
+            return value
+    return text
+
+
 def read_rows(dataset: str, split: str) -> Data:
-    """The rows of a split with their places, unchecked."""
+    """The rows of a split with their places, unchecked.
+
+    Local .jsonl files are read here, so that an error can name the line; others by `datasets`.
+    """
     path = Path(dataset).expanduser()
     if path.suffix == ".jsonl":
-        return hold_out(read_jsonl(path), split)
-    if path.is_dir() and any(path.glob("*.jsonl")):
-        return read_jsonl(path / f"{split}.jsonl")
+        return choose(["train"], lambda name: read_jsonl(path), split, dataset)
+    if path.is_dir() and (files := sorted(path.glob("*.jsonl"))):
+        of_split: dict[str, list[Path]] = {}
+        for file in files:  # train.jsonl, or its shards train-00000-of-00002.jsonl
+            of_split.setdefault(re.sub(r"-\d+-of-\d+$", "", file.stem), []).append(file)
+
+        def read(name: str) -> Data:
+            parts = [read_jsonl(file) for file in of_split[name]]
+            return Data([r for p in parts for r in p.rows], [x for p in parts for x in p.places])
+
+        return choose(list(of_split), read, split, dataset)
     kinds = (".json", ".csv", ".parquet")
     is_path = path.suffix in kinds or dataset.startswith((".", "/", "~")) or len(path.parts) > 2
     if is_path and not path.exists():
@@ -75,16 +201,59 @@ def read_rows(dataset: str, split: str) -> Data:
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log, it raises too
     name = str(path.resolve()) if path.exists() else dataset  # it cannot read `link/..`
-    source, place = {"path": name, "split": split}, f"{dataset}/{split}"
-    if path.is_file():
-        place, source = dataset, {"path": path.suffix[1:], "data_files": name, "split": "train"}
+
+    def with_places(table: Any, place: str) -> Data:
+        rows = table.to_list()
+        return Data(rows, [f"{place} (row {i + 1})" for i in range(len(rows))])
+
+    tables: Any = None
     try:
-        rows = datasets.load_dataset(**source).to_list()
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            tables = datasets.load_from_disk(name)  # its cache files are not rows (B25)
+        elif path.is_file():
+            tables = datasets.load_dataset(path.suffix[1:], data_files=name, split="train")
+        elif split == "validation":
+            there = datasets.get_dataset_split_names(name)
+            split = next((other for other in EVALUATION_SPLITS if other in there), split)
+        if isinstance(tables, datasets.DatasetDict):
+            read = lambda name: with_places(tables[name], f"{dataset}/{name}")  # noqa: E731
+            return choose(list(tables), read, split, dataset)
+        if tables is not None:
+            return choose(["train"], lambda name: with_places(tables, dataset), split, dataset)
+        return with_places(datasets.load_dataset(name, split=split), f"{dataset}/{split}")
     except Exception as error:
         why = utils.first_line(error.__cause__ or error)  # "an error occurred" says less
         stop(f"{dataset} ({split}): cannot be read ({why}); check id or path, and split")
-    data = Data(rows, [f"{place} (row {i + 1})" for i in range(len(rows))])
-    return hold_out(data, split) if path.is_file() else data
+
+
+def choose(names: list[str], read: Callable[[str], Data], split: str, dataset: str) -> Data:
+    """The rows that `split` names, as `train`, `test[:100]` or `train[10%:]`, of splits `names`.
+
+    `validation` also takes the other usual names. Where there is none of them, it is the last
+    twentieth of `train`, 500 rows at most, and `train` what comes before; a slice counts all (B24).
+    """
+    match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
+    if not match:
+        stop(f"{dataset}: {split!r} names no split; pass one as train or train[:100]")
+    name, *ends = match.groups()
+    held_out = next((other for other in EVALUATION_SPLITS if other in names), None)
+    if name == "validation":
+        name = held_out or name
+    if name in names:
+        data = read(name)
+    elif name == "validation" and "train" in names:
+        data = read("train")
+    else:
+        there = names if held_out else [*names, "validation"]
+        stop(f"{dataset}: has no split {name}; pass one of {', '.join(there)}")
+    if held_out is None and (name == "validation" or (name == "train" and split == "train")):
+        data = hold_out(data, name)
+    total = len(data.rows)
+    first, last = (
+        round(total * int(end[:-1]) / 100) if end and "%" in end else int(end) if end else None
+        for end in ends
+    )
+    return Data(data.rows[first:last], data.places[first:last])
 
 
 def read_jsonl(path: Path) -> Data:
@@ -212,15 +381,22 @@ def encode_pairs(
     is_chat = [isinstance(p, list) or isinstance(c, list) for p, c in pairs]
     prompts: list[list[int]] = [[] for _ in pairs]
     adds_eos = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id  # a text's own EOS stays
+    bos = [tokenizer.bos_token_id] * (tokenizer.bos_token_id is not None)
     for chat in {*is_chat}:
         rows = [i for i, c in enumerate(is_chat) if c == chat]
         encoded = tokenizer([texts[i][0] for i in rows], add_special_tokens=not chat)["input_ids"]
         for i, ids in zip(rows, encoded, strict=True):
-            prompts[i] = ids[:-1] if adds_eos and not chat else ids
+            ids = ids[:-1] if adds_eos and not chat else ids
+            prompts[i] = ids[1:] if bos and ids[:2] == bos * 2 else ids  # the text's own (B30)
     eos = tokenizer.eos_token
-    answers = [c.rstrip().removesuffix(eos) if c.rstrip().endswith(eos) else c for _, c in texts]
+    answers = [
+        c.rstrip() if chat else c for (_, c), chat in zip(texts, is_chat, strict=True)
+    ]  # B29
+    answers = [c.rstrip().removesuffix(eos) if c.rstrip().endswith(eos) else c for c in answers]
     completions = tokenizer(answers, add_special_tokens=False)["input_ids"]
     for i, (_, completion) in enumerate(pairs):
+        if bos and prompts[i][-1:] == bos == completions[i][:1]:
+            completions[i] = completions[i][1:]
         completions[i] = [] if completion is None else [*completions[i], tokenizer.eos_token_id]
     return prompts, completions
 
@@ -246,9 +422,8 @@ class Prompt(NamedTuple):
     place: str
 
 
-def load_prompts(tokenizer: Any, dataset: str, split: str, max_tokens: int) -> list[Prompt]:
-    """The prompts of a split; stop if one has no token, or more than `max_tokens`."""
-    data = load_data(dataset, split, [("prompt",)])
+def encode_prompts(tokenizer: Any, data: Data, max_tokens: int) -> list[Prompt]:
+    """Prompts in token ids; stop if one has no token, or more than `max_tokens`."""
     encoded, _ = encode_pairs(tokenizer, [(row["prompt"], None) for row in data.rows], data.places)
     prompts = []
     for row, place, ids in zip(data.rows, data.places, encoded, strict=True):

@@ -86,7 +86,7 @@ def generate(
     def next_logits(inputs: dict[str, Tensor]) -> Tensor:
         """Float32 logits [b, V] of the next token, after the inputs; the cache grows by these."""
         outputs = model(**inputs, **{cache_name: cache}, use_cache=True, logits_to_keep=1)
-        return outputs.logits[:, -1].float()
+        return utils.known_only(model, outputs.logits[:, -1].float())
 
     def decode_one() -> None:
         """Feed the last token of the b rows and sample the next one."""
@@ -136,16 +136,18 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform
     return token.clamp(max=logits.shape[-1] - 1)
 
 
-def stop_token_ids(tokenizer: Any, stop_token: str) -> list[int]:
-    """The ids that end a response: EOS and, unless `stop_token` is "eos", that token."""
+def stop_token_ids(tokenizer: Any, stop_token: str, config: Any = None) -> list[int]:
+    """EOS, the ends in the model's generation `config` (B28) and, if not "eos", `stop_token`."""
+    own = getattr(config, "eos_token_id", None) or []
+    ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     if stop_token == "eos":
-        return [tokenizer.eos_token_id]
+        return list(dict.fromkeys(ends))
     own = tokenizer.get_vocab().get(stop_token)  # SentencePiece would put a space before it
     ids = tokenizer(stop_token, add_special_tokens=False)["input_ids"] if own is None else [own]
     if len(ids) != 1:
         what = f"{stop_token!r} is {len(ids)} tokens"
         utils.stop(f"--stop-token: {what}; pass a string that is one token")
-    return [tokenizer.eos_token_id, *ids]
+    return list(dict.fromkeys([*ends, *ids]))
 
 
 def repeat(step: Callable[[], None], times: int, device: torch.device) -> None:

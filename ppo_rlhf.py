@@ -31,7 +31,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -65,6 +65,8 @@ class Args:
     """Split whose prompts the policy is compared with the reference on."""
     eval_reward_fn: str | None = None
     """FILE.py:FUNCTION that judges only at evaluation; the embedded task's labeler on its data."""
+    columns: list[str] = field(default_factory=list)
+    """Names of columns: `prompt=question` reads one as prompt, `system=` leaves one out."""
     output_dir: str = "runs/ppo_rlhf"
     """Where model and records go."""
     overwrite: bool = False
@@ -189,10 +191,10 @@ def main(args: Args) -> None:
     # ---- models and prompts
     tokenizer = utils.load_tokenizer(args.model)
     pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-    stop_ids = generate.stop_token_ids(tokenizer, args.stop_token)
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    policy = utils.load_causal_lm(args.model, device)
-    reference = utils.freeze(utils.load_causal_lm(args.model, device), args.dtype)
+    policy = utils.load_causal_lm(args.model, device, tokenizer)
+    reference = utils.freeze(utils.load_causal_lm(args.model, device, tokenizer), args.dtype)
+    stop_ids = generate.stop_token_ids(tokenizer, args.stop_token, policy.generation_config)
     reward_fn = reward_model = value_model = judge = None
     shared_tokenizer = False  # whether the reward model reads the policy's tokens
     if args.reward_fn:
@@ -219,9 +221,10 @@ def main(args: Args) -> None:
         max_prompt = min(max_prompt, utils.context_length(reward_model) - R - 1)
     if value_model is not None:
         max_prompt = min(max_prompt, utils.context_length(value_model) - R)
-    train_prompts = dataset.load_prompts(tokenizer, args.dataset, args.train_split, max_prompt)
-    eval_prompts = dataset.load_prompts(tokenizer, args.dataset, args.eval_split, max_prompt)
-    eval_prompts = eval_prompts[: args.eval_prompts]
+    splits, formats = (args.train_split, args.eval_split), dataset.PROMPT_FORMATS
+    train_data, eval_data = dataset.load_splits(args.dataset, *splits, formats, args.columns)
+    train_prompts = dataset.encode_prompts(tokenizer, train_data, max_prompt)
+    eval_prompts = dataset.encode_prompts(tokenizer, eval_data, max_prompt)[: args.eval_prompts]
     if args.ptx_dataset:
         ptx_data = dataset.load_data(args.ptx_dataset, args.train_split, dataset.SFT_FORMATS)
         max_length = utils.context_length(policy)
@@ -392,7 +395,8 @@ def main(args: Args) -> None:
             utils.stop(f"--resume: it had {state['processes']} processes; start as many")
     size = f"{sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M parameters"
     work = f"{len(train_prompts)} prompts, {num_updates} updates"
-    utils.say(f"ppo_rlhf: {size}, {work}, on {device} in {args.dtype}")
+    ends = " or ".join(tokenizer.convert_ids_to_tokens(stop_ids))
+    utils.say(f"ppo_rlhf: {size}, {work}, on {device} in {args.dtype}; responses end with {ends}")
     done, shown = first_update - 1, "objective/scores objective/kl response/length"
     logger = utils.Logger(out, args, process, "update", done, num_updates, shown)
     interruption = utils.Interruption(process)

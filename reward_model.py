@@ -23,7 +23,7 @@ B pairs, T tokens, H hidden size. `D11` in a comment points to docs/details.md.
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -46,6 +46,8 @@ class Args:
     """Split to learn from."""
     eval_split: str = "validation"
     """Split to measure the accuracy on."""
+    columns: list[str] = field(default_factory=list)
+    """Names of columns: `prompt=question` reads one as prompt, `system=` leaves one out."""
     output_dir: str = "runs/reward_model"
     """Where the model and all records go."""
     overwrite: bool = False
@@ -107,11 +109,16 @@ def main(args: Args) -> None:
 
     # ---- data and model
     formats = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]
-    train_data = dataset.load_data(args.dataset, args.train_split, formats)
-    eval_data = dataset.load_data(args.dataset, args.eval_split, formats)
+    splits = (args.train_split, args.eval_split)
+    train_data, eval_data = dataset.load_splits(args.dataset, *splits, formats, args.columns)
     tokenizer = utils.load_tokenizer(args.model)
     model = utils.load_classifier(args.model, device)
-    torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))  # D10
+    if model.score.weight.any():
+        utils.say(f"reward_model: {args.model} has a trained head, which is kept")  # B27
+    else:
+        torch.nn.init.normal_(
+            model.score.weight, std=1 / math.sqrt(model.score.in_features + 1)
+        )  # D10
     # transformers finds the last token by comparing ids with the pad id; where pad is EOS it would
     # miss the EOS (B20, B21)
     pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id

@@ -22,7 +22,7 @@ points to docs/details.md.
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -46,6 +46,8 @@ class Args:
     """Split to learn from."""
     eval_split: str = "validation"
     """Split to measure the loss on."""
+    columns: list[str] = field(default_factory=list)
+    """Names of columns: `prompt=question` reads one as prompt, `system=` leaves one out."""
     output_dir: str = "runs/sft"
     """Where the model and all records go."""
     overwrite: bool = False
@@ -98,14 +100,14 @@ def main(args: Args) -> None:
     utils.check_output(args, "sft")
 
     # ---- data and model
-    train_data = dataset.load_data(args.dataset, args.train_split, dataset.SFT_FORMATS)
-    eval_data = dataset.load_data(args.dataset, args.eval_split, dataset.SFT_FORMATS)
+    splits, formats = (args.train_split, args.eval_split), dataset.SFT_FORMATS
+    train_data, eval_data = dataset.load_splits(args.dataset, *splits, formats, args.columns)
     if args.model == "tiny":
         texts = [text for row in train_data.rows for text in plain_texts(row)]
         model, tokenizer = build_tiny(texts, device)
     else:
         tokenizer = utils.load_tokenizer(args.model)
-        model = utils.load_causal_lm(args.model, device)
+        model = utils.load_causal_lm(args.model, device, tokenizer)
     max_length = min(args.max_length, utils.context_length(model))
     train_rows = dataset.encode_demonstrations(tokenizer, train_data, max_length)
     eval_rows = dataset.encode_demonstrations(tokenizer, eval_data, max_length)

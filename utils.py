@@ -281,7 +281,7 @@ def flags_of(out: Path) -> dict[str, Any]:
     """The flags of the run in a folder, and its stage; none where there is no run."""
     try:
         return dict(json.loads((out / "args.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+    except (OSError, TypeError, ValueError):
         return {}
 
 
@@ -391,8 +391,11 @@ def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any)
 
 
 @torch.no_grad()
-def load_causal_lm(model: str, device: torch.device) -> Any:
-    """A language model; stop if `generate` or `logits_of` would treat it wrongly."""
+def load_causal_lm(model: str, device: torch.device, tokenizer: Any = None) -> Any:
+    """A language model; stop if `generate` or `logits_of` would treat it wrongly.
+
+    Ids that the tokenizer does not know have probability 0 (B23).
+    """
     loaded = load_model(transformers.AutoModelForCausalLM, model, device)
     if getattr(loaded, "_is_stateful", False):
         stop(f"{model}: is a state-space model without keys and values; pass another")
@@ -400,6 +403,8 @@ def load_causal_lm(model: str, device: torch.device) -> Any:
     own = loaded(**model_inputs(loaded, ids), use_cache=False).logits.float()
     if not torch.allclose(logits_of(loaded, hidden_states(loaded, ids)), own, rtol=1e-3, atol=1e-3):
         stop(f"{model}: does something unknown to its logits; pass another")
+    if tokenizer is not None and 1 + max(tokenizer.get_vocab().values()) < own.shape[-1]:
+        loaded.known_tokens = 1 + max(tokenizer.get_vocab().values())
     return loaded
 
 
@@ -500,7 +505,17 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
         logits = logits / scale
     if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
         logits = cap * torch.tanh(logits / cap)
-    return logits
+    return known_only(model, logits)
+
+
+def known_only(model: Any, logits: Tensor) -> Tensor:
+    """Logits [n, V], -inf for ids that the model's tokenizer does not know (B23)."""
+    known = getattr(model, "known_tokens", None)
+    if known is None:
+        return logits
+    return logits.masked_fill(
+        torch.arange(logits.shape[-1], device=logits.device) >= known, -torch.inf
+    )
 
 
 LOGITS_AT_A_TIME = 2**26  # 256 MB in float32
@@ -597,10 +612,11 @@ def call_reward_function(
     names -= {"prompt", "prompts", "completions"}
     columns = {name: [p.row.get(name) for p in prompts] for name in sorted(names)}
     try:
-        scores = [float(score) for score in function(texts, completions, **columns)]
+        columns |= {"prompts": texts, "completions": completions}
+        scores = [float(score) for score in function(**columns)]
     except Exception as error:
         what = f"raised {first_line(error)} for {len(texts)} prompts, {texts[0]!r:.60} first"
-        stop(f"{where}: {what}; it is called as f(prompts, completions, **columns)", code)
+        stop(f"{where}: {what}; it is called as f(prompts=…, completions=…, **columns)", code)
     if len(scores) != len(texts) or not np.isfinite(scores).all():
         what = f"returned {len(scores)} values for {len(texts)} prompts, {sum(scores)} in all"
         stop(f"{where}: {what}; return one finite number each", code)

@@ -59,8 +59,13 @@ def main(args: Args) -> None:
     kind = {"num_labels": 1, "dtype": torch.float32}
     value_model, judge = (classifier.from_pretrained(args.reward_model, **kind) for _ in range(2))
     longest = utils.context_length(policy) - args.response_length
-    train = dataset.load_prompts(tokenizer, args.dataset, "train", longest)
-    held_out = dataset.load_prompts(tokenizer, args.dataset, "validation", longest)[:200]
+    train, held_out = (
+        dataset.encode_prompts(tokenizer, data, longest)
+        for data in dataset.load_splits(
+            args.dataset, "train", "validation", dataset.PROMPT_FORMATS, []
+        )
+    )
+    held_out = held_out[:200]
     train_ids = [{"input_ids": p.ids} for p in train]
     held_out_ids = [{"input_ids": p.ids} for p in held_out]
     mini_batch_size = args.batch_size // args.num_mini_batches

@@ -39,7 +39,7 @@ def test_utf8_with_and_without_a_byte_order_mark(tmp_path):
     line = json.dumps(row, ensure_ascii=False).encode() + b"\r\n"
     for mark in (b"", b"\xef\xbb\xbf"):
         (tmp_path / "train.jsonl").write_bytes(mark + line + line)
-        assert dataset.load_data(str(tmp_path), "train", PAIR).rows == [row, row]
+        assert dataset.load_data(str(tmp_path), "train[:]", PAIR).rows == [row, row]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "json"])
@@ -215,18 +215,19 @@ def test_demonstrations_are_cut_to_a_length(tokenizer, error_of):
     assert "f:1: prompt" in error_of(dataset.encode_demonstrations, tokenizer, data, n - 2)
 
 
-def test_load_prompts_keeps_rows_and_places(tokenizer, tmp_path, error_of):
+def test_encode_prompts_keeps_rows_and_places(tokenizer, tmp_path, error_of):
     """Prompts come with their text and all columns; one that is too long is named by its line."""
     rows = [{"prompt": "Q: two figs?", "n": 1}, {"prompt": "Q: six ripe limes? " * 10, "n": 2}]
     path, folder = write_jsonl(tmp_path / "train.jsonl", rows), str(tmp_path)
-    prompts = dataset.load_prompts(tokenizer, folder, "train", 500)
+    data = dataset.load_data(folder, "train[:]", dataset.PROMPT_FORMATS)
+    prompts = dataset.encode_prompts(tokenizer, data, 500)
     assert [p.row for p in prompts] == rows
     assert [p.text for p in prompts] == [row["prompt"] for row in rows]
     assert [p.ids for p in prompts] == [ids_of(tokenizer, row["prompt"]) for row in rows]
     assert [p.place for p in prompts] == [f"{path}:1", f"{path}:2"]
     room = len(prompts[1].ids)
-    assert len(dataset.load_prompts(tokenizer, folder, "train", room)) == 2
-    line = error_of(dataset.load_prompts, tokenizer, folder, "train", room - 1)
+    assert len(dataset.encode_prompts(tokenizer, data, room)) == 2
+    line = error_of(dataset.encode_prompts, tokenizer, data, room - 1)
     assert f"{path}:2" in line
 
 

@@ -45,7 +45,7 @@ def load_splits(
     formats: list[tuple[str, ...]],
     names: list[str],
 ) -> tuple[Data, Data]:
-    """Training and evaluation rows, as in `load_data`; says what they share."""
+    """Training and evaluation rows, as in `load_data`."""
     train = load_data(dataset, train_split, formats, names)
     held_out = load_data(dataset, eval_split, formats, names)
     known = {repr(row) for row in train.rows}
@@ -67,7 +67,7 @@ def load_data(
     """
     data = read_rows(dataset, split)
     if not data.rows:
-        stop(f"{dataset} ({split}): holds no rows; pass a data set with rows")
+        stop(f"{dataset} ({split}): holds no rows; pass another")
     found = list(data.rows[0])
     settled = set()
     for name in names or []:
@@ -83,11 +83,11 @@ def load_data(
         known_layout(row, learns_answers=formats is SFT_FORMATS)
     if formats is SFT_FORMATS and isinstance(data.rows[0].get("label"), bool):  # KTO data
         good = [i for i, row in enumerate(data.rows) if row.get("label")]
-        utils.say(f"{dataset} ({split}): {len(good)} of {len(data.rows)} rows have the label true")
+        utils.say(f"{dataset} ({split}): {len(good)} of {len(data.rows)} are labelled true")
         data = Data([data.rows[i] for i in good], [data.places[i] for i in good])
-        settled.add("label")
         if not data.rows:
-            stop(f"{dataset} ({split}): no row has the label true; pass other rows")
+            stop(f"{dataset} ({split}): no row is labelled true; pass other rows")
+        settled.add("label")
     found = list(data.rows[0])
     columns = next((columns for columns in formats if {*columns} <= {*found}), None)
     if columns is None:
@@ -98,7 +98,7 @@ def load_data(
     ignored = [name for name in found if name not in {*columns, *settled}]
     if formats is not PROMPT_FORMATS and (lost := [name for name in ignored if name in MATTERS]):
         what = f"{','.join(columns)} would be read and {','.join(lost)} ignored"
-        stop(f"{data.places[0]}: {what}; name it by --columns, or leave it out: {lost[0]}=")
+        stop(f"{data.places[0]}: {what}; name it by --columns, as {lost[0]}= to leave it out")
     utils.say(
         f"{dataset} ({split}): reads {','.join(columns)}; leaves {','.join(ignored) or 'none'}"
     )
@@ -130,19 +130,18 @@ def known_layout(row: dict[str, Any], learns_answers: bool) -> None:
             {"role": SHAREGPT_ROLES.get(t["from"], t["from"]), "content": t["value"]} for t in turns
         ]
     if "prompt" not in row:
+        parts: list[Any] = []
         if "instruction" in row and ("chosen" in row or "output" in row):
             parts = [row.pop("instruction"), row.pop("input", None)]
         elif "question" in row and "chosen" in row:
             parts = [row.pop("system", None), row.pop("question")]
-        else:
-            parts = []
         if parts:
             row["prompt"] = "\n\n".join([*filter(None, parts), ""])
             if learns_answers and "output" in row:
                 row["completion"] = row.pop("output")
     if learns_answers and "completion" not in row and "prompt" in row and row.get("messages"):
         if same_chat_head(row["prompt"], row["messages"]):
-            del row["prompt"]  # it is in the messages
+            del row["prompt"]
     chosen, rejected, prompt = (row.get(name) for name in ("chosen", "rejected", "prompt"))
     if prompt and isinstance(chosen, list) and isinstance(rejected, list):
         n = same_chat_head(prompt, chosen)
@@ -151,7 +150,7 @@ def known_layout(row: dict[str, Any], learns_answers: bool) -> None:
 
 
 def same_chat_head(prompt: Any, chat: list[Any]) -> int:
-    """How many messages at a chat's head are the prompt, a text or a chat; 0 if it is not there."""
+    """How many messages at a chat's head are the prompt, text or chat; 0 if it is elsewhere."""
     if isinstance(prompt, list):
         return len(prompt) if len(prompt) < len(chat) and chat[: len(prompt)] == prompt else 0
     for n, message in enumerate(chat[:-1], 1):
@@ -162,7 +161,7 @@ def same_chat_head(prompt: Any, chat: list[Any]) -> int:
 
 
 def parsed_chat(text: str) -> Any:
-    """The chat that a text holds as JSON or as Python writes it; else the text (B33)."""
+    """The chat that a text holds, in JSON or as Python writes it; else the text (B33)."""
     for parse in (json.loads, ast.literal_eval):
         try:
             value = parse(text)
@@ -183,7 +182,7 @@ def read_rows(dataset: str, split: str) -> Data:
         return choose(["train"], lambda name: read_jsonl(path), split, dataset)
     if path.is_dir() and (files := sorted(path.glob("*.jsonl"))):
         of_split: dict[str, list[Path]] = {}
-        for file in files:  # train.jsonl, or its shards train-00000-of-00002.jsonl
+        for file in files:  # or shards: train-00000-of-00002.jsonl
             of_split.setdefault(re.sub(r"-\d+-of-\d+$", "", file.stem), []).append(file)
 
         def read(name: str) -> Data:
@@ -197,10 +196,10 @@ def read_rows(dataset: str, split: str) -> Data:
         stop(f"{dataset}: no such file or folder; check --dataset")
     if path.is_file() and path.suffix not in kinds:
         stop(f"{dataset}: is no file of a known kind; pass .jsonl, {', '.join(kinds)}")
-    import datasets  # takes seconds, and local .jsonl files do without it
+    import datasets  # takes seconds; .jsonl does without
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log, it raises too
-    name = str(path.resolve()) if path.exists() else dataset  # it cannot read `link/..`
+    name = str(path.resolve()) if path.exists() else dataset  # not `link/..`
 
     def with_places(table: Any, place: str) -> Data:
         rows = table.to_list()
@@ -209,7 +208,7 @@ def read_rows(dataset: str, split: str) -> Data:
     tables: Any = None
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            tables = datasets.load_from_disk(name)  # its cache files are not rows (B25)
+            tables = datasets.load_from_disk(name)  # B25
         elif path.is_file():
             tables = datasets.load_dataset(path.suffix[1:], data_files=name, split="train")
         elif split == "validation":
@@ -229,12 +228,12 @@ def read_rows(dataset: str, split: str) -> Data:
 def choose(names: list[str], read: Callable[[str], Data], split: str, dataset: str) -> Data:
     """The rows that `split` names, as `train`, `test[:100]` or `train[10%:]`, of splits `names`.
 
-    `validation` also takes the other usual names. Where there is none of them, it is the last
-    twentieth of `train`, 500 rows at most, and `train` what comes before; a slice counts all (B24).
+    `validation` also takes its other usual names; without one it is the last twentieth of `train`
+    (500 rows at most), and `train` what comes before. A slice counts all rows (B24).
     """
     match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
     if not match:
-        stop(f"{dataset}: {split!r} names no split; pass one as train or train[:100]")
+        stop(f"{dataset}: {split!r} names no split; pass one as train[:100]")
     name, *ends = match.groups()
     held_out = next((other for other in EVALUATION_SPLITS if other in names), None)
     if name == "validation":
@@ -244,8 +243,7 @@ def choose(names: list[str], read: Callable[[str], Data], split: str, dataset: s
     elif name == "validation" and "train" in names:
         data = read("train")
     else:
-        there = names if held_out else [*names, "validation"]
-        stop(f"{dataset}: has no split {name}; pass one of {', '.join(there)}")
+        stop(f"{dataset}: has no split {name}; pass one of {', '.join(names)}")
     if held_out is None and (name == "validation" or (name == "train" and split == "train")):
         data = hold_out(data, name)
     total = len(data.rows)
@@ -262,7 +260,7 @@ def read_jsonl(path: Path) -> Data:
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         why = utils.first_line(error)
-        stop(f"{path}: cannot be read ({why}); check --dataset and the names of the splits")
+        stop(f"{path}: cannot be read ({why}); check --dataset and split names")
     rows: list[dict[str, Any]] = []
     places: list[str] = []
     for number, line in enumerate(lines, 1):
@@ -311,7 +309,7 @@ def check_chat(messages: list[Any], column: str, where: str) -> None:
     """Stop unless messages have known roles and texts; a prompt's last one is to be answered, any
     other chat's is the assistant's."""
     if not messages:
-        stop(f"{where}: is an empty chat; fill it in or drop the row")
+        stop(f"{where}: is an empty chat; drop the row")
     for message in messages:
         fields = [message.get(k) for k in ("role", "content")] if isinstance(message, dict) else []
         if [type(field) for field in fields] != [str, str]:

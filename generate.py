@@ -53,10 +53,8 @@ def generate(
     """
     (rows, prompt_length), device = prompt_ids.shape, prompt_ids.device
     stride = stride or (1 if device.type == "cpu" else 32)
-    if (
-        model.config.model_type == "gpt_neo"
-    ):  # its window would end at the last column, written or not
-        stride = 1
+    if model.config.model_type == "gpt_neo":
+        stride = 1  # its window would end at the last column, written or not
     parameters = inspect.signature(model.forward).parameters
     takes_positions = "position_ids" in parameters
     cache_name = "cache" if "cache" in parameters else "past_key_values"  # its older name
@@ -84,7 +82,7 @@ def generate(
         t.add_(1)
 
     def next_logits(inputs: dict[str, Tensor]) -> Tensor:
-        """Float32 logits [b, V] of the next token, after the inputs; the cache grows by these."""
+        """Logits [b, V] of the next token, after the inputs; the cache grows by these."""
         outputs = model(**inputs, **{cache_name: cache}, use_cache=True, logits_to_keep=1)
         return utils.known_only(model, outputs.logits[:, -1].float())
 
@@ -137,17 +135,16 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform
 
 
 def stop_token_ids(tokenizer: Any, stop_token: str, config: Any = None) -> list[int]:
-    """EOS, the ends in the model's generation `config` (B28) and, if not "eos", `stop_token`."""
-    own = getattr(config, "eos_token_id", None) or []
-    ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
-    if stop_token == "eos":
-        return list(dict.fromkeys(ends))
-    own = tokenizer.get_vocab().get(stop_token)  # SentencePiece would put a space before it
-    ids = tokenizer(stop_token, add_special_tokens=False)["input_ids"] if own is None else [own]
-    if len(ids) != 1:
-        what = f"{stop_token!r} is {len(ids)} tokens"
-        utils.stop(f"--stop-token: {what}; pass a string that is one token")
-    return list(dict.fromkeys([*ends, *ids]))
+    """EOS, the ends in a generation `config` (B28) and, if not "eos", `stop_token`."""
+    ends = getattr(config, "eos_token_id", None) or []
+    ends = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
+    if stop_token != "eos":
+        own = tokenizer.get_vocab().get(stop_token)  # SentencePiece would put a space before it
+        ids = [own] if own else tokenizer(stop_token, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            utils.stop(f"--stop-token: {stop_token!r} is {len(ids)} tokens; pass a string of one")
+        ends += ids
+    return list(dict.fromkeys(ends))
 
 
 def repeat(step: Callable[[], None], times: int, device: torch.device) -> None:

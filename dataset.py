@@ -243,7 +243,7 @@ def choose(names: list[str], read: Callable[[str], Data], split: str, dataset: s
     elif name == "validation" and "train" in names:
         data = read("train")
     else:
-        stop(f"{dataset}: has no split {name}; pass one of {', '.join(names)}")
+        stop(f"{dataset}: has no split {name}; pass {', '.join(names)}")
     if held_out is None and (name == "validation" or (name == "train" and split == "train")):
         data = hold_out(data, name)
     total = len(data.rows)
@@ -260,7 +260,7 @@ def read_jsonl(path: Path) -> Data:
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         why = utils.first_line(error)
-        stop(f"{path}: cannot be read ({why}); check --dataset and split names")
+        stop(f"{path}: cannot be read ({why}); check --dataset and splits")
     rows: list[dict[str, Any]] = []
     places: list[str] = []
     for number, line in enumerate(lines, 1):

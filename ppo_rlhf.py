@@ -397,6 +397,7 @@ def main(args: Args) -> None:
     work = f"{len(train_prompts)} prompts, {num_updates} updates"
     ends = " or ".join(tokenizer.convert_ids_to_tokens(stop_ids))
     utils.say(f"ppo_rlhf: {size}, {work}, on {device} in {args.dtype}; responses end with {ends}")
+    utils.say(f"first example: {tokenizer.decode(train_prompts[0].ids)!r}")
     done, shown = first_update - 1, "objective/scores objective/kl response/length"
     logger = utils.Logger(out, args, process, "update", done, num_updates, shown)
     interruption = utils.Interruption(process)

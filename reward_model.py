@@ -156,6 +156,8 @@ def main(args: Args) -> None:
     size = f"{sum(p.numel() for p in parameters) / 1e6:.1f}M parameters"
     work = f"{len(train_pairs)} pairs, {num_steps} steps"
     utils.say(f"reward_model: {size}, {work}, on {device} in {args.dtype}")
+    for side in ("chosen", "rejected"):
+        utils.say(f"first example, {side}: {tokenizer.decode(getattr(train_pairs[0], side))!r}")
     shown = "loss accuracy tokens_per_second"
     logger = utils.Logger(out, args, process, "step", start, num_steps, shown)
 

@@ -132,6 +132,8 @@ def main(args: Args) -> None:
     size = f"{sum(p.numel() for p in parameters) / 1e6:.1f}M parameters"
     work = f"{len(train_rows)} rows, {num_steps} steps"
     utils.say(f"sft: {size}, {work}, on {device} in {args.dtype}")
+    prompt, completion = train_rows[0]
+    utils.say(f"first example: {tokenizer.decode(prompt)!r} -> {tokenizer.decode(completion)!r}")
     shown = "loss grad_norm tokens_per_second"
     logger = utils.Logger(out, args, process, "step", start, num_steps, shown)
 

@@ -69,7 +69,7 @@ def test_b24_other_names_of_the_evaluation_split(tmp_path, error_of):
     assert len(dataset.load_data(given[0], "train", given[1]).rows) == 3
     assert len(dataset.load_data(given[0], "validation", given[1]).rows) == 3
     line = error_of(dataset.load_data, given[0], "tset", given[1])
-    assert "no split tset; pass one of test, train" in line
+    assert "no split tset; pass test, train" in line
 
 
 def test_b24_rows_in_both_splits_are_said(tmp_path, capsys):
@@ -185,3 +185,14 @@ def test_the_embedded_task_is_read_whole():
     """No column of it is one that matters and is ignored."""
     for name, formats in (("sft", dataset.SFT_FORMATS), ("preferences", PAIRS)):
         assert dataset.load_data(str(ROOT / f"data/support/{name}"), "train", formats).rows
+
+
+def test_each_stage_shows_its_first_example(sft, reward_model, ppo, tmp_path, capsys):
+    """As the model sees it: special tokens and line breaks are to be seen."""
+    for stage, ends in ((sft, 1), (reward_model, 2), (ppo, 0)):
+        stage(tmp_path / str(ends))
+        lines = capsys.readouterr().out.splitlines()
+        shown = "\n".join(line for line in lines if line.startswith("first example"))
+        assert "Q: " in shown
+        assert "\\nA:" in shown
+        assert shown.count("<eos>") == ends

@@ -64,7 +64,7 @@ def test_data_that_are_not_there(refused, name, tmp_path):
         (tmp_path / "data" / "train.jsonl").write_text(nothing, encoding="utf-8")
         refused(name, "holds no rows", dataset=folder)
     (tmp_path / "data" / "train.jsonl").unlink()
-    refused(name, "train.jsonl", dataset=folder)
+    refused(name, "no split train", dataset=folder)
 
 
 NO_JSON = {

@@ -23,7 +23,7 @@ from utils import stop
 SFT_FORMATS = [("prompt", "completion"), ("messages",), ("text",)]
 PROMPT_FORMATS = [("prompt",)]
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 EVALUATION_SPLITS = ("validation", "test", "val", "dev", "valid")
 MATTERS = {"prompt", "instruction", "question", "query", "system", "context", "label"}
 
@@ -113,7 +113,7 @@ def load_data(
 
 
 def known_layout(row: dict[str, Any], learns_answers: bool) -> None:
-    """Bring a row of a known layout into this project's columns, in place.
+    """Give a row of a known layout this project's columns, in place.
 
     Chats written as text (B33), ShareGPT's `conversations`, `instruction` and `input` (Alpaca,
     LLaMA-Factory), `system` and `question` (Orca), a prompt that is the answers' head too (B34).
@@ -130,12 +130,13 @@ def known_layout(row: dict[str, Any], learns_answers: bool) -> None:
             {"role": SHAREGPT_ROLES.get(t["from"], t["from"]), "content": t["value"]} for t in turns
         ]
     if "prompt" not in row:
-        parts: list[Any] = []
+        names = ()
         if "instruction" in row and ("chosen" in row or "output" in row):
-            parts = [row.pop("instruction"), row.pop("input", None)]
+            names = ("instruction", "input")
         elif "question" in row and "chosen" in row:
-            parts = [row.pop("system", None), row.pop("question")]
-        if parts:
+            names = ("system", "question")
+        if names and all(isinstance(row.get(name), str | None) for name in names):
+            parts = [row.pop(name, None) for name in names]
             row["prompt"] = "\n\n".join([*filter(None, parts), ""])
             if learns_answers and "output" in row:
                 row["completion"] = row.pop("output")
@@ -165,9 +166,10 @@ def parsed_chat(text: str) -> Any:
     for parse in (json.loads, ast.literal_eval):
         try:
             value = parse(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, SyntaxError, RecursionError):
             continue
-        if isinstance(value, list) and all(isinstance(m, dict) and len(m) > 1 for m in value):
+        is_chat = isinstance(value, list) and all(isinstance(m, dict) for m in value)
+        if is_chat and all("role" in m or "from" in m for m in value):
             return value
     return text
 
@@ -182,7 +184,7 @@ def read_rows(dataset: str, split: str) -> Data:
         return choose(["train"], lambda name: read_jsonl(path), split, dataset)
     if path.is_dir() and (files := sorted(path.glob("*.jsonl"))):
         of_split: dict[str, list[Path]] = {}
-        for file in files:  # or shards: train-00000-of-00002.jsonl
+        for file in files:  # shards: train-00000-of-00002.jsonl
             of_split.setdefault(re.sub(r"-\d+-of-\d+$", "", file.stem), []).append(file)
 
         def read(name: str) -> Data:
@@ -271,7 +273,7 @@ def read_jsonl(path: Path) -> Data:
             row = json.loads(line.decode())
         except UnicodeDecodeError:
             stop(f"{place}: is not UTF-8; save it as UTF-8")
-        except (ValueError, RecursionError) as error:  # no JSON, or a number of 5,000 digits
+        except (ValueError, RecursionError) as error:  # or a number of 5,000 digits
             stop(f"{place}: is not JSON ({utils.first_line(error)}); write one JSON object a line")
         if not isinstance(row, dict):
             stop(f'{place}: is not a JSON object; write one a line, as {{"prompt": …}}')
@@ -281,7 +283,7 @@ def read_jsonl(path: Path) -> Data:
 
 
 def hold_out(data: Data, split: str) -> Data:
-    """Split a single file: `train` is all but the last twentieth, any other name that twentieth."""
+    """`train` is all but the last twentieth, any other name that twentieth."""
     count = len(data.rows)
     n = count - min(500, max(1, count // 20)) if count > 1 else 0
     part = slice(None, n or None) if split == "train" else slice(n, None)
@@ -315,7 +317,7 @@ def check_chat(messages: list[Any], column: str, where: str) -> None:
         if [type(field) for field in fields] != [str, str]:
             what = f"{message!r:.60} is not a chat message"
             stop(f'{where}: {what}; write {{"role": …, "content": …}} with strings')
-        if message["role"] not in ROLES:  # a template may take any role and write nonsense
+        if message["role"] not in ROLES:  # templates may take any role
             stop(f"{where}: has the role {message['role']!r:.30}; pass one of {', '.join(ROLES)}")
     last = messages[-1]
     if not last["content"].strip():
@@ -385,7 +387,7 @@ def encode_pairs(
         encoded = tokenizer([texts[i][0] for i in rows], add_special_tokens=not chat)["input_ids"]
         for i, ids in zip(rows, encoded, strict=True):
             ids = ids[:-1] if adds_eos and not chat else ids
-            prompts[i] = ids[1:] if bos and ids[:2] == bos * 2 else ids  # the text's own (B30)
+            prompts[i] = ids[1:] if bos and ids[:2] == bos * 2 else ids  # B30
     eos = tokenizer.eos_token
     answers = [
         c.rstrip() if chat else c for (_, c), chat in zip(texts, is_chat, strict=True)
@@ -456,7 +458,7 @@ def batches(
 
 
 def cycle(rows: list[Any], first: int, count: int, seed: int) -> list[Any]:
-    """Rows number `first` to `first + count` of an endless sequence of shuffled passes (D7)."""
+    """Rows number `first` to `first + count` of endless shuffled passes (D7)."""
     numbers = range(first, first + count)
     epochs = {n // len(rows) for n in numbers}
     orders = {epoch: data_order(len(rows), epoch, seed) for epoch in epochs}

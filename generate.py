@@ -65,7 +65,7 @@ def generate(
     response_mask = torch.zeros_like(response_ids)  # [B, R]
     uniform = torch.rand(response_length, rows, generator=rng, device=device, dtype=torch.float64)
     stops = torch.tensor(stop_ids, device=device)
-    live = torch.arange(rows, device=device)  # [b] numbers of the rows that are still decoded
+    live = torch.arange(rows, device=device)  # [b] rows that are still decoded
     alive = torch.ones_like(live, dtype=torch.bool)  # [b] whether they go on
     token = torch.zeros_like(live)  # [b] their last token
     mask = F.pad(prompt_mask, (0, response_length))  # [b, P + R]
@@ -114,8 +114,7 @@ def generate(
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor) -> Tensor:
     """One token id a row, [b], from logits [b, V]: the cumulative sum inverted at uniform [b].
 
-    That takes one random number a row, in [0, 1), where `torch.multinomial` takes one a token of
-    the vocabulary.
+    One random number a row, in [0, 1); `torch.multinomial` takes one a token of the vocabulary.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -136,19 +135,23 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform
 
 def stop_token_ids(tokenizer: Any, stop_token: str, config: Any = None) -> list[int]:
     """EOS, the ends in a generation `config` (B28) and, if not "eos", `stop_token`."""
-    ends = getattr(config, "eos_token_id", None) or []
+    ends = getattr(config, "eos_token_id", None)
     ends = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
     if stop_token != "eos":
         own = tokenizer.get_vocab().get(stop_token)  # SentencePiece would put a space before it
-        ids = [own] if own else tokenizer(stop_token, add_special_tokens=False)["input_ids"]
+        ids = (
+            [own]
+            if own is not None
+            else tokenizer(stop_token, add_special_tokens=False)["input_ids"]
+        )
         if len(ids) != 1:
-            utils.stop(f"--stop-token: {stop_token!r} is {len(ids)} tokens; pass a string of one")
+            utils.stop(f"--stop-token: {stop_token!r} is {len(ids)} tokens; pass one token")
         ends += ids
-    return list(dict.fromkeys(ends))
+    return [i for i in dict.fromkeys(ends) if i is not None]
 
 
 def repeat(step: Callable[[], None], times: int, device: torch.device) -> None:
-    """Call `step` so many times; on CUDA once, then a captured graph of it, where it can be."""
+    """Call `step` so many times; on CUDA once, then its captured graph, where it can be."""
     step()
     run = step
     if device.type == "cuda" and times > 3:
@@ -166,8 +169,8 @@ class CachePosition:
     """Where in a KeyValueCache of `capacity` columns the decoding is.
 
     `slot` is where the next keys and values go: 0 for a prompt, then a tensor [1] on the device, so
-    that a captured graph can move on. Attention reads the columns before `end`; those that are not
-    yet written are 0 and masked.
+    that a captured graph can move on. Attention reads the columns before `end`; those not yet
+    written are 0 and masked.
     """
 
     capacity: int
@@ -192,13 +195,13 @@ class KeyValueLayer(transformers.cache_utils.DynamicLayer):
 
     def __init__(self, position: CachePosition):
         super().__init__()
-        # not the cache itself: a cycle would keep keys and values until a garbage collection
+        # not the cache: a cycle would keep keys and values until a garbage collection
         self.position = position
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         rows, heads, _, size = key_states.shape
         shape, kind = (rows, heads, self.position.capacity), key_states.device.type
-        cast = torch.is_autocast_enabled(kind) and kind != "cpu"  # to what attention would cast to
+        cast = torch.is_autocast_enabled(kind) and kind != "cpu"  # as attention would
         dtype = torch.get_autocast_dtype(kind) if cast else torch.float32
         self.keys = key_states.new_zeros(*shape, size, dtype=dtype)
         self.values = key_states.new_zeros(*shape, value_states.shape[-1], dtype=dtype)

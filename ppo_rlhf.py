@@ -395,7 +395,7 @@ def main(args: Args) -> None:
             utils.stop(f"--resume: it had {state['processes']} processes; start as many")
     size = f"{sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M parameters"
     work = f"{len(train_prompts)} prompts, {num_updates} updates"
-    ends = " or ".join(tokenizer.convert_ids_to_tokens(stop_ids))
+    ends = " or ".join(map(str, tokenizer.convert_ids_to_tokens(stop_ids)))
     utils.say(f"ppo_rlhf: {size}, {work}, on {device} in {args.dtype}; responses end with {ends}")
     utils.say(f"first example: {tokenizer.decode(train_prompts[0].ids)!r}")
     done, shown = first_update - 1, "objective/scores objective/kl response/length"

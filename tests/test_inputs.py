@@ -100,6 +100,8 @@ def test_b26_a_column_that_matters_is_never_ignored(tmp_path, error_of):
     found = read(tmp_path, rows, columns=["prompt=question", "completion=text"])[0]
     assert only(found, "prompt", "completion") == {"prompt": "Q", "completion": "a"}
     assert "--columns" in error_of(read, tmp_path, rows, columns=["prompt=nowhere"])
+    rows = [{"question": [USER], "chosen": "a", "rejected": "b"}]  # a chat, where Orca has text
+    assert "question ignored" in error_of(read, tmp_path, rows, PAIRS)
 
 
 def test_b26_known_layouts(tmp_path):
@@ -137,6 +139,8 @@ def test_b28_the_models_own_ends(models):
     assert generate.stop_token_ids(tokenizer, "eos", model.generation_config) == [eos]
     model.generation_config.eos_token_id = [eos, 7]
     assert generate.stop_token_ids(tokenizer, "eos", model.generation_config) == [eos, 7]
+    model.generation_config.eos_token_id = None
+    assert generate.stop_token_ids(tokenizer, "eos", model.generation_config) == [eos]
 
 
 def test_b29_asked_as_it_was_trained():
@@ -169,7 +173,8 @@ def test_b32_called_by_keyword():
 @pytest.mark.parametrize("write", [json.dumps, repr])
 def test_b33_a_chat_kept_as_text(tmp_path, write):
     assert read(tmp_path, [{"messages": write([USER, GOOD])}])[0]["messages"] == [USER, GOOD]
-    assert dataset.parsed_chat("[{not a chat}]") == "[{not a chat}]"
+    for text in ("[{not a chat}]", '[{"a": 1, "b": 2}]'):  # a prompt may hold data
+        assert dataset.parsed_chat(text) == text
 
 
 @pytest.mark.parametrize("prompt", ["two figs?", [USER]])

@@ -113,7 +113,7 @@ def load_data(
 
 
 def known_layout(row: dict[str, Any], learns_answers: bool) -> None:
-    """Give a row of a known layout this project's columns, in place.
+    """Give a row of a known layout our columns, in place.
 
     Chats written as text (B33), ShareGPT's `conversations`, `instruction` and `input` (Alpaca,
     LLaMA-Factory), `system` and `question` (Orca), a prompt that is the answers' head too (B34).

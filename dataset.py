@@ -20,12 +20,14 @@ from torch import Tensor
 import utils
 from utils import stop
 
+Formats = list[tuple[str, ...]]
 SFT_FORMATS = [("prompt", "completion"), ("messages",), ("text",)]
 PROMPT_FORMATS = [("prompt",)]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 EVALUATION_SPLITS = ("validation", "test", "val", "dev", "valid")
-MATTERS = {"prompt", "instruction", "question", "query", "system", "context", "label"}
+MATTERS = {"prompt", "instruction", "input", "question", "query", "system", "context", "history"}
+MATTERS |= {"messages", "conversations", "label"}
 
 
 class Data(NamedTuple):
@@ -38,27 +40,18 @@ class Data(NamedTuple):
 # ---- reading the rows
 
 
-def load_splits(
-    dataset: str,
-    train_split: str,
-    eval_split: str,
-    formats: list[tuple[str, ...]],
-    names: list[str],
-) -> tuple[Data, Data]:
-    """Training and evaluation rows, as in `load_data`."""
-    train = load_data(dataset, train_split, formats, names)
-    held_out = load_data(dataset, eval_split, formats, names)
+def load_splits(args: Any, formats: Formats) -> tuple[Data, Data]:
+    """Training and evaluation rows of a stage's flags, as in `load_data`."""
+    splits = (args.train_split, args.eval_split)
+    train, held_out = (load_data(args.dataset, x, formats, args.columns) for x in splits)
     known = {repr(row) for row in train.rows}
     if same := sum(repr(row) in known for row in held_out.rows):
-        utils.say(
-            f"{dataset}: {same} of {len(held_out.rows)} evaluation rows are training rows too"
-        )
+        what = f"{same} of {len(held_out.rows)} evaluation rows"
+        utils.say(f"{args.dataset}: {what} are training rows too")
     return train, held_out
 
 
-def load_data(
-    dataset: str, split: str, formats: list[tuple[str, ...]], names: list[str] | None = None
-) -> Data:
+def load_data(dataset: str, split: str, formats: Formats, names: list[str] | None = None) -> Data:
     """Read a split; stop unless each row has the columns of the first of `formats` that fits.
 
     `names` are those of --columns: `prompt=question` reads `question` as `prompt`, `system=` leaves
@@ -66,42 +59,39 @@ def load_data(
     passes it to reward functions.
     """
     data = read_rows(dataset, split)
-    if not data.rows:
-        stop(f"{dataset} ({split}): holds no rows; pass another")
-    found = list(data.rows[0])
-    settled = set()
-    for name in names or []:
-        column, is_pair, source = name.partition("=")
-        if not is_pair or (source and source not in found):
-            stop(f"--columns: {name!r}: {dataset} has {','.join(found)}; pass prompt=question")
-        settled |= {column, source}
-        for row in data.rows:
-            row[column] = row.get(source)
-            if not source:
-                del row[column]
+    found = [*dict.fromkeys(name for row in data.rows for name in row)]
+    pairs = [name.partition("=") for name in names or []]
+    for column, is_pair, source in pairs:
+        if not (column and is_pair) or (source and source not in found):
+            what = f"{column}{is_pair}{source}: {dataset} has {','.join(found)}"
+            stop(f"--columns: {what}; pass prompt=question")
     for row in data.rows:
-        known_layout(row, learns_answers=formats is SFT_FORMATS)
-    if formats is SFT_FORMATS and isinstance(data.rows[0].get("label"), bool):  # KTO data
+        old = dict(row)
+        for column, _, _ in pairs:
+            row.pop(column, None)
+        row |= {column: old.get(source) for column, _, source in pairs if source}
+        known_layout(row, formats)
+    found = [*dict.fromkeys(name for row in data.rows for name in row)]
+    settled = {name for pair in pairs for name in pair}
+    is_kto = formats is SFT_FORMATS and {"prompt", "completion", "label"} <= {*found}
+    if is_kto and any(isinstance(row.get("label"), bool) for row in data.rows):
         good = [i for i, row in enumerate(data.rows) if row.get("label")]
         utils.say(f"{dataset} ({split}): {len(good)} of {len(data.rows)} are labelled true")
         data = Data([data.rows[i] for i in good], [data.places[i] for i in good])
-        if not data.rows:
-            stop(f"{dataset} ({split}): no row is labelled true; pass other rows")
         settled.add("label")
-    found = list(data.rows[0])
-    columns = next((columns for columns in formats if {*columns} <= {*found}), None)
+    if not data.rows:
+        stop(f"{dataset} ({split}): holds no rows; pass another")
+    columns = next((columns for columns in formats if {*columns} <= {*data.rows[0]}), None)
     if columns is None:
         wanted = " or ".join(",".join(columns) for columns in formats)
-        stop(
-            f"{data.places[0]}: has columns {','.join(found)}; rename them to {wanted} by --columns"
-        )
+        stop(f"{data.places[0]}: has {','.join(found)}; rename by --columns to {wanted}")
+    matters = MATTERS - {"messages"} if "prompt" in columns else MATTERS
     ignored = [name for name in found if name not in {*columns, *settled}]
-    if formats is not PROMPT_FORMATS and (lost := [name for name in ignored if name in MATTERS]):
-        what = f"{','.join(columns)} would be read and {','.join(lost)} ignored"
+    if formats is not PROMPT_FORMATS and (lost := [name for name in ignored if name in matters]):
+        what = f"{','.join(columns)} would be read, {','.join(lost)} ignored"
         stop(f"{data.places[0]}: {what}; name it by --columns, as {lost[0]}= to leave it out")
-    utils.say(
-        f"{dataset} ({split}): reads {','.join(columns)}; leaves {','.join(ignored) or 'none'}"
-    )
+    read, left = ",".join(columns), ",".join(ignored) or "none"
+    utils.say(f"{dataset} ({split}): reads {read}; leaves {left}")
     for row, place in zip(data.rows, data.places, strict=True):
         for column in columns:
             check_field(row.get(column), column, f"{place}: {column}")
@@ -112,12 +102,13 @@ def load_data(
     return data
 
 
-def known_layout(row: dict[str, Any], learns_answers: bool) -> None:
+def known_layout(row: dict[str, Any], formats: Formats) -> None:
     """Give a row of a known layout our columns, in place.
 
     Chats written as text (B33), ShareGPT's `conversations`, `instruction` and `input` (Alpaca,
     LLaMA-Factory), `system` and `question` (Orca), a prompt that is the answers' head too (B34).
     """
+    learns_answers = formats is SFT_FORMATS
     for column in ("prompt", "completion", "messages", "chosen", "rejected", "conversations"):
         if isinstance(text := row.get(column), str) and re.match(r"\s*\[\s*\{", text):
             row[column] = parsed_chat(text)
@@ -127,7 +118,8 @@ def known_layout(row: dict[str, Any], learns_answers: bool) -> None:
     ):
         del row["conversations"]
         row["messages"] = [
-            {"role": SHAREGPT_ROLES.get(t["from"], t["from"]), "content": t["value"]} for t in turns
+            {"role": SHAREGPT_ROLES.get(str(t["from"]), t["from"]), "content": t["value"]}
+            for t in turns
         ]
     if "prompt" not in row:
         names = ()
@@ -140,11 +132,16 @@ def known_layout(row: dict[str, Any], learns_answers: bool) -> None:
             row["prompt"] = "\n\n".join([*filter(None, parts), ""])
             if learns_answers and "output" in row:
                 row["completion"] = row.pop("output")
-    if learns_answers and "completion" not in row and "prompt" in row and row.get("messages"):
-        if same_chat_head(row["prompt"], row["messages"]):
-            del row["prompt"]
     chosen, rejected, prompt = (row.get(name) for name in ("chosen", "rejected", "prompt"))
-    if prompt and isinstance(chosen, list) and isinstance(rejected, list):
+    if learns_answers and prompt and "completion" not in row:
+        if isinstance(row.get("messages"), list) and same_chat_head(prompt, row["messages"]):
+            del row["prompt"]
+    if (
+        formats is not PROMPT_FORMATS
+        and prompt
+        and isinstance(chosen, list)
+        and isinstance(rejected, list)
+    ):
         n = same_chat_head(prompt, chosen)
         if n and chosen[:n] == rejected[:n]:
             row |= {"prompt": chosen[:n], "chosen": chosen[n:], "rejected": rejected[n:]}
@@ -166,7 +163,7 @@ def parsed_chat(text: str) -> Any:
     for parse in (json.loads, ast.literal_eval):
         try:
             value = parse(text)
-        except (ValueError, SyntaxError, RecursionError):
+        except Exception:
             continue
         is_chat = isinstance(value, list) and all(isinstance(m, dict) for m in value)
         if is_chat and all("role" in m or "from" in m for m in value):
@@ -213,9 +210,10 @@ def read_rows(dataset: str, split: str) -> Data:
             tables = datasets.load_from_disk(name)  # B25
         elif path.is_file():
             tables = datasets.load_dataset(path.suffix[1:], data_files=name, split="train")
-        elif split == "validation":
+        elif split.partition("[")[0] == "validation":
             there = datasets.get_dataset_split_names(name)
-            split = next((other for other in EVALUATION_SPLITS if other in there), split)
+            other = next((other for other in EVALUATION_SPLITS if other in there), "validation")
+            split = split.replace("validation", other)
         if isinstance(tables, datasets.DatasetDict):
             read = lambda name: with_places(tables[name], f"{dataset}/{name}")  # noqa: E731
             return choose(list(tables), read, split, dataset)
@@ -249,10 +247,8 @@ def choose(names: list[str], read: Callable[[str], Data], split: str, dataset: s
     if held_out is None and (name == "validation" or (name == "train" and split == "train")):
         data = hold_out(data, name)
     total = len(data.rows)
-    first, last = (
-        round(total * int(end[:-1]) / 100) if end and "%" in end else int(end) if end else None
-        for end in ends
-    )
+    counts = [end and int(end.rstrip("%")) * (total / 100 if "%" in end else 1) for end in ends]
+    first, last = (n if n is None else max(0, round(n) + total * (n < 0)) for n in counts)
     return Data(data.rows[first:last], data.places[first:last])
 
 
@@ -317,7 +313,7 @@ def check_chat(messages: list[Any], column: str, where: str) -> None:
         if [type(field) for field in fields] != [str, str]:
             what = f"{message!r:.60} is not a chat message"
             stop(f'{where}: {what}; write {{"role": …, "content": …}} with strings')
-        if message["role"] not in ROLES:  # templates may take any role
+        if message["role"] not in ROLES:
             stop(f"{where}: has the role {message['role']!r:.30}; pass one of {', '.join(ROLES)}")
     last = messages[-1]
     if not last["content"].strip():
@@ -455,14 +451,6 @@ def batches(
             step += 1
             if step > start:
                 yield step, order[i : i + batch_size]
-
-
-def cycle(rows: list[Any], first: int, count: int, seed: int) -> list[Any]:
-    """Rows number `first` to `first + count` of endless shuffled passes (D7)."""
-    numbers = range(first, first + count)
-    epochs = {n // len(rows) for n in numbers}
-    orders = {epoch: data_order(len(rows), epoch, seed) for epoch in epochs}
-    return [rows[orders[n // len(rows)][n % len(rows)]] for n in numbers]
 
 
 def pad(

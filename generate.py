@@ -65,7 +65,7 @@ def generate(
     response_mask = torch.zeros_like(response_ids)  # [B, R]
     uniform = torch.rand(response_length, rows, generator=rng, device=device, dtype=torch.float64)
     stops = torch.tensor(stop_ids, device=device)
-    live = torch.arange(rows, device=device)  # [b] rows that are still decoded
+    live = torch.arange(rows, device=device)  # [b] rows still decoded
     alive = torch.ones_like(live, dtype=torch.bool)  # [b] whether they go on
     token = torch.zeros_like(live)  # [b] their last token
     mask = F.pad(prompt_mask, (0, response_length))  # [b, P + R]
@@ -136,9 +136,10 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform
 def stop_token_ids(tokenizer: Any, stop_token: str, config: Any = None) -> list[int]:
     """EOS, the ends in a generation `config` (B28) and, if not "eos", `stop_token`."""
     ends = getattr(config, "eos_token_id", None)
-    ends = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
+    ends = ends if isinstance(ends, list) else [ends]
+    ends = [tokenizer.eos_token_id, *(i for i in ends if i in tokenizer.added_tokens_decoder)]
     if stop_token != "eos":
-        own = tokenizer.get_vocab().get(stop_token)  # SentencePiece would put a space before it
+        own = tokenizer.get_vocab().get(stop_token)  # SentencePiece adds a space
         ids = (
             [own]
             if own is not None
@@ -147,7 +148,7 @@ def stop_token_ids(tokenizer: Any, stop_token: str, config: Any = None) -> list[
         if len(ids) != 1:
             utils.stop(f"--stop-token: {stop_token!r} is {len(ids)} tokens; pass one token")
         ends += ids
-    return [i for i in dict.fromkeys(ends) if i is not None]
+    return list(dict.fromkeys(ends))
 
 
 def repeat(step: Callable[[], None], times: int, device: torch.device) -> None:
@@ -201,7 +202,7 @@ class KeyValueLayer(transformers.cache_utils.DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         rows, heads, _, size = key_states.shape
         shape, kind = (rows, heads, self.position.capacity), key_states.device.type
-        cast = torch.is_autocast_enabled(kind) and kind != "cpu"  # as attention would
+        cast = torch.is_autocast_enabled(kind) and kind != "cpu"  # as attention
         dtype = torch.get_autocast_dtype(kind) if cast else torch.float32
         self.keys = key_states.new_zeros(*shape, size, dtype=dtype)
         self.values = key_states.new_zeros(*shape, value_states.shape[-1], dtype=dtype)

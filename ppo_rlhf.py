@@ -221,8 +221,7 @@ def main(args: Args) -> None:
         max_prompt = min(max_prompt, utils.context_length(reward_model) - R - 1)
     if value_model is not None:
         max_prompt = min(max_prompt, utils.context_length(value_model) - R)
-    splits, formats = (args.train_split, args.eval_split), dataset.PROMPT_FORMATS
-    train_data, eval_data = dataset.load_splits(args.dataset, *splits, formats, args.columns)
+    train_data, eval_data = dataset.load_splits(args, dataset.PROMPT_FORMATS)
     train_prompts = dataset.encode_prompts(tokenizer, train_data, max_prompt)
     eval_prompts = dataset.encode_prompts(tokenizer, eval_data, max_prompt)[: args.eval_prompts]
     if args.ptx_dataset:
@@ -395,7 +394,7 @@ def main(args: Args) -> None:
             utils.stop(f"--resume: it had {state['processes']} processes; start as many")
     size = f"{sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M parameters"
     work = f"{len(train_prompts)} prompts, {num_updates} updates"
-    ends = " or ".join(map(str, tokenizer.convert_ids_to_tokens(stop_ids)))
+    ends = " or ".join(tokenizer.convert_ids_to_tokens(stop_ids))
     utils.say(f"ppo_rlhf: {size}, {work}, on {device} in {args.dtype}; responses end with {ends}")
     utils.say(f"first example: {tokenizer.decode(train_prompts[0].ids)!r}")
     done, shown = first_update - 1, "objective/scores objective/kl response/length"
@@ -406,7 +405,7 @@ def main(args: Args) -> None:
 
         # 1. sample prompts: each process its share of the same order
         first = (update - 1) * prompts_per_update
-        drawn = dataset.cycle(train_prompts, first, prompts_per_update, args.seed)
+        drawn = cycle(train_prompts, first, prompts_per_update, args.seed)
         width = max(len(p.ids) for p in drawn)  # P
         mine = drawn[process.rank :: process.world]
         prompts = [p for p in mine for _ in range(args.samples_per_prompt)]
@@ -651,6 +650,14 @@ def main(args: Args) -> None:
         f"mean {by} {old[by]:.2f} -> {new[by]:.2f}, KL {new['kl']:.1f} nats; "
         f"{seconds:.0f} s; model in {out}"
     )
+
+
+def cycle(rows: list[Any], first: int, count: int, seed: int) -> list[Any]:
+    """Rows number `first` to `first + count` of endless shuffled passes (D7)."""
+    numbers = range(first, first + count)
+    epochs = {n // len(rows) for n in numbers}
+    orders = {epoch: dataset.data_order(len(rows), epoch, seed) for epoch in epochs}
+    return [rows[orders[n // len(rows)][n % len(rows)]] for n in numbers]
 
 
 def real_tokens(batch: Batch) -> list[list[int]]:

@@ -109,8 +109,7 @@ def main(args: Args) -> None:
 
     # ---- data and model
     formats = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]
-    splits = (args.train_split, args.eval_split)
-    train_data, eval_data = dataset.load_splits(args.dataset, *splits, formats, args.columns)
+    train_data, eval_data = dataset.load_splits(args, formats)
     tokenizer = utils.load_tokenizer(args.model)
     model = utils.load_classifier(args.model, device)
     if model.score.weight.any():

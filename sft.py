@@ -100,8 +100,7 @@ def main(args: Args) -> None:
     utils.check_output(args, "sft")
 
     # ---- data and model
-    splits, formats = (args.train_split, args.eval_split), dataset.SFT_FORMATS
-    train_data, eval_data = dataset.load_splits(args.dataset, *splits, formats, args.columns)
+    train_data, eval_data = dataset.load_splits(args, dataset.SFT_FORMATS)
     if args.model == "tiny":
         texts = [text for row in train_data.rows for text in plain_texts(row)]
         model, tokenizer = build_tiny(texts, device)

@@ -60,10 +60,10 @@ def main(args: Args) -> None:
     value_model, judge = (classifier.from_pretrained(args.reward_model, **kind) for _ in range(2))
     longest = utils.context_length(policy) - args.response_length
     train, held_out = (
-        dataset.encode_prompts(tokenizer, data, longest)
-        for data in dataset.load_splits(
-            args.dataset, "train", "validation", dataset.PROMPT_FORMATS, []
+        dataset.encode_prompts(
+            tokenizer, dataset.load_data(args.dataset, split, dataset.PROMPT_FORMATS), longest
         )
+        for split in ("train", "validation")
     )
     held_out = held_out[:200]
     train_ids = [{"input_ids": p.ids} for p in train]

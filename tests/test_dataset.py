@@ -13,6 +13,7 @@ import torch
 from conftest import make_tokenizer, write_jsonl
 
 import dataset
+import ppo_rlhf
 
 CPU = torch.device("cpu")
 ROWS = [{"prompt": f"Say {i}:", "completion": f" No {i}.", "extra": i} for i in range(40)]
@@ -250,14 +251,14 @@ def test_pad_masks_by_length():
 def test_cycle_is_an_endless_sequence_of_permutations():
     """D7: every pass holds each row once, in another order; windows of it fit together."""
     rows = list(range(10))
-    whole = dataset.cycle(rows, 0, 30, seed=3)
+    whole = ppo_rlhf.cycle(rows, 0, 30, seed=3)
     passes = [whole[i : i + 10] for i in (0, 10, 20)]
     assert all(sorted(p) == rows for p in passes)
     assert passes[0] != passes[1] != passes[2] != rows
-    windows = [dataset.cycle(rows, first, 6, seed=3) for first in range(0, 30, 6)]
+    windows = [ppo_rlhf.cycle(rows, first, 6, seed=3) for first in range(0, 30, 6)]
     assert sum(windows, []) == whole
-    assert dataset.cycle(rows, 0, 30, seed=4) != whole
-    larger_than_the_data = dataset.cycle([0, 1], 0, 10, seed=3)
+    assert ppo_rlhf.cycle(rows, 0, 30, seed=4) != whole
+    larger_than_the_data = ppo_rlhf.cycle([0, 1], 0, 10, seed=3)
     assert sorted(larger_than_the_data) == [0] * 5 + [1] * 5
 
 

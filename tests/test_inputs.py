@@ -1,6 +1,7 @@
 """B23 to B34: inputs that people have, each read right or refused out loud."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +53,8 @@ def test_b23_ids_that_the_tokenizer_does_not_know(models, tmp_path):
         ("train[:16]", range(16)),
         ("train[16:]", range(16, 40)),
         ("train[-10%:]", range(36, 40)),
+        ("train[-50:3]", range(3)),
+        ("train[:-1%]", range(40)),
         ("train", range(38)),
         ("validation", range(38, 40)),
     ],
@@ -74,7 +77,8 @@ def test_b24_other_names_of_the_evaluation_split(tmp_path, error_of):
 
 def test_b24_rows_in_both_splits_are_said(tmp_path, capsys):
     path = str(write_jsonl(tmp_path / "x.jsonl", [{"text": f"row {i}"} for i in range(8)]))
-    dataset.load_splits(path, "train[:6]", "train[4:]", dataset.SFT_FORMATS, [])
+    flags = {"dataset": path, "train_split": "train[:6]", "eval_split": "train[4:]", "columns": []}
+    dataset.load_splits(SimpleNamespace(**flags), dataset.SFT_FORMATS)
     assert "2 of 4 evaluation rows are training rows too" in capsys.readouterr().out
 
 
@@ -137,8 +141,8 @@ def test_b28_the_models_own_ends(models):
     model = utils.load_causal_lm(str(models.sft), torch.device("cpu"), tokenizer)
     eos = tokenizer.eos_token_id
     assert generate.stop_token_ids(tokenizer, "eos", model.generation_config) == [eos]
-    model.generation_config.eos_token_id = [eos, 7]
-    assert generate.stop_token_ids(tokenizer, "eos", model.generation_config) == [eos, 7]
+    model.generation_config.eos_token_id = [eos, 3, 99]  # 99 is an ordinary token
+    assert generate.stop_token_ids(tokenizer, "eos", model.generation_config) == [eos, 3]
     model.generation_config.eos_token_id = None
     assert generate.stop_token_ids(tokenizer, "eos", model.generation_config) == [eos]
 
@@ -201,3 +205,49 @@ def test_each_stage_shows_its_first_example(sft, reward_model, ppo, tmp_path, ca
         assert "Q: " in shown
         assert "\\nA:" in shown
         assert shown.count("<eos>") == ends
+
+
+ANSWERS = {"chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    ("row", "formats", "columns", "lost"),
+    [
+        ({"messages": [USER], **ANSWERS}, PAIRS, [], "messages"),
+        ({"system": "s", "input": "q", **ANSWERS}, PAIRS, ["system="], "input"),
+        (
+            {"instruction": "I", "input": "x", "output": "O"},
+            dataset.SFT_FORMATS,
+            ["prompt=instruction", "completion=output", "instruction="],
+            "input",
+        ),
+        ({"text": "toxic", "label": True}, dataset.SFT_FORMATS, [], "label"),
+    ],
+)
+def test_b26_more_columns_that_matter(tmp_path, error_of, row, formats, columns, lost):
+    assert f"{lost} ignored" in error_of(read, tmp_path, [row] * 2, formats, columns)
+
+
+def test_b26_a_later_row_has_a_column_that_matters(tmp_path, error_of):
+    rows = [{"text": "a"}, {"text": "b", "system": "s"}]
+    assert "system ignored" in error_of(read, tmp_path, rows)
+
+
+def test_columns_are_read_before_any_is_written(tmp_path):
+    """So that two can change places."""
+    rows = [{"prompt": "P", "completion": "C"}]
+    swapped = read(tmp_path, rows, columns=["prompt=completion", "completion=prompt"])
+    assert swapped == [{"prompt": "C", "completion": "P"}]
+
+
+def test_what_only_looks_like_a_chat(tmp_path, error_of):
+    """A template with brackets stays a text; a field of another type is refused, no traceback."""
+    rows = [{"prompt": text, "completion": "c"} for text in ('[{{"a": 1}}]', "[{[]: 1}]", "[{{}}]")]
+    assert read(tmp_path, rows) == rows
+    for row in ({"messages": {"a": 1}}, {"conversations": [{"from": ["x"], "value": "q"}]}):
+        assert "messages" in error_of(read, tmp_path, [row])
+
+
+def test_ppo_keeps_its_prompt_and_columns(tmp_path):
+    rows = [{"prompt": "two figs?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}]
+    assert read(tmp_path, rows, dataset.PROMPT_FORMATS) == rows

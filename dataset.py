@@ -136,12 +136,7 @@ def known_layout(row: dict[str, Any], formats: Formats) -> None:
     if learns_answers and prompt and "completion" not in row:
         if isinstance(row.get("messages"), list) and same_chat_head(prompt, row["messages"]):
             del row["prompt"]
-    if (
-        formats is not PROMPT_FORMATS
-        and prompt
-        and isinstance(chosen, list)
-        and isinstance(rejected, list)
-    ):
+    if formats is not PROMPT_FORMATS and prompt and type(chosen) is type(rejected) is list:
         n = same_chat_head(prompt, chosen)
         if n and chosen[:n] == rejected[:n]:
             row |= {"prompt": chosen[:n], "chosen": chosen[n:], "rejected": rejected[n:]}
@@ -198,7 +193,7 @@ def read_rows(dataset: str, split: str) -> Data:
     import datasets  # takes seconds; .jsonl does without
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log, it raises too
-    name = str(path.resolve()) if path.exists() else dataset  # not `link/..`
+    name = str(path.resolve()) if path.exists() else dataset  # it cannot read `link/..`
 
     def with_places(table: Any, place: str) -> Data:
         rows = table.to_list()
@@ -207,7 +202,7 @@ def read_rows(dataset: str, split: str) -> Data:
     tables: Any = None
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            tables = datasets.load_from_disk(name)  # B25
+            tables = datasets.load_from_disk(name)  # its cache files are not rows (B25)
         elif path.is_file():
             tables = datasets.load_dataset(path.suffix[1:], data_files=name, split="train")
         elif split.partition("[")[0] == "validation":

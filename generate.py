@@ -139,12 +139,9 @@ def stop_token_ids(tokenizer: Any, stop_token: str, config: Any = None) -> list[
     ends = ends if isinstance(ends, list) else [ends]
     ends = [tokenizer.eos_token_id, *(i for i in ends if i in tokenizer.added_tokens_decoder)]
     if stop_token != "eos":
-        own = tokenizer.get_vocab().get(stop_token)  # SentencePiece adds a space
-        ids = (
-            [own]
-            if own is not None
-            else tokenizer(stop_token, add_special_tokens=False)["input_ids"]
-        )
+        ids = [tokenizer.get_vocab().get(stop_token)]  # SentencePiece would put a space before it
+        if ids == [None]:
+            ids = tokenizer(stop_token, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             utils.stop(f"--stop-token: {stop_token!r} is {len(ids)} tokens; pass one token")
         ends += ids
@@ -202,7 +199,7 @@ class KeyValueLayer(transformers.cache_utils.DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         rows, heads, _, size = key_states.shape
         shape, kind = (rows, heads, self.position.capacity), key_states.device.type
-        cast = torch.is_autocast_enabled(kind) and kind != "cpu"  # as attention
+        cast = torch.is_autocast_enabled(kind) and kind != "cpu"  # to what attention would cast to
         dtype = torch.get_autocast_dtype(kind) if cast else torch.float32
         self.keys = key_states.new_zeros(*shape, size, dtype=dtype)
         self.values = key_states.new_zeros(*shape, value_states.shape[-1], dtype=dtype)

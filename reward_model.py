@@ -115,9 +115,8 @@ def main(args: Args) -> None:
     if model.score.weight.any():
         utils.say(f"reward_model: {args.model} has a trained head, which is kept")  # B27
     else:
-        torch.nn.init.normal_(
-            model.score.weight, std=1 / math.sqrt(model.score.in_features + 1)
-        )  # D10
+        std = 1 / math.sqrt(model.score.in_features + 1)  # D10
+        torch.nn.init.normal_(model.score.weight, std=std)
     # transformers finds the last token by comparing ids with the pad id; where pad is EOS it would
     # miss the EOS (B20, B21)
     pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id

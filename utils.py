@@ -403,7 +403,7 @@ def load_causal_lm(model: str, device: torch.device, tokenizer: Any = None) -> A
     own = loaded(**model_inputs(loaded, ids), use_cache=False).logits.float()
     if not torch.allclose(logits_of(loaded, hidden_states(loaded, ids)), own, rtol=1e-3, atol=1e-3):
         stop(f"{model}: does something unknown to its logits; pass another")
-    if tokenizer is not None and 1 + max(tokenizer.get_vocab().values()) < own.shape[-1]:
+    if tokenizer is not None:
         loaded.known_tokens = 1 + max(tokenizer.get_vocab().values())
     return loaded
 
@@ -510,12 +510,11 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
 
 def known_only(model: Any, logits: Tensor) -> Tensor:
     """Logits [n, V], -inf for ids that the model's tokenizer does not know (B23)."""
-    known = getattr(model, "known_tokens", None)
-    if known is None:
+    size = logits.shape[-1]
+    if getattr(model, "known_tokens", size) >= size:
         return logits
-    return logits.masked_fill(
-        torch.arange(logits.shape[-1], device=logits.device) >= known, -torch.inf
-    )
+    unknown = torch.arange(size, device=logits.device) >= model.known_tokens
+    return logits.masked_fill(unknown, -torch.inf)
 
 
 LOGITS_AT_A_TIME = 2**26  # 256 MB in float32

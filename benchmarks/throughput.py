@@ -311,8 +311,7 @@ def rollout(args: Args) -> dict[str, Any]:
         model = utils.load_causal_lm(folder, torch.device("cpu"))
         plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         tokenizer = utils.load_tokenizer(folder)
-        folder = str(ROOT / flags["dataset"])
-        data = dataset.load_data(folder, "train", dataset.PROMPT_FORMATS)
+        data = dataset.load_data(str(ROOT / flags["dataset"]), "train", dataset.PROMPT_FORMATS)
         prompts = dataset.encode_prompts(tokenizer, data, 512)
         prompts = prompts[: flags["batch-size"]]
         pad, stop = tokenizer.pad_token_id, tokenizer.eos_token_id

@@ -1,13 +1,19 @@
 """Rows of any layout -> checked rows -> token ids -> batches.
 
-In: a data set's name and split, a tokenizer. Out: token ids of prompts and completions, their order
-in training, and rectangles of them with masks. Wrong rows stop a stage with file and line number.
+In: names of data sets and of splits, a tokenizer. Out: token ids, their order in training, and
+rectangles of them with masks. What cannot be read stops a stage with file and line number; a row
+that cannot be used is left out and counted.
 
 B sequences, T tokens. `B19` in comments points to docs/details.md.
 """
 
 import ast
-import codecs
+import csv
+import functools
+import glob
+import gzip
+import io
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -23,134 +29,198 @@ from utils import stop
 Formats = list[tuple[str, ...]]
 SFT_FORMATS = [("prompt", "completion"), ("messages",), ("text",)]
 PROMPT_FORMATS = [("prompt",)]
+CHATS = ("prompt", "completion", "messages", "chosen", "rejected", "conversations")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 EVALUATION_SPLITS = ("validation", "test", "val", "dev", "valid")
-MATTERS = {"prompt", "instruction", "input", "question", "query", "system", "context", "history"}
-MATTERS |= {"messages", "conversations", "label"}
+KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # each also with .gz
+LAYOUTS = {  # what columns are known by, and what --columns would say of them
+    ("instruction", "output"): ["prompt=instruction+input", "completion=output"],  # Alpaca
+    ("instruction", "chosen"): ["prompt=instruction+input"],  # LLaMA-Factory
+    ("question", "chosen"): ["prompt=system+question"],  # Orca
+}
+MATTERS = "prompt instruction input question query system context history messages conversations"
 
 
-class Data(NamedTuple):
-    """Rows of a split, and for each the place to name in an error: `data/x/train.jsonl:17`."""
+class Row(dict):
+    """A row by its columns, and where it stands, for errors: `data/x/train.jsonl:17`."""
 
-    rows: list[dict[str, Any]]
-    places: list[str]
+    def __init__(self, columns: dict[str, Any], place: str):
+        super().__init__(columns)
+        self.place = place
+
+
+class Unusable(Exception):
+    """What is wrong with a row; how to fix it."""
+
+
+def usable(function: Callable, rows: list[Row], *more: list) -> list[Any]:
+    """function(row, *more) of each row, but for those for which it raises Unusable.
+
+    These are counted and the first is named; more than a tenth of them stop the stage.
+    """
+    kept, left = [], []
+    for row, *others in zip(rows, *more, strict=True):
+        try:
+            kept.append(function(row, *others))
+        except Unusable as error:
+            left.append(f"{row.place}: {error}")
+    if left:
+        count, (what, _, fix) = f"{len(left)} of {len(rows)} rows", left[0].rpartition("; ")
+        if len(left) > len(rows) / 10:
+            stop(f"{what} ({count} cannot be used); {fix}")
+        utils.say(f"{count} are left out, the first {what}")
+    return kept
 
 
 # ---- reading the rows
 
 
-def load_splits(args: Any, formats: Formats) -> tuple[Data, Data]:
-    """Training and evaluation rows of a stage's flags, as in `load_data`."""
-    splits = (args.train_split, args.eval_split)
-    train, held_out = (load_data(args.dataset, x, formats, args.columns) for x in splits)
-    known = {repr(row) for row in train.rows}
-    if same := sum(repr(row) in known for row in held_out.rows):
-        what = f"{same} of {len(held_out.rows)} evaluation rows"
-        utils.say(f"{args.dataset}: {what} are training rows too")
+def load_splits(args: Any, formats: Formats) -> tuple[list[Row], list[Row]]:
+    """Training and evaluation rows of a stage's flags, its data sets joined.
+
+    With --dataset-weights as many training rows as these shares allow, none twice.
+    """
+    train, held_out = (
+        [load_data(name, split, formats, args) for name in args.dataset]
+        for split in (args.train_split, args.eval_split)
+    )
+    if weights := args.dataset_weights:
+        if len(weights) != len(train) or min(weights) <= 0:
+            stop(f"--dataset-weights: {weights} for {len(train)} data sets; pass one above 0 each")
+        size = min(len(rows) / w for rows, w in zip(train, weights, strict=True))
+        for i, rows in enumerate(train):
+            some = data_order(len(rows), 0, args.seed)[: round(size * weights[i])]
+            train[i] = [rows[j] for j in sorted(some)]
+            utils.say(f"{args.dataset[i]}: {len(some)} of {len(rows)} training rows are taken")
+    train, held_out = sum(train, []), sum(held_out, [])
+    known = {repr(row) for row in train}
+    if same := sum(repr(row) in known for row in held_out):
+        what = f"{same} of {len(held_out)} evaluation rows"
+        utils.say(f"{' '.join(args.dataset)}: {what} are training rows too")
     return train, held_out
 
 
-def load_data(dataset: str, split: str, formats: Formats, names: list[str] | None = None) -> Data:
-    """Read a split; stop unless each row has the columns of the first of `formats` that fits.
+def load_data(dataset: str, split: str, formats: Formats, args: Any = None) -> list[Row]:
+    """Rows of a split, with the columns of the first of `formats` that fits the first row.
 
-    `names` are those of --columns: `prompt=question` reads `question` as `prompt`, `system=` leaves
-    `system` out. Stops where a column that matters would be ignored (B26), but for PPO, which
-    passes it to reward functions.
+    Of a stage's flags `args`, --columns: `prompt=question` reads `question` as `prompt`,
+    `prompt=a+b` both, each with an empty line after it; `system=` leaves `system` out. Stops where
+    a column that matters would be ignored (B26), but for PPO, which gives it to reward functions.
     """
-    data = read_rows(dataset, split)
-    found = [*dict.fromkeys(name for row in data.rows for name in row)]
-    pairs = [name.partition("=") for name in names or []]
-    for column, is_pair, source in pairs:
-        if not (column and is_pair) or (source and source not in found):
-            what = f"{column}{is_pair}{source}: {dataset} has {','.join(found)}"
+    try:
+        rows = read_split(dataset, split, args)
+    except Exception as error:
+        why = utils.first_line(error.__cause__ or error)  # "an error occurred" says less
+        stop(f"{dataset} ({split}): cannot be read ({why}); check id or path, and split")
+    found = columns_of(rows)
+    pairs = [pair.partition("=")[::2] for pair in getattr(args, "columns", ())]
+    for column, sources in pairs:
+        if not column or not {*filter(None, sources.split("+"))} <= {*found}:
+            what = f"{column}={sources}: {dataset} has {','.join(found)}"
             stop(f"--columns: {what}; pass prompt=question")
-    for row in data.rows:
-        old = dict(row)
-        for column, _, _ in pairs:
-            row.pop(column, None)
-        row |= {column: old.get(source) for column, _, source in pairs if source}
+    for known, layout in {} if pairs or "prompt" in found else LAYOUTS.items():
+        names = re.split("[=+]", "=".join(layout))
+        if {*known} <= {*found} and all(
+            isinstance(row.get(name), str | None) for row in rows for name in names
+        ):
+            pairs = [pair.split("=") for pair in layout]
+    for row in rows:
+        rename(row, pairs)
         known_layout(row, formats)
-    found = [*dict.fromkeys(name for row in data.rows for name in row)]
-    settled = {name for pair in pairs for name in pair}
-    is_kto = formats is SFT_FORMATS and {"prompt", "completion", "label"} <= {*found}
-    if is_kto and any(isinstance(row.get("label"), bool) for row in data.rows):
-        good = [i for i, row in enumerate(data.rows) if row.get("label")]
-        utils.say(f"{dataset} ({split}): {len(good)} of {len(data.rows)} are labelled true")
-        data = Data([data.rows[i] for i in good], [data.places[i] for i in good])
+    found = columns_of(rows)
+    settled = {name for column, sources in pairs for name in (column, *sources.split("+"))}
+    labels = [row.get("label") for row in rows]
+    if formats is SFT_FORMATS and "completion" in found and any(x is True for x in labels):  # KTO
+        utils.say(f"{dataset} ({split}): {sum(map(bool, labels))} of {len(rows)} are labelled true")
+        rows = [row for row in rows if row.get("label")]
         settled.add("label")
-    if not data.rows:
+    if not rows:
         stop(f"{dataset} ({split}): holds no rows; pass another")
-    columns = next((columns for columns in formats if {*columns} <= {*data.rows[0]}), None)
+    columns = next((columns for columns in formats if {*columns} <= {*rows[0]}), None)
     if columns is None:
         wanted = " or ".join(",".join(columns) for columns in formats)
-        stop(f"{data.places[0]}: has {','.join(found)}; rename by --columns to {wanted}")
-    matters = MATTERS - {"messages"} if "prompt" in columns else MATTERS
+        stop(f"{rows[0].place}: has {','.join(found)}; rename by --columns to {wanted}")
     ignored = [name for name in found if name not in {*columns, *settled}]
+    matters = {*MATTERS.split(), "label"} - ({"messages"} if "prompt" in columns else set())
     if formats is not PROMPT_FORMATS and (lost := [name for name in ignored if name in matters]):
         what = f"{','.join(columns)} would be read, {','.join(lost)} ignored"
-        stop(f"{data.places[0]}: {what}; name it by --columns, as {lost[0]}= to leave it out")
+        stop(f"{rows[0].place}: {what}; name it by --columns, as {lost[0]}= to leave it out")
     read, left = ",".join(columns), ",".join(ignored) or "none"
     utils.say(f"{dataset} ({split}): reads {read}; leaves {left}")
-    for row, place in zip(data.rows, data.places, strict=True):
+
+    def checked(row: Row) -> Row:
         for column in columns:
-            check_field(row.get(column), column, f"{place}: {column}")
-        if "chosen" in columns and row["chosen"] == row["rejected"]:
-            stop(f"{place}: chosen and rejected are equal; drop the row")
-        if "chosen" in columns and type(row["chosen"]) is not type(row["rejected"]):
-            stop(f"{place}: of chosen and rejected one is a text, the other a chat; fix the row")
-    return data
+            check_field(row.get(column), column)
+        return row
+
+    return usable(checked, rows)
 
 
-def known_layout(row: dict[str, Any], formats: Formats) -> None:
-    """Give a row of a known layout our columns, in place.
+def columns_of(rows: list[Row]) -> list[str]:
+    """Names of the columns that any row has."""
+    return [*dict.fromkeys(name for row in rows for name in row)]
 
-    Chats written as text (B33), ShareGPT's `conversations`, `instruction` and `input` (Alpaca,
-    LLaMA-Factory), `system` and `question` (Orca), a prompt that is the answers' head too (B34).
+
+def rename(row: Row, pairs: list) -> None:
+    """Do what --columns says, in place."""
+    new = {}
+    for column, sources in pairs:
+        values = [row.get(name) for name in sources.split("+")]
+        new[column] = "".join(f"{x}\n\n" for x in values if x) if len(values) > 1 else values[0]
+    for column, sources in pairs:
+        row.pop(column, None)
+        row |= {column: new[column]} if sources else {}
+
+
+def known_layout(row: Row, formats: Formats) -> None:
+    """Give a row's chats our form, in place: kept as text (B33), ShareGPT, LLaMA-Factory.
+
+    For SFT, chats end with an answer, and a prompt that is also their head (B34) goes.
     """
-    learns_answers = formats is SFT_FORMATS
-    for column in ("prompt", "completion", "messages", "chosen", "rejected", "conversations"):
-        if isinstance(text := row.get(column), str) and re.match(r"\s*\[\s*\{", text):
-            row[column] = parsed_chat(text)
-    turns = row.get("conversations")
-    if isinstance(turns, list) and all(
-        isinstance(t, dict) and {"from", "value"} <= {*t} for t in turns
-    ):
-        del row["conversations"]
-        row["messages"] = [
-            {"role": SHAREGPT_ROLES.get(str(t["from"]), t["from"]), "content": t["value"]}
-            for t in turns
-        ]
-    if "prompt" not in row:
-        names = ()
-        if "instruction" in row and ("chosen" in row or "output" in row):
-            names = ("instruction", "input")
-        elif "question" in row and "chosen" in row:
-            names = ("system", "question")
-        if names and all(isinstance(row.get(name), str | None) for name in names):
-            parts = [row.pop(name, None) for name in names]
-            row["prompt"] = "\n\n".join([*filter(None, parts), ""])
-            if learns_answers and "output" in row:
-                row["completion"] = row.pop("output")
-    chosen, rejected, prompt = (row.get(name) for name in ("chosen", "rejected", "prompt"))
-    if learns_answers and prompt and "completion" not in row:
-        if isinstance(row.get("messages"), list) and same_chat_head(prompt, row["messages"]):
+    for column in {*CHATS} & {*row}:
+        value = row[column]
+        if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
+            value = parsed_chat(value)
+        if isinstance(value, dict) and {"role", "from"} & {*value}:
+            value = [value]
+        row[column] = [message_of(m) for m in value] if isinstance(value, list) else value
+    turns, messages = row.get("conversations"), row.get("messages")
+    if isinstance(turns, list) and all(role_of(turn) for turn in turns):
+        row["prompt" if "chosen" in row else "messages"] = messages = row.pop("conversations")
+    if formats is SFT_FORMATS and isinstance(messages, list):
+        while messages and role_of(messages[-1]) == "user":
+            messages.pop()
+        if "completion" not in row and same_chat_head(row.get("prompt"), messages):
             del row["prompt"]
-    if formats is not PROMPT_FORMATS and prompt and type(chosen) is type(rejected) is list:
-        n = same_chat_head(prompt, chosen)
-        if n and chosen[:n] == rejected[:n]:
-            row |= {"prompt": chosen[:n], "chosen": chosen[n:], "rejected": rejected[n:]}
+
+
+def message_of(message: Any) -> Any:
+    """A chat message as `role` and `content`, this a text if it was a list of texts."""
+    if not isinstance(message, dict):
+        return message
+    if {"from", "value"} <= {*message}:
+        role = message["from"]
+        return {"role": SHAREGPT_ROLES.get(str(role), role), "content": message["value"]}
+    parts = message.get("content")
+    if isinstance(parts, list) and all(isinstance(p, dict) and "text" in p for p in parts):
+        return message | {"content": "".join(str(part["text"]) for part in parts)}
+    return message
+
+
+def role_of(message: Any) -> Any:
+    """A chat message's role; None for what is no message."""
+    return message.get("role") if isinstance(message, dict) else None
 
 
 def same_chat_head(prompt: Any, chat: list[Any]) -> int:
     """How many messages at a chat's head are the prompt, text or chat; 0 if it is elsewhere."""
+    texts = [role_of(m) and (m["role"], m.get("content")) for m in chat]
     if isinstance(prompt, list):
-        return len(prompt) if len(prompt) < len(chat) and chat[: len(prompt)] == prompt else 0
-    for n, message in enumerate(chat[:-1], 1):
-        if isinstance(message, dict) and message.get("role") == "user":
-            text = message.get("content")
-            return n if isinstance(text, str) and text.strip() == str(prompt).strip() else 0
-    return 0
+        head = [role_of(m) and (m["role"], m.get("content")) for m in prompt]
+        return len(head) if len(head) < len(texts) and texts[: len(head)] == head else 0
+    n = next((n for n, m in enumerate(chat[:-1], 1) if role_of(m) == "user"), 0)
+    return n if n and prompt and str(texts[n - 1][1]).strip() == prompt.strip() else 0
 
 
 def parsed_chat(text: str) -> Any:
@@ -160,271 +230,340 @@ def parsed_chat(text: str) -> Any:
             value = parse(text)
         except Exception:
             continue
-        is_chat = isinstance(value, list) and all(isinstance(m, dict) for m in value)
-        if is_chat and all("role" in m or "from" in m for m in value):
-            return value
+        if isinstance(value, list) and all(isinstance(m, dict) for m in value):
+            if all({"role", "from"} & {*message} for message in value):
+                return value
     return text
 
 
-def read_rows(dataset: str, split: str) -> Data:
-    """The rows of a split with their places, unchecked.
+def read_split(dataset: str, split: str, args: Any) -> list[Row]:
+    """The rows of a split as `train`, `test[:100]` or `train[10%:]`, unchecked.
 
-    Local .jsonl files are read here, so that an error can name the line; others by `datasets`.
+    `validation` also takes its other usual names. A data set without an evaluation split has the
+    last twentieth of `train` (500 rows at most) as one, and `train` is what comes before. A slice
+    counts all rows (B24).
     """
-    path = Path(dataset).expanduser()
-    if path.suffix == ".jsonl":
-        return choose(["train"], lambda name: read_jsonl(path), split, dataset)
-    if path.is_dir() and (files := sorted(path.glob("*.jsonl"))):
-        of_split: dict[str, list[Path]] = {}
-        for file in files:  # shards: train-00000-of-00002.jsonl
-            of_split.setdefault(re.sub(r"-\d+-of-\d+$", "", file.stem), []).append(file)
-
-        def read(name: str) -> Data:
-            parts = [read_jsonl(file) for file in of_split[name]]
-            return Data([r for p in parts for r in p.rows], [x for p in parts for x in p.places])
-
-        return choose(list(of_split), read, split, dataset)
-    kinds = (".json", ".csv", ".parquet")
-    is_path = path.suffix in kinds or dataset.startswith((".", "/", "~")) or len(path.parts) > 2
-    if is_path and not path.exists():
-        stop(f"{dataset}: no such file or folder; check --dataset")
-    if path.is_file() and path.suffix not in kinds:
-        stop(f"{dataset}: is no file of a known kind; pass .jsonl, {', '.join(kinds)}")
-    import datasets  # takes seconds; .jsonl does without
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log, it raises too
-    name = str(path.resolve()) if path.exists() else dataset  # it cannot read `link/..`
-
-    def with_places(table: Any, place: str) -> Data:
-        rows = table.to_list()
-        return Data(rows, [f"{place} (row {i + 1})" for i in range(len(rows))])
-
-    tables: Any = None
-    try:
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            tables = datasets.load_from_disk(name)  # its cache files are not rows (B25)
-        elif path.is_file():
-            tables = datasets.load_dataset(path.suffix[1:], data_files=name, split="train")
-        elif split.partition("[")[0] == "validation":
-            there = datasets.get_dataset_split_names(name)
-            other = next((other for other in EVALUATION_SPLITS if other in there), "validation")
-            split = split.replace("validation", other)
-        if isinstance(tables, datasets.DatasetDict):
-            read = lambda name: with_places(tables[name], f"{dataset}/{name}")  # noqa: E731
-            return choose(list(tables), read, split, dataset)
-        if tables is not None:
-            return choose(["train"], lambda name: with_places(tables, dataset), split, dataset)
-        return with_places(datasets.load_dataset(name, split=split), f"{dataset}/{split}")
-    except Exception as error:
-        why = utils.first_line(error.__cause__ or error)  # "an error occurred" says less
-        stop(f"{dataset} ({split}): cannot be read ({why}); check id or path, and split")
-
-
-def choose(names: list[str], read: Callable[[str], Data], split: str, dataset: str) -> Data:
-    """The rows that `split` names, as `train`, `test[:100]` or `train[10%:]`, of splits `names`.
-
-    `validation` also takes its other usual names; without one it is the last twentieth of `train`
-    (500 rows at most), and `train` what comes before. A slice counts all rows (B24).
-    """
+    names, read = open_dataset(dataset, getattr(args, "revision", None))
     match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
     if not match:
         stop(f"{dataset}: {split!r} names no split; pass one as train[:100]")
     name, *ends = match.groups()
-    held_out = next((other for other in EVALUATION_SPLITS if other in names), None)
-    if name == "validation":
-        name = held_out or name
-    if name in names:
-        data = read(name)
-    elif name == "validation" and "train" in names:
-        data = read("train")
-    else:
+    usual = next((other for other in EVALUATION_SPLITS if other in names), None)
+    name = usual or name if name == "validation" else name
+    is_held_out = name == "validation" != usual and "train" in names
+    if name not in names and not is_held_out:
         stop(f"{dataset}: has no split {name}; pass {', '.join(names)}")
-    if held_out is None and (name == "validation" or (name == "train" and split == "train")):
-        data = hold_out(data, name)
-    total = len(data.rows)
-    counts = [end and int(end.rstrip("%")) * (total / 100 if "%" in end else 1) for end in ends]
-    first, last = (n if n is None else max(0, round(n) + total * (n < 0)) for n in counts)
-    return Data(data.rows[first:last], data.places[first:last])
+    table = read("train" if is_held_out else name)
+    cut = len(table) - min(500, max(1, len(table) // 20))
+    some = range(len(table))
+    if is_held_out:
+        some = some[cut:]
+    elif (
+        split == "train" and not usual and getattr(args, "eval_split", "validation") == "validation"
+    ):
+        some = some[: cut or 1]
+    n = len(some)
+    counts = [end and int(end.rstrip("%")) * (n / 100 if "%" in end else 1) for end in ends]
+    some = some[slice(*(x if x is None else max(0, round(x) + n * (x < 0)) for x in counts))]
+    if isinstance(table, list):
+        return [table[i] for i in some]
+    rows = table.select(some).to_list()
+    return [Row(x, f"{dataset}/{name} (row {i + 1})") for i, x in zip(some, rows, strict=True)]
 
 
-def read_jsonl(path: Path) -> Data:
-    """One JSON object a line, empty lines skipped."""
+def open_dataset(dataset: str, revision: str | None) -> tuple[list[str], Callable[[str], Any]]:
+    """Names of a data set's splits, and what reads one: files here, others by `datasets`."""
+    path = Path(dataset).expanduser()
+    is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    if not is_saved and (files := files_of(path)):
+        return [*files], lambda split: sum(map(read_file, files[split]), [])
+    looks_local = dataset.startswith((".", "/", "~")) or len(path.parts) > 2 or kind_of(path)
+    if path.is_file() or (looks_local and not path.exists()):
+        what = "is of no known kind" if path.exists() else "no such file or folder"
+        stop(f"{dataset}: {what}; pass a folder or one of {', '.join(KINDS)}")
+    import datasets  # takes seconds; files do without
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log, it raises too
+    name, _, config = dataset.partition(":")
+    if path.exists():
+        name, config = str(path.resolve()), ""  # it cannot read `link/..`
+    if is_saved:  # its cache files are not rows (B25)
+        saved = datasets.load_from_disk(name)
+        tables = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+        return [*tables], tables.__getitem__
+    names = datasets.get_dataset_split_names(name, config or None, revision=revision)
+    load = functools.partial(datasets.load_dataset, name, config or None, revision=revision)
+    return names, lambda split: load(split=split)
+
+
+def kind_of(path: Path) -> str:
+    """Which of KINDS a file is by its name; "" for none."""
+    name = path.name.lower().removesuffix(".gz")
+    return next((kind for kind in KINDS if name.endswith(kind)), "")
+
+
+def files_of(path: Path) -> dict[str, list[Path]]:
+    """Files by split: a folder's by their names, a single one or those of a pattern as `train`.
+
+    `train-00000-of-00002.jsonl` is a part of `train`; stops where parts are missing or doubled.
+    """
+    if not path.is_dir():
+        found = [path] if path.is_file() else map(Path, sorted(glob.glob(str(path))))
+        return {"train": files} if (files := [*filter(kind_of, found)]) else {}
+    splits: dict[str, list[Path]] = {}
+    for file in filter(kind_of, sorted(path.iterdir())):
+        stem = file.name[: file.name.lower().rindex(kind_of(file))]
+        splits.setdefault(re.sub(r"-\d+-of-\d+$", "", stem), []).append(file)
+    for files in splits.values():
+        parts = re.search(r"-of-(\d+)\.", files[0].name)
+        if len(files) != int(parts[1] if parts else 1):
+            stop(f"{path}: holds {', '.join(f.name for f in files)}; leave one copy, whole")
+    return splits
+
+
+def read_file(path: Path) -> list[Row]:
+    """The rows of a file."""
+    kind, raw, rows = kind_of(path), path.read_bytes(), []  # pairs of a line and its row
+    if path.name.lower().endswith(".gz"):
+        raw = gzip.decompress(raw)
+    if kind == ".parquet":
+        import pyarrow.parquet
+
+        rows = enumerate(pyarrow.parquet.read_table(io.BytesIO(raw)).to_pylist(), 1)
+        return [Row(row, f"{path} (row {i})") for i, row in rows]
     try:
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    except OSError as error:
-        why = utils.first_line(error)
-        stop(f"{path}: cannot be read ({why}); check --dataset and splits")
-    rows: list[dict[str, Any]] = []
-    places: list[str] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            row = json.loads(line.decode())
-        except UnicodeDecodeError:
-            stop(f"{place}: is not UTF-8; save it as UTF-8")
-        except (ValueError, RecursionError) as error:  # or a number of 5,000 digits
-            stop(f"{place}: is not JSON ({utils.first_line(error)}); write one JSON object a line")
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = 1 + raw.count(b"\n", 0, error.start)
+        stop(f"{path}:{line}: is not UTF-8; save it as UTF-8")
+    if kind in (".csv", ".tsv"):  # every field is a text, `NA` too
+        delimiter = "," if kind == ".csv" else "\t"
+        table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        rows = [(table.line_num, row) for row in table]
+    elif kind == ".json" and text.lstrip().startswith("["):
+        rows = [*enumerate(json.loads(text), 1)]
+    else:
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    rows.append((number, json.loads(line)))
+                except (ValueError, RecursionError) as error:  # or a number of 5,000 digits
+                    what = f"is not JSON ({utils.first_line(error)})"
+                    stop(f"{path}:{number}: {what}; write one JSON object a line")
+    for number, row in rows:
         if not isinstance(row, dict):
-            stop(f'{place}: is not a JSON object; write one a line, as {{"prompt": …}}')
-        rows.append(row)
-        places.append(place)
-    return Data(rows, places)
+            stop(f'{path}:{number}: is not a JSON object; write one a line, as {{"prompt": …}}')
+        if None in row:
+            stop(f"{path}:{number}: has more fields than line 1; quote what holds a delimiter")
+    return [Row(row, f"{path}:{number}") for number, row in rows]
 
 
-def hold_out(data: Data, split: str) -> Data:
-    """`train` is all but the last twentieth, any other name that twentieth."""
-    count = len(data.rows)
-    n = count - min(500, max(1, count // 20)) if count > 1 else 0
-    part = slice(None, n or None) if split == "train" else slice(n, None)
-    return Data(data.rows[part], data.places[part])
-
-
-# ---- checking them
-
-
-def check_field(value: Any, column: str, where: str) -> None:
-    """Stop unless a field is a text or a list of chat messages, and not empty."""
-    if isinstance(value, list):
-        check_chat(value, column, where)
-    elif not isinstance(value, str) or column == "messages":
+def check_field(value: Any, column: str) -> None:
+    """Raise Unusable unless a field is a text or a list of chat messages, and not empty."""
+    if not isinstance(value, str | list) or (isinstance(value, str) and column == "messages"):
         kind = "missing" if value is None else f"of type {type(value).__name__}"
-        stop(f"{where}: is {kind}; make it a string or a list of chat messages")
-    elif not value.strip():
-        stop(f"{where}: is empty; fill it in or drop the row")
-    for text in [value] if isinstance(value, str) else [message["content"] for message in value]:
-        if re.search("[\ud800-\udfff]", text):
-            stop(f"{where}: holds half a surrogate pair; fix its encoding")
-
-
-def check_chat(messages: list[Any], column: str, where: str) -> None:
-    """Stop unless messages have known roles and texts; a prompt's last one is to be answered, any
-    other chat's is the assistant's."""
-    if not messages:
-        stop(f"{where}: is an empty chat; drop the row")
+        raise Unusable(f"{column}: is {kind}; make it a string or a list of chat messages")
+    messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
+    role, text = "", ""
     for message in messages:
-        fields = [message.get(k) for k in ("role", "content")] if isinstance(message, dict) else []
-        if [type(field) for field in fields] != [str, str]:
-            what = f"{message!r:.60} is not a chat message"
-            stop(f'{where}: {what}; write {{"role": …, "content": …}} with strings')
-        if message["role"] not in ROLES:
-            stop(f"{where}: has the role {message['role']!r:.30}; pass one of {', '.join(ROLES)}")
-    last = messages[-1]
-    if not last["content"].strip():
-        stop(f"{where}: its last message is empty; fill it in or drop the row")
-    if column != "prompt":
-        if last["role"] != "assistant":
-            stop(f"{where}: its last message is not the assistant's; end it with a reply")
-    elif last["role"] == "assistant":
-        stop(f"{where}: its last message is the assistant's; end it with the user's")
+        role, text = role_of(message), message.get("content") if role_of(message) else None
+        if text is None and role == "assistant" and message.get("tool_calls"):
+            text = "a call"
+        if not isinstance(text, str) or role not in ROLES:
+            what = f"{message!r:.60} is no chat message of the roles {', '.join(ROLES)}"
+            raise Unusable(f'{column}: {what}; write {{"role": …, "content": …}} with strings')
+        if re.search("[\ud800-\udfff]", text):
+            raise Unusable(f"{column}: holds half a surrogate pair; fix its encoding")
+    if not text.strip():
+        raise Unusable(f"{column}: is empty; fill it in or drop the row")
+    if isinstance(value, list) and column != "prompt" and role != "assistant":
+        raise Unusable(f"{column}: its last message is not the assistant's; end it with a reply")
 
 
 # ---- token ids
 
 
-def render(tokenizer: Any, prompt: Any, completion: Any, place: str) -> tuple[str, str]:
-    """A prompt and its completion (None: there is none) as text, chats by the chat template."""
-    if isinstance(prompt, str) and not isinstance(completion, list):
-        return prompt, completion or ""
+class Rendered(NamedTuple):
+    """A row as text in pieces, by turns given and learned."""
+
+    pieces: list[str]
+    is_chat: bool
+
+
+def render(tokenizer: Any, prompt: Any, answer: Any = None, all_turns: bool = False) -> Rendered:
+    """A prompt, and its answer if any, as text; chats by the chat template.
+
+    A prompt that ends with the assistant's message is the answer's start. With `all_turns` the
+    assistant's turns in the prompt are learned too (D44), found by the template's own marks
+    `{% generation %}` or by rendering prefix after prefix.
+    """
+    if isinstance(prompt, str) and not isinstance(answer, list):
+        return Rendered([prompt, answer][: 1 + (answer is not None)], False)
     if tokenizer.chat_template is None:
-        stop(f"{place}: is a chat, but the tokenizer has no chat template; use text")
+        raise Unusable("is a chat, but the tokenizer has no chat template; use text")
     if isinstance(prompt, str) and prompt:
-        stop(f"{place}: the prompt is a text, but its answer is a chat; write both alike")
-    messages, answer = prompt or [], completion or []
+        raise Unusable("the prompt is a text, but its answer is a chat; write both alike")
+    template = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+    messages = [*(prompt or [])]
+    is_begun = role_of(messages[-1]) == "assistant" if messages else False
     if isinstance(answer, str):
         answer = [{"role": "assistant", "content": answer}]
-    template, start = tokenizer.apply_chat_template, ""
     try:
+        start = ""
         if messages:
-            start = template(messages, tokenize=False, add_generation_prompt=True)
-        whole = template([*messages, *answer], tokenize=False) if answer else start
+            start = template(
+                messages, add_generation_prompt=not is_begun, continue_final_message=is_begun
+            )
+        if answer is None:
+            return Rendered([start], True)
+        if is_begun:
+            begun = messages.pop()["content"]
+            answer = [answer[0] | {"content": begun + answer[0]["content"]}]
+        whole = template([*messages, *answer])
+        marks = r"{%\1 if true %}\0{% endif \2%}"
+        marked = re.sub(
+            r"{%(-?)\s*(?:end)?generation\s*(-?)%}", marks, tokenizer.get_chat_template()
+        )
+        if all_turns and "\0" in marked:
+            whole = template([*messages, *answer], chat_template=marked)
+            return Rendered(whole.rpartition("\0")[0].rstrip().split("\0"), True)
     except Exception as error:
         why = utils.first_line(error)
-        stop(f"{place}: does not fit the chat template ({why}); check roles and their order")
-    if not whole.startswith(start):
-        stop(f"{place}: the chat template rewrites an answered prompt; use text")
-    return start, whole[len(start) :]
+        raise Unusable(f"does not fit the chat template ({why}); check roles and order") from None
+    given = start if whole.startswith(start) else re.sub(r"<think>\s*$", "", start)
+    if not whole.startswith(given):
+        raise Unusable("the chat template rewrites an answered prompt; use text")
+    learned = whole[len(given) :].rstrip()  # a line break after the turn is not sampled (B29)
+    if given != start:
+        learned = re.sub(r"^<think>\s*", "", learned)  # sampling finds it in the prompt
+    pieces, done = [], 0
+    for i, message in enumerate(messages if all_turns else []):
+        if message["role"] == "assistant":
+            before, turn = render(tokenizer, messages[:i], [message]).pieces
+            if not start.startswith(before + turn):
+                raise Unusable("the chat template rewrites earlier turns; pass --last-turn-only")
+            pieces += [before[done:], turn]
+            done = len(before + turn)
+    return Rendered([*pieces, start[done:], learned], True)
 
 
-def demonstrations(data: Data) -> list[tuple[Any, Any]]:
-    """Rows of SFT_FORMATS as (prompt, completion); a chat's completion is its last message."""
-
-    def demonstration(row: dict[str, Any]) -> tuple[Any, Any]:
-        if "prompt" in row and "completion" in row:
-            return row["prompt"], row["completion"]
-        if "messages" in row:
-            return row["messages"][:-1], row["messages"][-1:]
-        return "", row["text"]
-
-    return [demonstration(row) for row in data.rows]
+def render_row(tokenizer: Any, row: Row, all_turns: bool = True) -> Rendered:
+    """A row of SFT_FORMATS; of a text all is learned."""
+    if "prompt" in row and "completion" in row:
+        return render(tokenizer, row["prompt"], row["completion"])
+    if "messages" in row:
+        return render(tokenizer, row["messages"][:-1], row["messages"][-1:], all_turns)
+    return Rendered(["", row["text"]], False)
 
 
-def encode_pairs(
-    tokenizer: Any, pairs: list[tuple[Any, Any]], places: list[str]
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of prompts and of their completions, rendered as in `render`.
+def encode(tokenizer: Any, texts: list[Rendered]) -> list[tuple[list[int], list[bool]]]:
+    """Token ids of each text, and which of them are learned.
 
-    A prompt gets the tokenizer's special tokens (a BOS), unless a chat template has put them in.
-    A completion ends with one EOS, added if missing (B19); a completion of None has no ids.
+    They are the whole text's, also where a piece begins (B36); but a prompt's are the same with an
+    answer as without, which is how it is sampled from. A text begins with what the tokenizer puts
+    there (a BOS), a chat with what its template does. A learned end is one EOS (B19).
     """
-    texts = [render(tokenizer, *pair, place) for pair, place in zip(pairs, places, strict=True)]
-    is_chat = [isinstance(p, list) or isinstance(c, list) for p, c in pairs]
-    prompts: list[list[int]] = [[] for _ in pairs]
-    adds_eos = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id  # a text's own EOS stays
-    bos = [tokenizer.bos_token_id] * (tokenizer.bos_token_id is not None)
-    for chat in {*is_chat}:
-        rows = [i for i, c in enumerate(is_chat) if c == chat]
-        encoded = tokenizer([texts[i][0] for i in rows], add_special_tokens=not chat)["input_ids"]
-        for i, ids in zip(rows, encoded, strict=True):
-            ids = ids[:-1] if adds_eos and not chat else ids
-            prompts[i] = ids[1:] if bos and ids[:2] == bos * 2 else ids  # B30
-    eos = tokenizer.eos_token
-    answers = [
-        c.rstrip() if chat else c for (_, c), chat in zip(texts, is_chat, strict=True)
-    ]  # B29
-    answers = [c.rstrip().removesuffix(eos) if c.rstrip().endswith(eos) else c for c in answers]
-    completions = tokenizer(answers, add_special_tokens=False)["input_ids"]
-    for i, (_, completion) in enumerate(pairs):
-        if bos and prompts[i][-1:] == bos == completions[i][:1]:
-            completions[i] = completions[i][1:]
-        completions[i] = [] if completion is None else [*completions[i], tokenizer.eos_token_id]
-    return prompts, completions
+    eos, bare = tokenizer.eos_token_id, tokenizer("a", add_special_tokens=False)["input_ids"]
+    start = tokenizer("a")["input_ids"]
+    start = start[: start.index(bare[0])]
+    pairs = []
+    for pieces, _ in texts:
+        if len(pieces) % 2 == 0 and pieces[-1].rstrip().endswith(tokenizer.eos_token):
+            pieces = [*pieces[:-1], pieces[-1].rstrip().removesuffix(tokenizer.eos_token)]
+        pairs.append([*itertools.pairwise(["", *pieces])])
+    needed = [
+        *{s for row in pairs for before, piece in row for s in (before, before + piece)},
+        "\n",
+    ]
+    ids_of = dict(
+        zip(needed, tokenizer(needed, add_special_tokens=False)["input_ids"], strict=True)
+    )
+    encoded = []
+    for row, (_, is_chat) in zip(pairs, texts, strict=True):
+        ids, learned = [] if is_chat else [*start], []
+        for k, (before, piece) in enumerate(row):
+            head, new = ids_of[before], ids_of[before + piece]
+            if new[: len(head)] != head:  # a token across the border; no space is put after "\n"
+                head = ids_of["\n"]
+                new = tokenizer("\n" + piece, add_special_tokens=False)["input_ids"]
+            new = new[len(head) :]
+            new = new[len(start) :] if ids == start == new[: len(start)] else new  # B30
+            ids += [*new, eos] if k == len(row) - 1 and k % 2 else new
+            learned += [k % 2 == 1] * (len(ids) - len(learned))
+        encoded.append((ids, learned))
+    return encoded
 
 
 def encode_demonstrations(
-    tokenizer: Any, data: Data, max_length: int
-) -> list[tuple[list[int], list[int]]]:
-    """Token ids of prompts and completions; what exceeds `max_length` tokens together is cut."""
-    prompts, completions = encode_pairs(tokenizer, demonstrations(data), data.places)
-    for prompt, place in zip(prompts, data.places, strict=True):
-        if len(prompt) >= max_length:
-            what = f"its {len(prompt)} tokens leave no room for a completion within {max_length}"
-            stop(f"{place}: prompt: {what}; shorten it or allow more tokens")
-    return [(p, c[: max_length - len(p)]) for p, c in zip(prompts, completions, strict=True)]
+    tokenizer: Any, rows: list[Row], max_length: int, all_turns: bool = True
+) -> list[tuple[list[int], list[bool]]]:
+    """Token ids of rows of SFT_FORMATS and which are learned, cut at `max_length`."""
+
+    def cut(row: Row, ids: list[int], learned: list[bool]) -> tuple[list[int], list[bool]]:
+        if not any(learned[1:max_length]):
+            what = f"prompt: its tokens leave no room for a completion within {max_length}"
+            raise Unusable(f"{what}; shorten it or allow more tokens")
+        return ids[:max_length], learned[:max_length]
+
+    pairs = usable(lambda row: (row, render_row(tokenizer, row, all_turns)), rows)
+    encoded = encode(tokenizer, [text for _, text in pairs])
+    return usable(lambda row, both: cut(row, *both), [row for row, _ in pairs], encoded)
 
 
 class Prompt(NamedTuple):
-    """A prompt to sample responses to: token ids, text, its row and the place to name in errors."""
+    """A prompt to sample responses to."""
 
     ids: list[int]
     text: str
-    row: dict[str, Any]
-    place: str
+    row: Row
+    end: list[int]  # what ends an answer to it, in the tokens of the reward model
 
 
-def encode_prompts(tokenizer: Any, data: Data, max_tokens: int) -> list[Prompt]:
-    """Prompts in token ids; stop if one has no token, or more than `max_tokens`."""
-    encoded, _ = encode_pairs(tokenizer, [(row["prompt"], None) for row in data.rows], data.places)
-    prompts = []
-    for row, place, ids in zip(data.rows, data.places, encoded, strict=True):
+def encode_prompts(
+    tokenizer: Any, rows: list[Row], max_tokens: int, judge: tuple[Any, int] | None = None
+) -> list[Prompt]:
+    """Prompts of 1 to `max_tokens` tokens.
+
+    `judge`, a reward model's tokenizer and its context, has room for an answer of one token and
+    what ends it (B31).
+    """
+    judge_tokenizer, judge_max = judge or (tokenizer, 2**30)
+
+    def rendered(row: Row) -> tuple[Row, Rendered, Rendered]:
+        text = render(tokenizer, row["prompt"])
+        return row, text, answered(judge_tokenizer, row, text.pieces[0], "a")
+
+    @functools.cache
+    def end_ids(end: str) -> list[int]:
+        return encode(judge_tokenizer, [Rendered(["", end], True)])[0][0]
+
+    def fit(row: Row, text: Rendered, asked: Rendered, both: tuple, judged: tuple) -> Prompt:
+        ids = both[0]
         if not ids:
-            stop(f"{place}: the prompt has no token that the tokenizer knows; drop the row")
-        if len(ids) > max_tokens:
-            what = f"{len(ids)} tokens exceed the {max_tokens} that the response leaves"
-            stop(f"{place}: the prompt's {what}; shorten it or lower --response-length")
-        prompts.append(Prompt(ids, render(tokenizer, row["prompt"], None, place)[0], row, place))
-    return prompts
+            raise Unusable("prompt: has no token that the tokenizer knows; drop the row")
+        if len(ids) > max_tokens or len(judged[0]) > judge_max:
+            what = f"its {len(ids)} tokens leave the response no room in a model's context"
+            raise Unusable(f"prompt: {what}; shorten it or lower --response-length")
+        return Prompt(ids, text.pieces[0], row, end_ids(asked.pieces[1].partition("a")[2]))
+
+    rows, texts, asked = zip(*usable(rendered, rows), strict=True)
+    judged = encode(judge_tokenizer, asked) if judge else [([], [])] * len(rows)
+    return usable(fit, rows, texts, asked, encode(tokenizer, texts), judged)
+
+
+def answered(tokenizer: Any, row: Row, text: str, answer: str) -> Rendered:
+    """A prompt, which is `text` to the policy, and its answer, as a reward model reads them."""
+    if tokenizer.chat_template is None:
+        return Rendered([text, answer], False)
+    return render(tokenizer, row["prompt"], answer)
+
+
+def show_example(tokenizer: Any, row: Row, *parts: list[int]) -> None:
+    """Print the first example as the model sees it; say where a chat template is not applied."""
+    texts = " -> ".join(repr(tokenizer.decode(ids)) for ids in parts)
+    utils.say(f"first example: {texts}")
+    if tokenizer.chat_template and not any(isinstance(row.get(name), list) for name in CHATS):
+        utils.say("the data are texts: the tokenizer's chat template is not applied")
 
 
 # ---- batches

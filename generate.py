@@ -55,7 +55,7 @@ def generate(
     stride = stride or (1 if device.type == "cpu" else 32)
     if model.config.model_type == "gpt_neo":
         stride = 1  # its window would end at the last column, written or not
-    parameters = inspect.signature(model.forward).parameters
+    parameters = inspect.signature(model.base_model.forward).parameters
     takes_positions = "position_ids" in parameters
     cache_name = "cache" if "cache" in parameters else "past_key_values"  # its older name
     position = CachePosition(capacity=prompt_length + response_length)
@@ -83,8 +83,8 @@ def generate(
 
     def next_logits(inputs: dict[str, Tensor]) -> Tensor:
         """Logits [b, V] of the next token, after the inputs; the cache grows by these."""
-        outputs = model(**inputs, **{cache_name: cache}, use_cache=True, logits_to_keep=1)
-        return utils.known_only(model, outputs.logits[:, -1].float())
+        outputs = model.base_model(**inputs, **{cache_name: cache}, use_cache=True)
+        return utils.logits_of(model, outputs.last_hidden_state[:, -1])
 
     def decode_one() -> None:
         """Feed the last token of the b rows and sample the next one."""
@@ -96,7 +96,7 @@ def generate(
 
     with torch.compiler.set_stance("force_eager"):
         position.end = prompt_length
-        choose_token(next_logits(utils.model_inputs(model, prompt_ids, prompt_mask)))
+        choose_token(next_logits(utils.model_inputs(model.base_model, prompt_ids, prompt_mask)))
         for start in range(1, response_length, stride):
             still_going = int(alive.sum())
             if still_going == 0:

@@ -31,7 +31,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -57,16 +57,20 @@ class Args:
     """Start of the value function; none: the reward model or, with another tokenizer, --model."""
     reward_fn: str | None = None
     """FILE.py:FUNCTION that scores instead: f(prompts, completions, **columns) -> list[float]."""
-    dataset: str = "data/support/prompts"
-    """Prompts: a hub id, a folder with train.jsonl and validation.jsonl, or a single file."""
+    dataset: tuple[str, ...] = ("data/support/prompts",)
+    """Prompts, joined: hub ids (NAME or NAME:CONFIG), folders with train.jsonl, files."""
+    dataset_weights: tuple[float, ...] = ()
+    """Shares of the data sets in the training rows; none: all rows."""
+    revision: str | None = None
+    """Branch, tag or commit of hub data sets."""
     train_split: str = "train"
     """Split to sample prompts from."""
     eval_split: str = "validation"
     """Split whose prompts the policy is compared with the reference on."""
     eval_reward_fn: str | None = None
     """FILE.py:FUNCTION that judges only at evaluation; the embedded task's labeler on its data."""
-    columns: list[str] = field(default_factory=list)
-    """Names of columns: `prompt=question` reads one as prompt, `system=` leaves one out."""
+    columns: tuple[str, ...] = ()
+    """`prompt=question` reads a column as prompt, `prompt=a+b` two, `system=` leaves one out."""
     output_dir: str = "runs/ppo_rlhf"
     """Where model and records go."""
     overwrite: bool = False
@@ -190,7 +194,7 @@ def main(args: Args) -> None:
 
     # ---- models and prompts
     tokenizer = utils.load_tokenizer(args.model)
-    pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    pad_id = tokenizer.pad_token_id
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     policy = utils.load_causal_lm(args.model, device, tokenizer)
     reference = utils.freeze(utils.load_causal_lm(args.model, device, tokenizer), args.dtype)
@@ -204,6 +208,8 @@ def main(args: Args) -> None:
         reward_model = utils.freeze(reward_model, args.dtype)
         reward_tokenizer = utils.load_tokenizer(args.reward_model)
         shared_tokenizer = utils.same_tokenizer(tokenizer, reward_tokenizer)
+        if not shared_tokenizer:
+            utils.say(f"{args.reward_model}: has a tokenizer of its own and is asked in text")
     if args.advantage == "gae":  # a network of its own; from a language model it starts at 0 (D15)
         value_start = args.value_model or (args.reward_model if shared_tokenizer else args.model)
         value_model = utils.load_classifier(value_start, device)
@@ -217,17 +223,19 @@ def main(args: Args) -> None:
 
     R = args.response_length
     max_prompt = utils.context_length(policy) - R
-    if shared_tokenizer:  # which reads prompt, response and an EOS
-        max_prompt = min(max_prompt, utils.context_length(reward_model) - R - 1)
     if value_model is not None:
         max_prompt = min(max_prompt, utils.context_length(value_model) - R)
+    judged = None  # in the reward model's tokens and context each prompt has room for an answer
+    if reward_model is not None:
+        judged = (reward_tokenizer, utils.context_length(reward_model))  # B31
     train_data, eval_data = dataset.load_splits(args, dataset.PROMPT_FORMATS)
-    train_prompts = dataset.encode_prompts(tokenizer, train_data, max_prompt)
-    eval_prompts = dataset.encode_prompts(tokenizer, eval_data, max_prompt)[: args.eval_prompts]
+    train_prompts = dataset.encode_prompts(tokenizer, train_data, max_prompt, judged)
+    eval_prompts = dataset.encode_prompts(tokenizer, eval_data, max_prompt, judged)
+    eval_prompts = eval_prompts[: args.eval_prompts]
     if args.ptx_dataset:
         ptx_data = dataset.load_data(args.ptx_dataset, args.train_split, dataset.SFT_FORMATS)
         max_length = utils.context_length(policy)
-        ptx_rows = dataset.encode_demonstrations(tokenizer, ptx_data, max_length)
+        ptx_rows = dataset.encode_demonstrations(tokenizer, ptx_data, max_length)  # [ids, learned]
     num_updates = args.total_episodes // args.batch_size
     prompts_per_update = args.batch_size // args.samples_per_prompt
     micro_batch_size = utils.micro_batch_size(args, process.world, args.num_mini_batches)
@@ -301,25 +309,31 @@ def main(args: Args) -> None:
         mask = torch.arange(R, device=device) < is_response.sum(1, keepdim=True)  # [b, R]
         return torch.zeros(mask.shape, device=device).masked_scatter(mask, x)
 
-    def score_responses(prompts: list[dataset.Prompt], batch: Batch) -> tuple[Tensor, list[str]]:
-        """Scores [B] by the reward model or function, and the responses as text."""
+    def score_responses(
+        prompts: list[dataset.Prompt], batch: Batch
+    ) -> tuple[Tensor, list[str], list[bool]]:
+        """Scores [B] by the reward model or function, responses as text, which of them were cut."""
         responses = real_tokens(batch)
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         if reward_fn is not None:
             scores = utils.call_reward_function(reward_fn, args.reward_fn, prompts, texts, update)
-            return torch.tensor(scores, device=device), texts
-        if shared_tokenizer:  # the reward model has learned on texts that end in EOS (B19)
-            whole = [r if r[-1] == eos_id else [*r, eos_id] for r in responses]
-            sequences = [p.ids + r for p, r in zip(prompts, whole, strict=True)]
+            return torch.tensor(scores, device=device), texts, [False] * len(texts)
+        if shared_tokenizer:
+            sequences = []
+            for prompt, response in zip(prompts, responses, strict=True):
+                while response and response[-1] in prompt.end:
+                    response.pop()
+                # ends as the answers do on which the reward model has learned (B19, B29)
+                sequences.append(prompt.ids + response + prompt.end)
         else:  # as text, through the reward model's own tokenizer and chat template (B5)
-            pairs = [(p.row["prompt"], text) for p, text in zip(prompts, texts, strict=True)]
-            places = [p.place for p in prompts]
-            encoded = dataset.encode_pairs(reward_tokenizer, pairs, places)
-            sequences = [p + c for p, c in zip(*encoded, strict=True)]
-            longest, limit = max(map(len, sequences)), utils.context_length(reward_model)
-            if longest > limit:
-                what = f"{longest} tokens exceed its context of {limit}"
-                utils.stop(f"{args.reward_model}: {what}; shorten the prompts", 1 if update else 2)
+            pairs = [(p.row, p.text, text) for p, text in zip(prompts, texts, strict=True)]
+            asked = [dataset.answered(reward_tokenizer, *pair) for pair in pairs]
+            sequences = [ids for ids, _ in dataset.encode(reward_tokenizer, asked)]
+        limit = utils.context_length(reward_model)
+        cut = [len(s) > limit for s in sequences]  # before what ends them (B31)
+        for i, (s, p) in enumerate(zip(sequences, prompts, strict=True)):
+            if cut[i]:
+                sequences[i] = s[: limit - len(p.end)] + p.end
         scores = torch.zeros(len(sequences), device=device)
         order = torch.tensor([len(s) for s in sequences]).argsort(stable=True)  # little padding
         for part in order.split(micro_batch_size):
@@ -328,7 +342,7 @@ def main(args: Args) -> None:
             with utils.autocast(device, args.dtype):
                 raw = utils.last_token_scores(reward_model, ids, mask)  # [b] D10
             scores[part.to(device)] = utils.normalize_scores(reward_model, raw)  # D13
-        return scores, texts
+        return scores, texts, cut
 
     @torch.no_grad()
     def evaluate(model: Any) -> list[dict[str, Any]]:
@@ -339,7 +353,7 @@ def main(args: Args) -> None:
             prompts = mine[i : i + args.batch_size // process.world]
             rng = utils.generator(device, args.seed, EVALUATION, i, process.rank)
             batch = sample_responses(model, prompts, 0, rng)
-            scores, texts = score_responses(prompts, batch)
+            scores, texts, _ = score_responses(prompts, batch)
             judged = [None] * len(prompts)
             if judge is not None:
                 judged = utils.call_reward_function(judge, judge_file, prompts, texts, update)
@@ -357,7 +371,8 @@ def main(args: Args) -> None:
     def ptx_backward(count: int, rng: torch.Generator) -> Tensor:
         """Add the gradient of ptx_coef times the loss, in nats per token, on `count` rows (D31)."""
         rows = [ptx_rows[i] for i in torch.randint(len(ptx_rows), (count,), generator=rng).tolist()]
-        num_tokens = torch.tensor(sum(len(c) - (not p) for p, c in rows), device=device)
+        num_tokens = sum(sum(learned[1:]) for _, learned in rows)
+        num_tokens = torch.tensor(num_tokens, device=device)
         num_tokens, total = utils.sum_over_processes(num_tokens), torch.zeros((), device=device)
 
         def cross_entropy(hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -365,10 +380,9 @@ def main(args: Args) -> None:
 
         for i in range(0, count, micro_batch_size):
             micro = rows[i : i + micro_batch_size]
-            ids, mask = dataset.pad([p + c for p, c in micro], pad_id, "right", device)  # [b, T]
-            prompt_lengths = torch.tensor([len(p) for p, _ in micro], device=device)
-            is_completion = torch.arange(ids.shape[1], device=device) >= prompt_lengths[:, None]
-            is_target = (mask.bool() & is_completion)[:, 1:]  # [b, T - 1]
+            ids, _ = dataset.pad([ids for ids, _ in micro], pad_id, "right", device)  # [b, T]
+            is_target, _ = dataset.pad([learned for _, learned in micro], False, "right", device)
+            is_target = is_target[:, 1:]  # [b, T - 1]
             with utils.autocast(device, args.dtype):
                 hidden = utils.hidden_states(policy, ids)[:, :-1][is_target]  # [N, H]
                 losses = utils.in_chunks(cross_entropy, policy, hidden, ids[:, 1:][is_target])
@@ -396,7 +410,7 @@ def main(args: Args) -> None:
     work = f"{len(train_prompts)} prompts, {num_updates} updates"
     ends = " or ".join(tokenizer.convert_ids_to_tokens(stop_ids))
     utils.say(f"ppo_rlhf: {size}, {work}, on {device} in {args.dtype}; responses end with {ends}")
-    utils.say(f"first example: {tokenizer.decode(train_prompts[0].ids)!r}")
+    dataset.show_example(tokenizer, train_data[0], train_prompts[0].ids)
     done, shown = first_update - 1, "objective/scores objective/kl response/length"
     logger = utils.Logger(out, args, process, "update", done, num_updates, shown)
     interruption = utils.Interruption(process)
@@ -428,7 +442,7 @@ def main(args: Args) -> None:
         last_ids = batch.response_ids.gather(1, last[:, None]).squeeze(1)  # [B]
         ended = torch.isin(last_ids, torch.tensor(stop_ids, device=device))  # [B] by EOS or stop
         with torch.no_grad():
-            scores, _ = score_responses(prompts, batch)  # [B]
+            scores, _, cut = score_responses(prompts, batch)  # [B]
         # a response that was cut off loses a constant (D18, B2)
         scores = torch.where(ended, scores, scores - args.missing_eos_penalty)
         if args.reward_clip is not None:
@@ -591,6 +605,7 @@ def main(args: Args) -> None:
             "val/explained_variance": explained,
             "response/length": batch_tokens.item() / args.batch_size,
             "response/eos_rate": episode_mean(ended),
+            "response/cut_rate": episode_mean(torch.tensor(cut, device=device)),  # B31
             "grad_norm": torch.stack(grad_norms).mean().item(),
             "time/rollout": times[0],
             "time/score": times[1],

@@ -23,7 +23,7 @@ B pairs, T tokens, H hidden size. `D11` in a comment points to docs/details.md.
 import json
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -40,14 +40,18 @@ import utils
 class Args:
     model: str = "runs/sft"
     """What to start from: a hub id or a local folder."""
-    dataset: str = "data/support/preferences"
-    """Preferences: a hub id, a folder with train.jsonl and validation.jsonl, or a single file."""
+    dataset: tuple[str, ...] = ("data/support/preferences",)
+    """Preferences, joined: hub ids (NAME or NAME:CONFIG), folders with train.jsonl, files."""
+    dataset_weights: tuple[float, ...] = ()
+    """Shares of the data sets in the training rows; none: all rows."""
+    revision: str | None = None
+    """Branch, tag or commit of hub data sets."""
     train_split: str = "train"
     """Split to learn from."""
     eval_split: str = "validation"
     """Split to measure the accuracy on."""
-    columns: list[str] = field(default_factory=list)
-    """Names of columns: `prompt=question` reads one as prompt, `system=` leaves one out."""
+    columns: tuple[str, ...] = ()
+    """`prompt=question` reads a column as prompt, `prompt=a+b` two, `system=` leaves one out."""
     output_dir: str = "runs/reward_model"
     """Where the model and all records go."""
     overwrite: bool = False
@@ -128,14 +132,11 @@ def main(args: Args) -> None:
     eval_pairs = encode(tokenizer, eval_data, max_length)
     sft_texts: list[list[int]] = []  # demonstrations whose mean score becomes 0
     if args.normalize_with != "none":
-        formats = dataset.SFT_FORMATS
-        sft_data = dataset.load_data(args.normalize_with, args.train_split, formats)
-        pairs = dataset.demonstrations(sft_data)
-        prompts, completions = dataset.encode_pairs(tokenizer, pairs, sft_data.places)
-        sft_texts = [p + c for p, c in zip(prompts, completions, strict=True)]
-        sft_texts = [text for text in sft_texts if len(text) <= max_length]
-    if not train_pairs or not eval_pairs or (args.normalize_with != "none" and not sft_texts):
-        utils.stop(f"--max-length: all rows are longer than {max_length} tokens; raise it")
+        sft_data = dataset.load_data(args.normalize_with, args.train_split, dataset.SFT_FORMATS)
+        whole = dataset.encode_demonstrations(tokenizer, sft_data, 2**30)  # none is cut
+        sft_texts = [ids for ids, _ in whole if len(ids) <= max_length]
+        if not sft_texts:
+            utils.stop(f"--max-length: all demonstrations exceed {max_length} tokens; raise it")
     if args.compile:
         utils.compile_model(model)
     out = utils.open_output(args, "reward_model", process)
@@ -154,8 +155,7 @@ def main(args: Args) -> None:
     size = f"{sum(p.numel() for p in parameters) / 1e6:.1f}M parameters"
     work = f"{len(train_pairs)} pairs, {num_steps} steps"
     utils.say(f"reward_model: {size}, {work}, on {device} in {args.dtype}")
-    for side in ("chosen", "rejected"):
-        utils.say(f"first example, {side}: {tokenizer.decode(getattr(train_pairs[0], side))!r}")
+    dataset.show_example(tokenizer, train_data[0], *train_pairs[0][:2])
     shown = "loss accuracy tokens_per_second"
     logger = utils.Logger(out, args, process, "step", start, num_steps, shown)
 
@@ -274,21 +274,33 @@ def length(pair: Pair) -> int:
     return len(pair.chosen) + len(pair.rejected)
 
 
-def encode(tokenizer: Any, data: dataset.Data, max_length: int) -> list[Pair]:
+def encode(tokenizer: Any, rows: list[dataset.Row], max_length: int) -> list[Pair]:
     """Pairs in token ids.
 
-    Those with a side longer than `max_length` are left out, for a cut text has no EOS (B19).
+    Left out are those that cannot be compared, or with a side longer than `max_length`: a cut text
+    has no EOS (B19).
     """
-    rows = [(row.get("prompt", ""), row["chosen"], row["rejected"]) for row in data.rows]
-    prompts, chosen = dataset.encode_pairs(tokenizer, [(p, c) for p, c, _ in rows], data.places)
-    _, rejected = dataset.encode_pairs(tokenizer, [(p, r) for p, _, r in rows], data.places)
-    sides = zip(prompts, chosen, rejected, strict=True)
-    pairs = [Pair(p + c, p + r, len(c), len(r)) for p, c, r in sides]
-    kept = [pair for pair in pairs if max(len(pair.chosen), len(pair.rejected)) <= max_length]
-    if len(kept) < len(pairs):
-        what = f"{len(pairs) - len(kept)} of {len(pairs)} pairs are longer than {max_length} tokens"
-        utils.say(f"reward_model: {what} and are left out (--max-length)")
-    return kept
+
+    def rendered(row: dataset.Row) -> tuple:
+        prompt, chosen, rejected = row.get("prompt", ""), row["chosen"], row["rejected"]
+        if chosen == rejected:
+            raise dataset.Unusable("chosen and rejected are equal; drop the row")
+        if type(chosen) is not type(rejected):
+            raise dataset.Unusable("one answer is a text, the other a chat; fix the row")
+        if isinstance(chosen, list) and (n := dataset.same_chat_head(prompt, chosen)):
+            if n != dataset.same_chat_head(prompt, rejected):
+                raise dataset.Unusable("only chosen begins with the prompt; fix the row")
+            prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]  # B34
+        sides = [dataset.render(tokenizer, prompt, side) for side in (chosen, rejected)]
+        return row, *sides
+
+    def pair(row: dataset.Row, chosen: tuple, rejected: tuple) -> Pair:
+        if max(len(chosen[0]), len(rejected[0])) > max_length:
+            raise dataset.Unusable(f"is longer than {max_length} tokens; raise --max-length")
+        return Pair(chosen[0], rejected[0], sum(chosen[1]), sum(rejected[1]))
+
+    rows, *sides = zip(*dataset.usable(rendered, rows), strict=True)
+    return dataset.usable(pair, rows, *(dataset.encode(tokenizer, side) for side in sides))
 
 
 def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:

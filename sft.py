@@ -19,10 +19,11 @@ B sequences, T tokens, N of them to learn from, H hidden size, V vocabulary. `D8
 points to docs/details.md.
 """
 
+import itertools
 import json
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -40,14 +41,20 @@ import utils
 class Args:
     model: str = "tiny"
     """Hub id, local folder, or `tiny`: a 1M-parameter Llama and a tokenizer made from the data."""
-    dataset: str = "data/support/sft"
-    """Demonstrations: a hub id, a folder with train.jsonl and validation.jsonl, or a file."""
+    dataset: tuple[str, ...] = ("data/support/sft",)
+    """Demonstrations, joined: hub ids (NAME or NAME:CONFIG), folders with train.jsonl, files."""
+    dataset_weights: tuple[float, ...] = ()
+    """Shares of the data sets in the training rows; none: all rows."""
+    revision: str | None = None
+    """Branch, tag or commit of hub data sets."""
     train_split: str = "train"
     """Split to learn from."""
     eval_split: str = "validation"
     """Split to measure the loss on."""
-    columns: list[str] = field(default_factory=list)
-    """Names of columns: `prompt=question` reads one as prompt, `system=` leaves one out."""
+    columns: tuple[str, ...] = ()
+    """`prompt=question` reads a column as prompt, `prompt=a+b` two, `system=` leaves one out."""
+    last_turn_only: bool = False
+    """Of a conversation learn only the last answer, not every one."""
     output_dir: str = "runs/sft"
     """Where the model and all records go."""
     overwrite: bool = False
@@ -102,15 +109,17 @@ def main(args: Args) -> None:
     # ---- data and model
     train_data, eval_data = dataset.load_splits(args, dataset.SFT_FORMATS)
     if args.model == "tiny":
-        texts = [text for row in train_data.rows for text in plain_texts(row)]
-        model, tokenizer = build_tiny(texts, device)
+        model, tokenizer = build_tiny(train_data, device)
     else:
         tokenizer = utils.load_tokenizer(args.model)
         model = utils.load_causal_lm(args.model, device, tokenizer)
     max_length = min(args.max_length, utils.context_length(model))
-    train_rows = dataset.encode_demonstrations(tokenizer, train_data, max_length)
-    eval_rows = dataset.encode_demonstrations(tokenizer, eval_data, max_length)
-    cut = sum(completion[-1] != tokenizer.eos_token_id for _, completion in train_rows)
+    all_turns = not args.last_turn_only
+    train_rows, eval_rows = (
+        dataset.encode_demonstrations(tokenizer, data, max_length, all_turns)
+        for data in (train_data, eval_data)
+    )
+    cut = sum(ids[-1] != tokenizer.eos_token_id for ids, _ in train_rows)
     if cut:
         utils.say(f"sft: {cut} of {len(train_rows)} completions are cut (--max-length)")
     if args.compile:
@@ -131,8 +140,8 @@ def main(args: Args) -> None:
     size = f"{sum(p.numel() for p in parameters) / 1e6:.1f}M parameters"
     work = f"{len(train_rows)} rows, {num_steps} steps"
     utils.say(f"sft: {size}, {work}, on {device} in {args.dtype}")
-    prompt, completion = train_rows[0]
-    utils.say(f"first example: {tokenizer.decode(prompt)!r} -> {tokenizer.decode(completion)!r}")
+    runs = itertools.groupby(zip(*train_rows[0], strict=True), key=lambda pair: pair[1])
+    dataset.show_example(tokenizer, train_data[0], *([i for i, _ in run] for _, run in runs))
     shown = "loss grad_norm tokens_per_second"
     logger = utils.Logger(out, args, process, "step", start, num_steps, shown)
 
@@ -140,14 +149,11 @@ def main(args: Args) -> None:
         """Of some of the N tokens, in nats: [n], from the hidden states [n, H] before them."""
         return F.cross_entropy(utils.logits_of(model, hidden), tokens, reduction="none")
 
-    def sum_of_losses(rows: list[tuple[list[int], list[int]]]) -> Tensor:
-        """Cross-entropy in nats, summed over the completions' tokens."""
-        texts, prompt_lengths = [p + c for p, c in rows], [len(p) for p, _ in rows]
-        ids, mask = dataset.pad(texts, tokenizer.pad_token_id, "right", device)  # [B, T]
-        prompt_lengths = torch.tensor(prompt_lengths, device=device)
-        position = torch.arange(ids.shape[1], device=device)
-        # the completions' tokens only, EOS among them (D8)
-        is_target = mask.bool() & (position >= prompt_lengths[:, None])  # [B, T]
+    def sum_of_losses(rows: list[tuple[list[int], list[bool]]]) -> Tensor:
+        """Cross-entropy in nats, summed over the learned tokens."""
+        ids, _ = dataset.pad([ids for ids, _ in rows], tokenizer.pad_token_id, "right", device)
+        # the answers' tokens only, EOS among them (D8, D44)
+        is_target, _ = dataset.pad([learned for _, learned in rows], False, "right", device)
         is_target = is_target[:, 1:]  # a token is predicted by the state one position before it
         with utils.autocast(device, args.dtype):
             hidden = utils.hidden_states(model, ids)[:, :-1][is_target]  # [N, H]
@@ -221,8 +227,13 @@ def main(args: Args) -> None:
     utils.say(f"sft: {result}; {seconds:.0f} s; model in {out}")
 
 
-def build_tiny(texts: list[str], device: torch.device) -> tuple:
-    """A Llama of about 1M parameters and a byte-level BPE tokenizer trained on `texts`."""
+def build_tiny(rows: list[dataset.Row], device: torch.device) -> tuple:
+    """A Llama of about 1M parameters and a byte-level BPE tokenizer trained on the rows' texts."""
+    names = ("prompt", "completion", "text", "messages")
+    fields = [row[name] for row in rows for name in names if name in row]
+    texts = [x for x in fields if isinstance(x, str)]
+    chats = [message for x in fields if isinstance(x, list) for message in x]
+    texts += [message["content"] or "" for message in chats]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -236,6 +247,10 @@ def build_tiny(texts: list[str], device: torch.device) -> tuple:
     bpe.train_from_iterator(texts, trainer)
     special = {"pad_token": pad, "eos_token": eos}
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+    if chats:
+        turn = "{{ m.role }}: {{ m.content }}{{ eos_token if m.role == 'assistant' }}\\n"
+        start = "{% if add_generation_prompt %}assistant:{% endif %}"
+        tokenizer.chat_template = "{% for m in messages %}" + turn + "{% endfor %}" + start
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -255,21 +270,14 @@ def build_tiny(texts: list[str], device: torch.device) -> tuple:
     return transformers.LlamaForCausalLM(config).to(device).eval(), tokenizer
 
 
-def plain_texts(row: dict) -> list[str]:
-    """The texts in a row, for training a tokenizer on them."""
-    if "messages" in row and "prompt" not in row:
-        return [m["content"] for m in row["messages"]]
-    return [row[c] for c in ("prompt", "completion", "text") if isinstance(row.get(c), str)]
+def length(row: tuple[list[int], list[bool]]) -> int:
+    """Tokens of a row."""
+    return len(row[0])
 
 
-def length(row: tuple[list[int], list[int]]) -> int:
-    """Tokens of a prompt and its completion."""
-    return len(row[0]) + len(row[1])
-
-
-def count_targets(rows: list[tuple[list[int], list[int]]]) -> int:
-    """Tokens to learn from; a first token that nothing precedes is not predicted."""
-    return sum(len(completion) - (not prompt) for prompt, completion in rows)
+def count_targets(rows: list[tuple[list[int], list[bool]]]) -> int:
+    """Tokens to learn from; a first token, which nothing precedes, is not predicted."""
+    return sum(sum(learned[1:]) for _, learned in rows)
 
 
 if __name__ == "__main__":

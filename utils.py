@@ -129,6 +129,8 @@ def start_process(args: Any) -> Process:
         native = "bfloat16" if multiplies_bfloat16(device) else "float32"
         before = flags_of(Path(args.output_dir).expanduser()) if args.resume else {}
         args.dtype = before.get("dtype", native)
+    if args.dtype == "bfloat16":  # of its products in float32, the heads' on CUDA (B35)
+        torch.set_float32_matmul_precision("high")
     remote_code = args.trust_remote_code
     return Process(rank, world, device, is_main=rank == 0)
 
@@ -271,6 +273,7 @@ def check_output(args: Any, stage: str) -> None:
         stop(f"{out}: already holds a run; pass --resume to continue it, --overwrite to replace it")
     if args.resume:
         for name, value in vars(args).items():
+            value = json.loads(json.dumps(value))  # a list, as args.json has it
             if name not in FREE_ON_RESUME and before.get(name, value) != value:
                 stop(f"{flag(name)}: was {before[name]!r} in {out}; pass that run's flags")
         if (out / "summary.json").exists() and not checkpoints(out):
@@ -431,14 +434,13 @@ def freeze(model: Any, dtype: str) -> Any:
     """The model without gradients; with "bfloat16", weights of products take half the memory.
 
     Autocast would round them in each forward pass: outputs are the same, bit for bit. Embeddings,
-    also where the output head shares them, norms and the scalar head stay in float32.
+    norms, heads and a mixture's experts, which autocast does not round, stay in float32.
     """
     model.requires_grad_(False)
     if dtype == "bfloat16":
-        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        products = nn.Linear | transformers.pytorch_utils.Conv1D
-        for name, m in model.named_modules():
-            if isinstance(m, products) and name != "score" and id(m.weight) not in embeddings:
+        heads = (model.get_output_embeddings(), getattr(model, "score", None))
+        for m in model.modules():
+            if isinstance(m, nn.Linear | transformers.pytorch_utils.Conv1D) and m not in heads:
                 m.to(torch.bfloat16)
         for p in model.parameters():  # out of the mapped file, which is freed
             p.data = p.data.clone()
@@ -497,7 +499,8 @@ def hidden_states(model: Any, ids: Tensor) -> Tensor:
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
     """Float32 logits [n, V] of hidden states [n, H]: the head, and what few put after it."""
-    logits = model.get_output_embeddings()(hidden).float()
+    with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 is off by 0.02 at 14 (B35)
+        logits = model.get_output_embeddings()(hidden.float())
     config = model.config.get_text_config()
     if scale := getattr(config, "logit_scale", None):  # Cohere
         logits = logits * scale

@@ -77,11 +77,11 @@ def needed(
     value_model = advantage == "gae"
     # float32: weights 4, gradient 4, Adam's moments 8
     trained = 16 * (lm + (classifier if value_model else 0))
-    # products in bfloat16, embeddings (and a tied head) in float32
-    frozen = 2 * (shape.products + head) + 4 * shape.embedding
+    # products in bfloat16, embeddings and head in float32
+    frozen = 2 * shape.products + 4 * (head + shape.embedding)
     frozen += 2 * shape.products + 4 * shape.embedding if reward_model else 0
     # autocast's bfloat16 copies of trained weights, kept from the forward to the backward pass
-    copies = 2 * (shape.products + shape.embedding)
+    copies = 2 * shape.products
     copies += 2 * shape.products if value_model else 0
     length = prompt + response
     tokens = micro_batch * length

@@ -241,6 +241,12 @@ MODULES = {"sft": "sft", "reward_model": "reward_model", "ppo": "ppo_rlhf"}
 Stage = Callable[..., Path]
 
 
+def typed(flags: dict) -> dict:
+    """Flags as the command line makes them: one data set is a tuple of one."""
+    one = isinstance(flags["dataset"], str)
+    return flags | ({"dataset": (flags["dataset"],)} if one else {})
+
+
 @pytest.fixture(scope="session")
 def sft(base, data) -> Stage:
     """sft.py on the small data: `sft(out, **flags)` runs it and returns `out`."""
@@ -250,7 +256,7 @@ def sft(base, data) -> Stage:
         defaults = {"model": base.plain, "dataset": data.sft, "device": "cpu", "dtype": "float32"}
         defaults |= {"batch_size": 16, "micro_batch_size": 16, "epochs": 1, "max_length": 64}
         defaults |= {"learning_rate": 1e-2}
-        sft.main(sft.Args(**defaults | flags, output_dir=str(out)))
+        sft.main(sft.Args(**typed(defaults | flags), output_dir=str(out)))
         return out
 
     return run
@@ -265,7 +271,7 @@ def reward_model(base, data) -> Stage:
         defaults = {"model": base.plain, "dataset": data.preferences, "normalize_with": data.sft}
         defaults |= {"device": "cpu", "dtype": "float32", "learning_rate": 3e-3, "max_length": 64}
         defaults |= {"batch_size": 16, "micro_batch_size": 16}
-        reward_model.main(reward_model.Args(**defaults | flags, output_dir=str(out)))
+        reward_model.main(reward_model.Args(**typed(defaults | flags), output_dir=str(out)))
         return out
 
     return run
@@ -291,7 +297,7 @@ def ppo(models, data) -> Stage:
         defaults |= {"total_episodes": 16, "batch_size": 8, "micro_batch_size": 4}
         defaults |= {"num_ppo_epochs": 2, "response_length": 10, "eval_prompts": 4}
         defaults |= {"learning_rate": 1e-3, "temperature": 1.0, "kl_coef": 0.05}
-        ppo_rlhf.main(ppo_rlhf.Args(**defaults | flags, output_dir=str(out)))
+        ppo_rlhf.main(ppo_rlhf.Args(**typed(defaults | flags), output_dir=str(out)))
         return out
 
     return run

@@ -45,8 +45,8 @@ ROWS = {"sft": sft_rows, "reward_model": preference_rows, "ppo": prompt_rows}
 
 def broken_data(folder: Path, name: str, line: object, split: str = "train") -> tuple[str, str]:
     """A data set with `line` as the third line of a split: (folder, the place to be named)."""
-    rows, path = ROWS[name]()[:20], folder / f"{split}.jsonl"
-    write_data(folder, rows, 4)
+    rows, path = ROWS[name]()[:8], folder / f"{split}.jsonl"
+    write_data(folder, rows, 2)  # few enough that one is more than a tenth
     write_jsonl(path, [*rows[:2], "x" if isinstance(line, bytes) else line, *rows[3:]])
     if isinstance(line, bytes):
         path.write_bytes(path.read_bytes().replace(b"\nx\n", b"\n" + line + b"\n"))
@@ -89,7 +89,7 @@ def test_a_line_that_is_no_json_object(refused, name, what, tmp_path):
 @pytest.mark.parametrize("name", STAGES)
 def test_a_file_of_another_kind(refused, name, tmp_path):
     """By its ending, or by what is in it."""
-    for file in ("data.xlsx", "data.tsv", "data.pkl", "data"):
+    for file in ("data.xlsx", "data.pkl", "data"):
         (tmp_path / file).write_text("x")
         refused(name, str(tmp_path / file), "known kind", dataset=str(tmp_path / file))
     for file in ("data.parquet", "data.csv", "data.json"):
@@ -101,7 +101,7 @@ def test_a_file_that_cannot_be_read(refused, tmp_path):
     """The system says no while it is read."""
     path = tmp_path / "data.jsonl"
     path.symlink_to("/proc/self/mem")
-    refused("sft", f"{path}: cannot be read", dataset=str(path))
+    refused("sft", f"{path} (train): cannot be read", dataset=str(path))
 
 
 # ---- columns and fields
@@ -118,12 +118,11 @@ def test_a_wrong_column_name(refused, name, tmp_path):
     refused(name, f"{folder}/train.jsonl:1", other, "rename", column, dataset=folder)
     path = tmp_path / "data.csv"
     path.write_text(f"{other},text2\na, b\n" * 2)
-    refused(name, f"{path} (row 1)", f"{other},text2", column, dataset=str(path))
+    refused(name, f"{path}:2", f"{other},text2", column, dataset=str(path))
 
 
 NO_TEXT = {
-    "empty": ["", " \n", []],
-    "last message is empty": [[{"role": "user", "content": " "}]],
+    "empty": ["", " \n", [], [{"role": "user", "content": " "}]],
     "chat message": [[{"role": "user"}], ["hello"]],
     "missing": [None, ...],
     "type": [3, 0.5, True, {"text": "a"}],
@@ -152,29 +151,28 @@ ASSISTANT = {"role": "assistant", "content": "Yes."}
 
 
 NO_MESSAGE = [{"role": None, "content": "Yes."}, {"role": "assistant"}, {"value": "Yes."}]
-NO_MESSAGE += [ASSISTANT | {"content": content} for content in (None, 3, [{"text": "Yes."}])]
+NO_MESSAGE += [ASSISTANT | {"content": content} for content in (None, 3, [{"type": "image"}])]
 NOTHING_TO_LEARN = {
     "chat": ["hello"],  # a text is no `messages`, though it may be `chosen`
     "empty": [[], [USER, ASSISTANT | {"content": "\n"}]],
-    "role 'human'": [[USER | {"role": "human"}, ASSISTANT]],
-    "role 'Assistant'": [[USER, ASSISTANT | {"role": "Assistant"}]],
-    "role ''": [[USER, ASSISTANT | {"role": ""}]],
+    "'role': 'human'": [[USER | {"role": "human"}, ASSISTANT]],
+    "'role': 'Assistant'": [[USER, ASSISTANT | {"role": "Assistant"}]],
+    "'role': ''": [[USER, ASSISTANT | {"role": ""}]],
     "chat message": [[USER, message] for message in NO_MESSAGE],
-    "not the assistant's": [[SYSTEM], [USER, ASSISTANT, USER]],
+    "not the assistant's": [[SYSTEM], [USER, ASSISTANT, SYSTEM]],
 }
 NOTHING_TO_ANSWER = {
     "empty": [[]],
-    "role '": [[USER | {"role": "human"}], [USER | {"role": "\x1b[31muser"}]],
-    "is the assistant's": [[USER, ASSISTANT]],
+    "'role': '": [[USER | {"role": "human"}], [USER | {"role": "\x1b[31muser"}]],
     "chat message": [[message] for message in NO_MESSAGE],
 }
 
 
 def chats(folder: Path, column: str, good: list, messages: object) -> tuple[str, str]:
     """A data set of chats with a bad one as the fifth: (folder, the place to be named)."""
-    no = [[USER, ASSISTANT | {"content": f"No {i}."}] for i in range(20)]
+    no = [[USER, ASSISTANT | {"content": f"No {i}."}] for i in range(8)]
     rows = [{column: good, "rejected": chat} for chat in no]
-    write_data(folder, rows, 4)
+    write_data(folder, rows, 2)
     rows[4] = rows[4] | {column: messages}
     return str(folder), f"{write_jsonl(folder / 'train.jsonl', rows)}:5"
 
@@ -227,7 +225,7 @@ def test_a_pair_without_a_better_side(refused, base, tmp_path):
     mixed = row | {"rejected": [ASSISTANT]}
     for i, wrong in enumerate((equal, as_chat(equal), mixed)):
         folder, place = broken_data(tmp_path / str(i), "reward_model", wrong)
-        what = "one is a text, the other a chat" if wrong is mixed else "equal"
+        what = "one answer is a text, the other a chat" if wrong is mixed else "equal"
         refused("reward_model", place, what, dataset=folder, model=base.chat)
 
 
@@ -244,7 +242,9 @@ def test_a_prompt_that_fills_the_context(refused, tokenizer, tmp_path):
     folder, place = broken_data(tmp_path / "sft", "sft", {"prompt": long, "completion": " Yes."})
     refused("sft", place, dataset=folder)
     length = len(tokenizer(long)["input_ids"])
-    refused("sft", place, f"{length} tokens leave no room", dataset=folder, max_length=length)
+    refused(
+        "sft", place, f"no room for a completion within {length}", dataset=folder, max_length=length
+    )
     folder, place = broken_data(tmp_path / "ppo", "ppo", {"prompt": long, "fruit": "figs"})
     refused("ppo", place, dataset=folder)
     refused("ppo", "response", response_length=128)

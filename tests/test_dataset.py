@@ -29,9 +29,9 @@ def test_a_folder_of_jsonl(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", ["", *ROWS[:3], "", ROWS[3]])
     write_jsonl(tmp_path / "validation.jsonl", ROWS[4:6])
     data = dataset.load_data(str(tmp_path), "train", PAIR)
-    assert data.rows == ROWS[:4]
-    assert data.places == [f"{tmp_path}/train.jsonl:{line}" for line in (2, 3, 4, 6)]
-    assert dataset.load_data(str(tmp_path), "validation", PAIR).rows == ROWS[4:6]
+    assert data == ROWS[:4]
+    assert [row.place for row in data] == [f"{tmp_path}/train.jsonl:{n}" for n in (2, 3, 4, 6)]
+    assert dataset.load_data(str(tmp_path), "validation", PAIR) == ROWS[4:6]
 
 
 def test_utf8_with_and_without_a_byte_order_mark(tmp_path):
@@ -40,33 +40,45 @@ def test_utf8_with_and_without_a_byte_order_mark(tmp_path):
     line = json.dumps(row, ensure_ascii=False).encode() + b"\r\n"
     for mark in (b"", b"\xef\xbb\xbf"):
         (tmp_path / "train.jsonl").write_bytes(mark + line + line)
-        assert dataset.load_data(str(tmp_path), "train[:]", PAIR).rows == [row, row]
+        assert dataset.load_data(str(tmp_path), "train[:]", PAIR) == [row, row]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "json"])
+def write_table(path, rows):
+    """Rows in the format that the file's name tells."""
+    kind, table = path.name.lower().partition(".")[2].removesuffix(".gz"), pandas.DataFrame(rows)
+    if kind in ("csv", "tsv"):
+        table.to_csv(path, index=False, sep="," if kind == "csv" else "\t", compression="infer")
+    elif kind == "parquet":
+        table.to_parquet(path)
+    else:
+        flags = {"orient": "records", "lines": kind != "json", "compression": "infer"}
+        table.to_json(path, **flags)
+    return path
+
+
+KINDS = ["jsonl", "ndjson", "jsonl.gz", "JSONL", "json", "csv", "TSV", "tsv.gz", "parquet"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_single_file(tmp_path, kind):
     """A single file has its last twentieth held out, whatever its format."""
-    path, flags = (
-        tmp_path / f"rows.{kind}",
-        {"csv": {"index": False}, "json": {"orient": "records"}},
-    )
-    if kind == "jsonl":
-        write_jsonl(path, ROWS)
-    else:
-        getattr(pandas.DataFrame(ROWS), f"to_{kind}")(path, **flags.get(kind, {}))
-    assert dataset.load_data(str(path), "train", PAIR).rows == ROWS[:38]
+    path, rows, lines = write_table(tmp_path / f"rows.{kind}", ROWS), ROWS, ["39", "40"]
+    if "sv" in kind.lower():  # whose fields are all text, below a line of names
+        rows = [{name: str(value) for name, value in row.items()} for row in ROWS]
+        lines = ["40", "41"]
+    assert dataset.load_data(str(path), "train", PAIR) == rows[:38]
     held_out = dataset.load_data(str(path), "validation", PAIR)
-    assert held_out.rows == ROWS[38:]
-    assert all(place.startswith(str(path)) for place in held_out.places)
-    assert [re.findall(r"\d+", place)[-1] for place in held_out.places] == ["39", "40"]
+    assert held_out == rows[38:]
+    assert all(row.place.startswith(str(path)) for row in held_out)
+    assert [re.findall(r"\d+", row.place)[-1] for row in held_out] == lines
 
 
 def test_a_folder_of_parquet(tmp_path):
-    """What is not .jsonl goes through `datasets`, splits included."""
+    """Its splits are files too."""
     pandas.DataFrame(ROWS[:5]).to_parquet(tmp_path / "train.parquet")
     pandas.DataFrame(ROWS[5:7]).to_parquet(tmp_path / "validation.parquet")
-    assert dataset.load_data(str(tmp_path), "train", PAIR).rows == ROWS[:5]
-    assert dataset.load_data(str(tmp_path), "validation", PAIR).rows == ROWS[5:7]
+    assert dataset.load_data(str(tmp_path), "train", PAIR) == ROWS[:5]
+    assert dataset.load_data(str(tmp_path), "validation", PAIR) == ROWS[5:7]
 
 
 def test_a_hub_id_with_a_dot_is_no_missing_file(error_of):
@@ -75,50 +87,60 @@ def test_a_hub_id_with_a_dot_is_no_missing_file(error_of):
     assert "no such file" not in line
 
 
-def test_hold_out_splits_a_single_file():
+def test_hold_out_splits_a_single_file(tmp_path):
     """The last twentieth, 500 rows at most: no row is in both parts, places stay with rows."""
 
     def parts(n):
-        data = dataset.Data([{"prompt": str(i)} for i in range(n)], [f"f:{i}" for i in range(n)])
-        train, rest = dataset.hold_out(data, "train"), dataset.hold_out(data, "validation")
-        for part in (train, rest):
-            assert [f"f:{row['prompt']}" for row in part.rows] == part.places
-        assert train.rows + rest.rows == data.rows or n == 1
-        return len(train.rows), len(rest.rows)
+        path = str(write_jsonl(tmp_path / "x.jsonl", [{"text": str(i)} for i in range(n)]))
+        train, rest = (
+            dataset.load_data(path, split, dataset.SFT_FORMATS) for split in ("train", "validation")
+        )
+        for row in (*train, *rest):
+            assert row.place == f"{path}:{int(row['text']) + 1}"
+        assert [int(row["text"]) for row in train + rest] == [*range(n)] or n == 1
+        return len(train), len(rest)
 
     assert [parts(n) for n in (20_000, 100, 2)] == [(19_500, 500), (95, 5), (1, 1)]
     assert parts(1) == (1, 1)  # the only row serves as both
 
 
-def test_the_first_format_that_fits(tmp_path):
+def test_the_first_format_that_fits(tmp_path, tokenizer):
     """A row with prompt and completion is read as such even if it has a text too."""
     rows = [{"text": "a b", "prompt": "a", "completion": " b"}] * 2
     path = str(write_jsonl(tmp_path / "x.jsonl", rows))
     data = dataset.load_data(path, "train", dataset.SFT_FORMATS)
-    assert dataset.demonstrations(data) == [("a", " b")]
+    assert dataset.render_row(tokenizer, data[0]) == (["a", " b"], False)
 
 
-def test_demonstrations_of_the_three_formats():
-    """A chat's completion is its last message; a text is all completion."""
-    rows = [{"prompt": "a", "completion": "b"}, {"messages": [USER, REPLY]}, {"text": "a"}]
-    found = dataset.demonstrations(dataset.Data(rows, ["f:1", "f:2", "f:3"]))
-    assert found == [("a", "b"), ([USER], [REPLY]), ("", "a")]
+def test_rows_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys, error_of):
+    """Up to a tenth of them; the first is named. More stop the stage, and so does none."""
+    bad = [{"text": ""}, {"text": 3}, {"text": None}]
+    path = write_jsonl(tmp_path / "x.jsonl", [*bad[:1], *[{"text": "a"}] * 19, *bad[1:]])
+    given = (str(path), "train[:]", dataset.SFT_FORMATS)
+    assert "x.jsonl:1: text: is empty (3 of 22 rows cannot be used); fill" in error_of(
+        dataset.load_data, *given
+    )
+    write_jsonl(path, [*[{"text": "a"}] * 28, *bad[1:]])
+    assert len(dataset.load_data(*given)) == 28
+    assert f"2 of 30 rows are left out, the first {path}:29: text: is of" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("column", ["messages", "completion", "chosen", "rejected"])
-def test_a_chat_that_the_user_ends_is_refused(error_of, column):
+def test_a_chat_that_the_user_ends_is_refused(column):
     """Nothing is learned from a user's last word; a prompt, though, ends with it."""
-    line = error_of(dataset.check_field, [USER], column, f"f:1: {column}")
-    assert f"f:1: {column}: its last message" in line
-    dataset.check_field([USER], "prompt", "f:1: prompt")
+    with pytest.raises(dataset.Unusable, match=f"{column}: its last message"):
+        dataset.check_field([USER], column)
+    dataset.check_field([USER], "prompt")
 
 
 # ---- token ids
 
 
 def encode(tokenizer, prompt, completion):
-    prompts, completions = dataset.encode_pairs(tokenizer, [(prompt, completion)], ["f:1"])
-    return prompts[0], completions[0]
+    [(ids, learned)] = dataset.encode(tokenizer, [dataset.render(tokenizer, prompt, completion)])
+    n = len(ids) - sum(learned)
+    assert learned == [False] * n + [True] * sum(learned)
+    return ids[:n], ids[n:]
 
 
 def ids_of(tokenizer, text):
@@ -182,38 +204,44 @@ def test_chats_and_texts_mix():
     """Rows of both kinds in one list keep their order."""
     tokenizer = make_tokenizer(eos="<|end|>", chat=True)
     pairs = [("one", " a"), ([USER], "b"), ("two", " c")]
-    prompts, completions = dataset.encode_pairs(tokenizer, pairs, ["f:1", "f:2", "f:3"])
+    texts = [dataset.render(tokenizer, *pair) for pair in pairs]
+    encoded = [tokenizer.decode(ids) for ids, _ in dataset.encode(tokenizer, texts)]
     chat = "<|user|>two figs?<|end|><|assistant|>"
-    assert [tokenizer.decode(ids) for ids in prompts] == ["one", chat, "two"]
-    assert [tokenizer.decode(ids) for ids in completions] == [" a<|end|>", "b<|end|>", " c<|end|>"]
+    assert encoded == ["one a<|end|>", f"{chat}b<|end|>", "two c<|end|>"]
 
 
 COUNTING = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
-def test_render_errors_name_the_place(tokenizer, error_of):
+def test_what_cannot_be_rendered(tokenizer):
     """A chat without a template, one that it refuses or rewrites, and a text that a chat answers.
 
     A string as prompt beside messages as completion would be lost in the template.
     """
     chatty = make_tokenizer(chat=True)
-    assert "f:1: is a chat" in error_of(dataset.render, tokenizer, [USER], [REPLY], "f:1")
-    assert "write both alike" in error_of(dataset.render, chatty, "two figs?", [REPLY], "f:1")
+
+    def why(tokenizer, prompt):
+        with pytest.raises(dataset.Unusable) as error:
+            dataset.render(tokenizer, prompt, [REPLY])
+        return str(error.value)
+
+    assert "is a chat" in why(tokenizer, [USER])
+    assert "write both alike" in why(chatty, "two figs?")
     chatty.chat_template = "{{ raise_exception('roles must alternate') }}"
-    assert "roles must alternate" in error_of(dataset.render, chatty, [USER], [REPLY], "f:1")
+    assert "roles must alternate" in why(chatty, [USER])
     chatty.chat_template = COUNTING
-    line = error_of(dataset.render, chatty, [USER], [REPLY], "f:1")
-    assert "f:1: the chat template rewrites" in line
+    assert "the chat template rewrites" in why(chatty, [USER])
 
 
 def test_demonstrations_are_cut_to_a_length(tokenizer, error_of):
     """Of prompt and completion together; a prompt that leaves no room is named."""
-    data = dataset.Data(ROWS[:2], ["f:1", "f:2"])
-    whole = dataset.encode_demonstrations(tokenizer, data, 500)
-    assert [c[-1] for _, c in whole] == [tokenizer.eos_token_id] * 2
-    n = len(whole[0][0]) + 2
-    assert dataset.encode_demonstrations(tokenizer, data, n)[0] == (whole[0][0], whole[0][1][:2])
-    assert "f:1: prompt" in error_of(dataset.encode_demonstrations, tokenizer, data, n - 2)
+    rows = [dataset.Row(row, f"f:{i}") for i, row in enumerate(ROWS[:2], 1)]
+    whole = dataset.encode_demonstrations(tokenizer, rows, 500)
+    assert [ids[-1] for ids, _ in whole] == [tokenizer.eos_token_id] * 2
+    ids, learned = whole[0]
+    n = len(ids) - sum(learned) + 2
+    assert dataset.encode_demonstrations(tokenizer, rows, n)[0] == (ids[:n], learned[:n])
+    assert "f:1: prompt" in error_of(dataset.encode_demonstrations, tokenizer, rows, n - 2)
 
 
 def test_encode_prompts_keeps_rows_and_places(tokenizer, tmp_path, error_of):
@@ -225,7 +253,7 @@ def test_encode_prompts_keeps_rows_and_places(tokenizer, tmp_path, error_of):
     assert [p.row for p in prompts] == rows
     assert [p.text for p in prompts] == [row["prompt"] for row in rows]
     assert [p.ids for p in prompts] == [ids_of(tokenizer, row["prompt"]) for row in rows]
-    assert [p.place for p in prompts] == [f"{path}:1", f"{path}:2"]
+    assert [p.row.place for p in prompts] == [f"{path}:1", f"{path}:2"]
     room = len(prompts[1].ids)
     assert len(dataset.encode_prompts(tokenizer, data, room)) == 2
     line = error_of(dataset.encode_prompts, tokenizer, data, room - 1)

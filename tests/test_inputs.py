@@ -9,6 +9,7 @@ from conftest import ROOT, make_tokenizer, write_jsonl
 
 import dataset
 import generate
+import reward_model as reward_model_stage
 import utils
 
 PAIRS = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]
@@ -18,7 +19,7 @@ BAD = {"role": "assistant", "content": "No."}
 
 def read(tmp_path, rows, formats=dataset.SFT_FORMATS, columns=(), split="train[:]"):
     path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
-    return dataset.load_data(path, split, formats, list(columns)).rows
+    return dataset.load_data(path, split, formats, SimpleNamespace(columns=columns))
 
 
 def only(row, *names):
@@ -69,15 +70,16 @@ def test_b24_other_names_of_the_evaluation_split(tmp_path, error_of):
     for name, n in (("train-00000-of-00002", 1), ("train-00001-of-00002", 2), ("test", 3)):
         write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}"} for i in range(n)])
     given = (str(tmp_path), dataset.SFT_FORMATS)
-    assert len(dataset.load_data(given[0], "train", given[1]).rows) == 3
-    assert len(dataset.load_data(given[0], "validation", given[1]).rows) == 3
+    assert len(dataset.load_data(given[0], "train", given[1])) == 3
+    assert len(dataset.load_data(given[0], "validation", given[1])) == 3
     line = error_of(dataset.load_data, given[0], "tset", given[1])
     assert "no split tset; pass test, train" in line
 
 
 def test_b24_rows_in_both_splits_are_said(tmp_path, capsys):
     path = str(write_jsonl(tmp_path / "x.jsonl", [{"text": f"row {i}"} for i in range(8)]))
-    flags = {"dataset": path, "train_split": "train[:6]", "eval_split": "train[4:]", "columns": []}
+    flags = {"dataset": (path,), "train_split": "train[:6]", "eval_split": "train[4:]"}
+    flags |= {"columns": (), "dataset_weights": (), "revision": None}
     dataset.load_splits(SimpleNamespace(**flags), dataset.SFT_FORMATS)
     assert "2 of 4 evaluation rows are training rows too" in capsys.readouterr().out
 
@@ -91,10 +93,10 @@ def test_b25_a_folder_of_save_to_disk(tmp_path):
     again = datasets.load_from_disk(tmp_path / "two")
     again.map(lambda row: {"text": row["text"].upper()})
     for name in ("train", "validation"):
-        rows = dataset.load_data(str(tmp_path / "two"), name, dataset.SFT_FORMATS).rows
+        rows = dataset.load_data(str(tmp_path / "two"), name, dataset.SFT_FORMATS)
         assert rows == table.to_list()
     table.save_to_disk(tmp_path / "one")
-    assert len(dataset.load_data(str(tmp_path / "one"), "train", dataset.SFT_FORMATS).rows) == 23
+    assert len(dataset.load_data(str(tmp_path / "one"), "train", dataset.SFT_FORMATS)) == 23
 
 
 def test_b26_a_column_that_matters_is_never_ignored(tmp_path, error_of):
@@ -151,23 +153,24 @@ def test_b29_asked_as_it_was_trained():
     """A line break that the template puts after a turn is no part of an answer: sampling stops."""
     chat_tokenizer = make_tokenizer(chat=True)
     chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace("<|end|>'", "<|end|>\\n'")
-    pairs, places = [([USER], [GOOD])], ["f:1"]
-    _, [completion] = dataset.encode_pairs(chat_tokenizer, pairs, places)
-    assert completion[-1] == chat_tokenizer.eos_token_id
-    assert chat_tokenizer.decode(completion[:-1]).endswith("<|end|>")
+    rendered = dataset.render(chat_tokenizer, [USER], [GOOD])
+    [(ids, _)] = dataset.encode(chat_tokenizer, [rendered])
+    assert ids[-1] == chat_tokenizer.eos_token_id
+    assert chat_tokenizer.decode(ids[:-1]).endswith("<|end|>")
 
 
 def test_b30_one_bos():
     bos_tokenizer = make_tokenizer(bos="<bos>")
     bos = bos_tokenizer.bos_token
     for prompt, completion in ((bos + "Q: two figs?", " Yes."), ("", bos + "Q: two figs?")):
-        [ids], [rest] = dataset.encode_pairs(bos_tokenizer, [(prompt, completion)], ["f:1"])
-        assert (ids + rest).count(bos_tokenizer.bos_token_id) == 1
+        rendered = dataset.render(bos_tokenizer, prompt, completion)
+        [(ids, _)] = dataset.encode(bos_tokenizer, [rendered])
+        assert ids.count(bos_tokenizer.bos_token_id) == 1
 
 
 def test_b32_called_by_keyword():
     """Whatever the order of a function's parameters."""
-    asked = [dataset.Prompt([1], "p", {"prompt": "p"}, "f:1")]
+    asked = [dataset.Prompt([1], "p", {"prompt": "p"}, [])]
     given = utils.call_reward_function(
         lambda completions, prompts=None, **kw: [len(completions[0])], "f", asked, ["four"]
     )
@@ -184,8 +187,10 @@ def test_b33_a_chat_kept_as_text(tmp_path, write):
 @pytest.mark.parametrize("prompt", ["two figs?", [USER]])
 def test_b34_a_prompt_that_is_the_answers_head_too(tmp_path, prompt):
     rows = [{"prompt": prompt, "chosen": [USER, GOOD], "rejected": [USER, BAD]}]
-    wanted = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
-    assert read(tmp_path, rows, PAIRS) == [wanted]
+    tokenizer = make_tokenizer(chat=True)
+    [pair] = reward_model_stage.encode(tokenizer, read(tmp_path, rows, PAIRS), 99)
+    whole = tokenizer.apply_chat_template([USER, GOOD], tokenize=False)
+    assert tokenizer.decode(pair.chosen) == whole + tokenizer.eos_token
     rows = [{"prompt": "two figs?", "messages": [USER, GOOD]}]
     assert read(tmp_path, rows) == [{"messages": [USER, GOOD]}]
 
@@ -193,7 +198,7 @@ def test_b34_a_prompt_that_is_the_answers_head_too(tmp_path, prompt):
 def test_the_embedded_task_is_read_whole():
     """No column of it is one that matters and is ignored."""
     for name, formats in (("sft", dataset.SFT_FORMATS), ("preferences", PAIRS)):
-        assert dataset.load_data(str(ROOT / f"data/support/{name}"), "train", formats).rows
+        assert dataset.load_data(str(ROOT / f"data/support/{name}"), "train", formats)
 
 
 def test_each_stage_shows_its_first_example(sft, reward_model, ppo, tmp_path, capsys):

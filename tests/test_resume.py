@@ -549,6 +549,8 @@ def words_of(args: dict) -> list[str]:
     for name, value in args.items():
         if isinstance(value, bool):
             words += [utils.flag(name) if value else "--no-" + name.replace("_", "-")]
+        elif isinstance(value, list):
+            words += [utils.flag(name), *map(str, value)] if value else []
         elif value is not None:
             words += [utils.flag(name), str(value)]
     return words

@@ -199,7 +199,7 @@ def test_paths_of_tables_too(tmp_path, kind):
         (tmp_path / "a" / name).parent.mkdir(exist_ok=True)
         getattr(table, f"to_{kind}")(str(tmp_path / "a" / name))
     for name in (f"{tmp_path}/link/../data.{kind}", f"{tmp_path}/link/../folder"):
-        assert dataset.load_data(name, "train", [("text",)]).rows[3] == {"text": "row 3"}
+        assert dataset.load_data(name, "train", [("text",)])[3] == {"text": "row 3"}
 
 
 def test_nothing_is_written_elsewhere(models, sft, reward_model, ppo, data, monkeypatch, tmp_path):

@@ -553,7 +553,7 @@ def test_load_function(tmp_path):
 
 
 ASKED = [{"prompt": "p", "answer": 1, "kind": "x"}, {"prompt": "q", "answer": 2}]
-ASKED = [dataset.Prompt([1], row["prompt"], row, f"f:{i}") for i, row in enumerate(ASKED)]
+ASKED = [dataset.Prompt([1], row["prompt"], row, []) for row in ASKED]
 
 
 def test_a_reward_function_gets_the_columns():

@@ -315,8 +315,8 @@ def files_of(path: Path) -> dict[str, list[Path]]:
         stem = file.name[: file.name.lower().rindex(kind_of(file))]
         splits.setdefault(re.sub(r"-\d+-of-\d+$", "", stem), []).append(file)
     for files in splits.values():
-        parts = re.search(r"-of-(\d+)\.", files[0].name)
-        if len(files) != int(parts[1] if parts else 1):
+        parts = [re.search(r"-of-(\d+)\.", file.name) for file in files]
+        if {int(part[1]) if part else 1 for part in parts} != {len(files)}:
             stop(f"{path}: holds {', '.join(f.name for f in files)}; leave one copy, whole")
     return splits
 

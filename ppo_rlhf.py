@@ -239,7 +239,7 @@ def main(args: Args) -> None:
     num_updates = args.total_episodes // args.batch_size
     prompts_per_update = args.batch_size // args.samples_per_prompt
     micro_batch_size = utils.micro_batch_size(args, process.world, args.num_mini_batches)
-    trained = {"policy": policy}
+    trained = {"model": policy}
     if value_model is not None:
         trained["value_model"] = value_model
     for model in (policy, reference, value_model, reward_model):
@@ -400,7 +400,7 @@ def main(args: Args) -> None:
     optimizer = torch.optim.AdamW(
         parameters, lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True
     )
-    checkpoints = utils.Checkpoints(out, trained, optimizer, args.keep_checkpoints)
+    checkpoints = utils.Checkpoints(out, trained, tokenizer, optimizer, args.keep_checkpoints)
     kl_coef, first_update = args.kl_coef, 1
     if args.resume and (state := checkpoints.load()):
         kl_coef, first_update = state["kl_coef"], state["step"] + 1

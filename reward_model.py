@@ -149,7 +149,9 @@ def main(args: Args) -> None:
     num_steps = args.epochs * math.ceil(len(train_pairs) / args.batch_size)
     warmup_steps = round(args.warmup_ratio * num_steps)
 
-    checkpoints = utils.Checkpoints(out, {"model": model}, optimizer, args.keep_checkpoints)
+    checkpoints = utils.Checkpoints(
+        out, {"model": model}, tokenizer, optimizer, args.keep_checkpoints
+    )
     state = checkpoints.load() if args.resume else None
     start = state["step"] if state else 0
     size = f"{sum(p.numel() for p in parameters) / 1e6:.1f}M parameters"

@@ -134,7 +134,9 @@ def main(args: Args) -> None:
     num_steps = args.epochs * math.ceil(len(train_rows) / args.batch_size)
     warmup_steps = round(args.warmup_ratio * num_steps)
 
-    checkpoints = utils.Checkpoints(out, {"model": model}, optimizer, args.keep_checkpoints)
+    checkpoints = utils.Checkpoints(
+        out, {"model": model}, tokenizer, optimizer, args.keep_checkpoints
+    )
     state = checkpoints.load() if args.resume else None
     start = state["step"] if state else 0
     size = f"{sum(p.numel() for p in parameters) / 1e6:.1f}M parameters"
@@ -248,7 +250,7 @@ def build_tiny(rows: list[dataset.Row], device: torch.device) -> tuple:
     special = {"pad_token": pad, "eos_token": eos}
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
     if chats:
-        turn = "{{ m.role }}: {{ m.content }}{{ eos_token if m.role == 'assistant' }}\\n"
+        turn = "{{ m.role }}: {{ m.content }}{{ eos_token if m.role == 'assistant' }}\n"
         start = "{% if add_generation_prompt %}assistant:{% endif %}"
         tokenizer.chat_template = "{% for m in messages %}" + turn + "{% endfor %}" + start
     config = transformers.LlamaConfig(

@@ -17,6 +17,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -123,7 +124,9 @@ def start_process(args: Any) -> Process:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # a slow reward function or disk of one is waited for; one that fails ends all
+        backend, patience = "nccl" if device.type == "cuda" else "gloo", timedelta(days=7)
+        dist.init_process_group(backend, timeout=patience)
     torch.manual_seed(args.seed % 2**63)  # heads start alike in all processes
     if args.dtype == "auto":
         native = "bfloat16" if multiplies_bfloat16(device) else "float32"
@@ -150,7 +153,7 @@ def generator(device: torch.device | str, *numbers: int) -> torch.Generator:
     So a resumed run draws the same numbers.
     """
     # numpy takes [1] and [1, 0] for the same entropy, so the count comes first
-    entropy = [len(numbers), *(n % 2**32 for n in numbers)]
+    entropy = [len(numbers), *(n % 2**32 for n in numbers), *(n >> 32 for n in numbers if n >> 32)]
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     return torch.Generator(device).manual_seed(seed)
 
@@ -348,9 +351,16 @@ def discard(path: Path) -> None:
 # ---- models
 
 
+def base_of(model: str) -> str:
+    """The model that a LoRA folder adapts; any other is its own."""
+    file = Path(model).expanduser() / "adapter_config.json"
+    return json.loads(file.read_text())["base_model_name_or_path"] if file.is_file() else model
+
+
 def load_tokenizer(model: str) -> Any:
     """The tokenizer of a folder or hub id; without a pad token EOS is it, as D3 makes safe."""
-    tokenizer = from_pretrained(transformers.AutoTokenizer, model)
+    own = (Path(model).expanduser() / "tokenizer_config.json").is_file()
+    tokenizer = from_pretrained(transformers.AutoTokenizer, model if own else base_of(model))
     if tokenizer.eos_token_id is None:
         stop(f"{model}: its tokenizer has no EOS token; set one in tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -362,7 +372,7 @@ def from_pretrained(auto_class: Any, model: str, **kwargs: Any) -> Any:
     """`auto_class.from_pretrained` of a folder or hub id; what it raises becomes one line."""
     path = Path(model).expanduser()
     local = path.exists() or model.startswith((".", "/", "~", "runs/")) or model.count("/") > 1
-    if local and not (path / "config.json").is_file():
+    if local and not [*path.glob("config.json"), *path.glob("adapter_config.json")]:
         stop(f"{model}: holds no model; run the stage that makes it, or pass another")
     try:
         name = str(path) if local else model
@@ -378,14 +388,24 @@ def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any)
     """A model in float32 and, in training too, in eval mode: dropout is off (D4).
 
     Only safetensors are read: a pickle may run code. Where weights are missing, transformers makes
-    random ones: the scalar head becomes zero, any others stop the run.
+    random ones: the scalar head becomes zero, any others stop the run. An adapter is merged.
     """
     kwargs |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-    loaded, info = from_pretrained(auto_class, model, **kwargs)
+    loaded, info = from_pretrained(auto_class, base_of(model), **kwargs)
     for name in info["missing_keys"]:
         if not name.startswith("score."):
             stop(f"{model}: its files lack {name}; pass a whole model")
         loaded.get_parameter(name).data.zero_()
+    if base_of(model) != model:
+        try:
+            import peft
+
+            (Path(model).expanduser() / "adapter_model.safetensors").stat()
+            loaded = peft.PeftModel.from_pretrained(loaded, model).merge_and_unload()
+            loaded.requires_grad_(True)
+        except Exception as error:
+            what = f"its adapter cannot be merged ({first_line(error)})"
+            stop(f"{model}: {what}; pip install -r requirements-lora.txt, or check its files")
     for module in loaded.modules():  # some layers drop out by a flag that checkpointing sets
         for name in ("dropout", "layerdrop"):
             if isinstance(getattr(module, name, None), float):
@@ -596,7 +616,9 @@ def load_function(spec: str, where: str) -> Callable[..., list[float]]:
         module = importlib.util.module_from_spec(module_spec)
         sys.modules[module_spec.name] = module  # dataclasses and pickle look their module up there
         module_spec.loader.exec_module(module)
-        return getattr(module, name)
+        function = getattr(module, name)
+        inspect.signature(function)
+        return function
     except Exception as error:
         stop(f"{where}: {spec!r} cannot be loaded ({first_line(error)}); pass FILE.py:FUNCTION")
 
@@ -618,7 +640,8 @@ def call_reward_function(
         scores = [float(score) for score in function(**columns)]
     except Exception as error:
         what = f"raised {first_line(error)} for {len(texts)} prompts, {texts[0]!r:.60} first"
-        stop(f"{where}: {what}; it is called as f(prompts=…, completions=…, **columns)", code)
+        form = f"(prompts=…, completions=…, **columns), not {inspect.signature(function)}"
+        stop(f"{where}: {what}; it is called with {form}", code)
     if len(scores) != len(texts) or not np.isfinite(scores).all():
         what = f"returned {len(scores)} values for {len(texts)} prompts, {sum(scores)} in all"
         stop(f"{where}: {what}; return one finite number each", code)
@@ -641,10 +664,14 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 class Checkpoints(NamedTuple):
-    """Checkpoints of a run: `models` and optimizer in safetensors, a few numbers, checksums."""
+    """Checkpoints of a run: `models` and optimizer in safetensors, a few numbers, checksums.
+
+    As a folder each is an ordinary model, that of the name "model".
+    """
 
     out: Path
-    models: dict[str, nn.Module]
+    models: dict[str, Any]
+    tokenizer: Any
     optimizer: Any
     keep: int  # of the newest
 
@@ -658,7 +685,12 @@ class Checkpoints(NamedTuple):
         discard(part)
         part.mkdir(parents=True)
         for name, model in self.models.items():
-            safetensors.torch.save_model(model, str(part / f"{name}.safetensors"))
+            # transformers looks for a shared tensor by its first name
+            tied, file = model.all_tied_weights_keys, part / f"{name}.safetensors"
+            weights = {k: v for k, v in model.state_dict().items() if k not in tied}
+            safetensors.torch.save_file(weights, file, {"format": "pt"})
+        self.models["model"].config.save_pretrained(part)
+        self.tokenizer.save_pretrained(part)
         moments = self.optimizer.state_dict()["state"]
         flat = {f"{i}.{name}": x for i, of_i in moments.items() for name, x in of_i.items()}
         safetensors.torch.save_file(flat, part / "optimizer.safetensors")
@@ -672,14 +704,18 @@ class Checkpoints(NamedTuple):
 
     def load(self) -> dict[str, Any] | None:
         """Restore the newest whole checkpoint and return its numbers; None where there is none."""
-        found = checkpoints(self.out)
+        chosen: list[Path | None] = [None]
+        found = checkpoints(self.out) if os.environ.get("RANK", "0") == "0" else []
         for folder in found:
             if not (what := damage(folder)):
+                chosen = [folder]
                 break
             say(f"{folder} is damaged ({what})")
-        else:
-            if found:
-                stop(f"{self.out / 'checkpoint'}: none is whole; restore one or --overwrite", 1)
+        if found and chosen == [None]:
+            stop(f"{self.out / 'checkpoint'}: none is whole; restore one or --overwrite", 1)
+        if dist.is_initialized():  # all take the same
+            dist.broadcast_object_list(chosen)
+        if (folder := chosen[0]) is None:
             return None
         for name, model in self.models.items():
             safetensors.torch.load_model(model, str(folder / f"{name}.safetensors"))

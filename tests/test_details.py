@@ -234,7 +234,7 @@ def test_d15_values_start_from_the_reward_model(runs, models, ppo, rewards, tmp_
     assert (first.a["values"] == 0).all()
     assert np.abs(second.a["values"]).max() > 1e-3
     files = {p.name for p in (out / "checkpoint" / "000001").iterdir()}
-    assert files >= {"policy.safetensors", "value_model.safetensors"}
+    assert files >= {"model.safetensors", "value_model.safetensors"}
 
 
 def test_d16_responses_end_with_the_first_stop_token(runs):

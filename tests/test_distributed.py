@@ -39,6 +39,7 @@ destroy = torch.distributed.destroy_process_group
 for i, (name, flags) in enumerate(runs, 1):
     # one group for all runs: torch reuses a group's keys when it is made again, and may hang
     torch.distributed.destroy_process_group = destroy if i == len(runs) else lambda: None
+    flags["dataset"] = [flags["dataset"]]
     modules[name].main(modules[name].Args(**flags))
 """
 

@@ -1,11 +1,15 @@
-"""B23 to B34: inputs that people have, each read right or refused out loud."""
+"""B23 to B36: inputs that people have, each read right or refused out loud."""
 
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
-from conftest import ROOT, make_tokenizer, write_jsonl
+import transformers
+from conftest import ROOT, make_model, make_tokenizer, metrics_of, write_data, write_jsonl
 
 import dataset
 import generate
@@ -256,3 +260,317 @@ def test_what_only_looks_like_a_chat(tmp_path, error_of):
 def test_ppo_keeps_its_prompt_and_columns(tmp_path):
     rows = [{"prompt": "two figs?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}]
     assert read(tmp_path, rows, dataset.PROMPT_FORMATS) == rows
+
+
+# ---- B31, B35, B36, D44
+
+
+def test_b31_prompts_have_room_in_every_model(models, ppo, reward_model, base, data, tmp_path):
+    """Also in a reward model with another tokenizer and a shorter context, from the start on."""
+    tokenizer = utils.load_tokenizer(str(models.sft))
+    rows = [dataset.Row({"prompt": f"Q: two figs?{' figs' * n}\nA:"}, f"f:{n}") for n in range(20)]
+    judge = utils.load_tokenizer(base.other)
+    sizes = []
+    for row in rows:
+        ends = dataset.encode(judge, [dataset.render(judge, row["prompt"], "a")])
+        sizes.append(len(ends[0][0]))
+    kept = dataset.encode_prompts(tokenizer, rows, 99, (judge, sizes[18]))
+    assert [prompt.row.place for prompt in kept] == [f"f:{n}" for n in range(19)]
+    assert all(prompt.end == [judge.eos_token_id] for prompt in kept)
+
+
+@pytest.mark.parametrize("other", [True, False])
+def test_b31_a_long_response_is_cut_before_its_end(
+    models, ppo, reward_model, base, tmp_path, other
+):
+    """And counted: the reward model reads as much as its context holds, and the end token."""
+    folder = Path(shutil.copytree(base.other if other else base.plain, tmp_path / "base"))
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 40}
+    (folder / "config.json").write_text(json.dumps(config))
+    judge = reward_model(
+        tmp_path / "judge", model=str(folder), max_length=40, normalize_with="none"
+    )
+    seen, last_token_scores = [], utils.last_token_scores
+
+    def scores(model, ids, mask):
+        seen.extend(zip(ids.tolist(), mask.sum(1).tolist(), strict=True))
+        return last_token_scores(model, ids, mask)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "last_token_scores", scores)
+        flags = {"reward_model": str(judge), "value_model": str(models.sft)}
+        flags |= {"response_length": 60, "eval_every": 0}
+        out = ppo(tmp_path / "out", missing_eos_penalty=0.1, temperature=3.0, **flags)
+    assert 0 < metrics_of(out)[0]["response/cut_rate"] <= 1
+    eos = utils.load_tokenizer(str(judge)).eos_token_id
+    assert max(n for _, n in seen) == 40
+    assert all(ids[n - 1] == eos for ids, n in seen)
+
+
+def test_b35_logits_are_not_rounded_to_bfloat16(tokenizer):
+    """At logits of 14: log-probabilities within 0.01 of float64's, a floor of 2e-5 in approxkl."""
+    model = make_model(tokenizer, hidden_size=64)
+    model.get_output_embeddings().weight.data *= 2.5
+    ids = torch.randint(6, len(tokenizer), (16, 60))
+    device = torch.device("cpu")
+    with torch.no_grad(), utils.autocast(device, "bfloat16"):
+        hidden = utils.hidden_states(model, ids).flatten(0, 1)
+        logprobs = utils.logits_of(model, hidden).log_softmax(-1).double()
+    weight = model.get_output_embeddings().weight.double()
+    exact = hidden.double() @ weight.T
+    assert 10 < exact.abs().max() < 20
+    error = logprobs - exact.log_softmax(-1)
+    assert error.abs().max() < 0.01
+    assert (error.square() / 2).mean() < 2e-5
+
+
+def test_b35_sampling_reads_the_same_logits(tokenizer, monkeypatch):
+    """The decoding loop takes its logits from the function that training takes them from."""
+    model, asked = make_model(tokenizer), []
+    monkeypatch.setattr(utils, "logits_of", lambda m, h: asked.append(h) or m.lm_head(h))
+    prompt = torch.tensor([[7, 8, 9]])
+    generate.generate(model, prompt, torch.ones_like(prompt), 4, [1], pad_id=0, temperature=0)
+    assert asked
+
+
+def metaspace():
+    """A tokenizer that puts a space before each text, as SentencePiece's does."""
+    trainer = tokenizers.trainers.BpeTrainer(special_tokens=["<pad>", "</s>"], show_progress=False)
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<pad>"))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    bpe.decoder = tokenizers.decoders.Metaspace()
+    bpe.train_from_iterator(["Answer:\n it is", "it is\n", "Answer: so it is"] * 9, trainer)
+    special = {"pad_token": "<pad>", "eos_token": "</s>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [("Answer:\n", "it is"), ("Answer:", " it is"), ("Answer: ", "it is"), ("", "it is")],
+)
+@pytest.mark.parametrize("make", [metaspace, make_tokenizer])
+def test_b36_tokens_of_the_joined_text(make, prompt, answer):
+    """The text is the joined one; the prompt's tokens are those that it has alone."""
+    tokenizer = make()
+    [(ids, learned)] = dataset.encode(tokenizer, [dataset.render(tokenizer, prompt, answer)])
+    assert tokenizer.decode(ids) == prompt + answer + tokenizer.eos_token
+    n = len(ids) - sum(learned)
+    assert ids[:n] == tokenizer(prompt)["input_ids"]
+
+
+TALK = [USER, GOOD, {"role": "user", "content": "six limes?"}, BAD]
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_d44_every_turn_of_the_assistant_is_learned(marked):
+    """And nothing else: found by rendering prefixes, or by the template's own marks."""
+    tokenizer = make_tokenizer(chat=True)
+    if marked:
+        tokenizer.chat_template = (
+            "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}"
+            "{{ m.content }}<|end|>{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}"
+            "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+        )
+    row = dataset.Row({"messages": TALK}, "f:1")
+    [(ids, learned)] = dataset.encode_demonstrations(tokenizer, [row], 500)
+    whole = tokenizer.apply_chat_template(TALK, tokenize=False) + tokenizer.eos_token
+    assert tokenizer.decode(ids) == whole
+    taught = tokenizer.decode([i for i, x in zip(ids, learned, strict=True) if x])
+    assert taught == "Yes.<|end|>No.<|end|><eos>"
+    [(_, last)] = dataset.encode_demonstrations(tokenizer, [row], 500, all_turns=False)
+    assert sum(last) < sum(learned)
+
+
+def test_d44_a_template_that_rewrites_earlier_turns(error_of):
+    """It is refused, and the way out is named."""
+    tokenizer = make_tokenizer(chat=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ 'Hm. ' if loop.last and m.role == 'assistant' }}"
+        "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    row = dataset.Row({"messages": TALK}, "f:1")
+    line = error_of(dataset.encode_demonstrations, tokenizer, [row], 500)
+    assert "rewrites earlier turns" in line
+    assert "--last-turn-only" in line
+    assert dataset.encode_demonstrations(tokenizer, [row], 500, all_turns=False)
+
+
+# ---- chats of other forms
+
+
+def rendered(prompt, answer=None, template=None):
+    tokenizer = make_tokenizer(chat=True)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    return dataset.render(tokenizer, prompt, answer).pieces
+
+
+def test_a_prompt_that_begins_the_answer():
+    """A last message of the assistant is continued, in sampling and in scoring."""
+    begun = [USER, {"role": "assistant", "content": "Yes, two"}]
+    start = "<|user|>two figs?<|end|><|assistant|>Yes, two"
+    assert rendered(begun) == [start]
+    assert rendered(begun, " figs.") == [start, " figs.<|end|>"]
+
+
+THINK = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content.split('</think>')[-1] }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
+
+
+def test_a_template_whose_prompt_opens_think():
+    """The answer is learned after it, as sampling will find it."""
+    given, learned = rendered([USER], "Yes.", THINK)
+    assert given == "<|user|>two figs?<|end|><|assistant|><think>\n"
+    assert learned == "Yes.<|end|>"
+
+
+def test_parts_tool_calls_and_a_last_word_of_the_user(tmp_path):
+    """Texts in parts are joined, a call needs no content, SFT leaves a last question off."""
+    parts = [{"type": "text", "text": "two "}, {"type": "text", "text": "figs?"}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    result = {"role": "tool", "content": "2"}
+    talk = [USER | {"content": parts}, call, result, GOOD, USER]
+    assert read(tmp_path, [{"messages": talk}])[0]["messages"] == [USER, call, result, GOOD]
+    prompts = read(tmp_path, [{"prompt": [USER, GOOD, USER]}], dataset.PROMPT_FORMATS)
+    assert prompts[0]["prompt"] == [USER, GOOD, USER]
+
+
+def test_a_reward_model_without_a_chat_template_reads_the_policys_text():
+    row = dataset.Row({"prompt": [USER]}, "f:1")
+    assert dataset.answered(make_tokenizer(), row, "<|user|>two figs?", "Yes.").pieces == [
+        "<|user|>two figs?",
+        "Yes.",
+    ]
+
+
+def test_a_tiny_model_of_conversations(sft, tmp_path, data):
+    """It gets a small template, with which it can be asked again."""
+    rows = [{"messages": TALK}, {"messages": TALK[:2]}] * 20
+    out = sft(tmp_path / "out", model="tiny", dataset=write_data(tmp_path / "data", rows, 4))
+    tokenizer = utils.load_tokenizer(str(out))
+    assert (
+        dataset.render(tokenizer, TALK[:3], "No.")
+        .pieces[0]
+        .endswith("user: six limes?\nassistant:")
+    )
+
+
+def test_a_chat_template_that_is_not_applied_is_said(sft, base, data, tmp_path, capsys):
+    sft(tmp_path / "out", model=base.chat, dataset=data.sft)
+    assert "the tokenizer's chat template is not applied" in capsys.readouterr().out
+
+
+# ---- where rows come from
+
+
+def test_several_data_sets(tmp_path, capsys, error_of):
+    """Joined; with weights, as many training rows as the shares allow; held-out rows whole."""
+    names = []
+    for name, n in (("a", 40), ("b", 100)):
+        rows = [{"text": f"{name} {i}"} for i in range(n)]
+        names.append(write_data(tmp_path / name, rows, 4))
+    flags = {"dataset": names, "train_split": "train", "eval_split": "validation"}
+    args = SimpleNamespace(**flags, columns=(), dataset_weights=(), revision=None, seed=1)
+    train, held_out = dataset.load_splits(args, dataset.SFT_FORMATS)
+    assert (len(train), len(held_out)) == (36 + 96, 8)
+    args.dataset_weights = (0.5, 0.5)
+    train, held_out = dataset.load_splits(args, dataset.SFT_FORMATS)
+    assert len({row["text"] for row in train}) == 72
+    assert sum(row["text"].startswith("a") for row in train) == 36
+    assert len(held_out) == 8
+    assert "36 of 96 training rows" in capsys.readouterr().out
+    args.dataset_weights = (1.0,)
+    assert "--dataset-weights" in error_of(dataset.load_splits, args, dataset.SFT_FORMATS)
+    (tmp_path / "b" / "train.jsonl").write_text('{"other": 1}\n')
+    args.dataset_weights = ()
+    assert f"{tmp_path}/b/train.jsonl:1" in error_of(dataset.load_splits, args, dataset.SFT_FORMATS)
+
+
+def test_names_of_files(tmp_path, error_of):
+    """Patterns, brackets in a path, a folder with `train` alone; doubled or missing parts."""
+    rows, folder = [{"text": "a"}, {"text": "b"}], tmp_path / "d[1]"
+    for name in ("train-00000-of-00002", "train-00001-of-00002"):
+        write_jsonl(folder / f"{name}.jsonl", rows)
+
+    def texts(path, split="train[:]"):
+        return [row["text"] for row in dataset.load_data(str(path), split, dataset.SFT_FORMATS)]
+
+    assert texts(folder) == texts(tmp_path / "d?1?" / "train-*.jsonl") == ["a", "b", "a", "b"]
+    assert texts(folder / "train-00001-of-00002.jsonl") == ["a", "b"]
+    assert texts(folder, "validation") == ["b"]
+    (folder / "train-00001-of-00002.jsonl").unlink()
+    given = (str(folder), "train", dataset.SFT_FORMATS)
+    assert "leave one copy, whole" in error_of(dataset.load_data, *given)
+    write_jsonl(folder / "train.jsonl", rows)
+    assert "leave one copy, whole" in error_of(dataset.load_data, *given)
+
+
+def test_csv_fields_are_text(tmp_path, error_of):
+    """`None`, `NA` and numbers too; a row with too many fields is refused."""
+    path = tmp_path / "x.csv"
+    path.write_text('prompt,completion\nNA,None\n"a, b",007\n')
+    rows = dataset.load_data(str(path), "train[:]", dataset.SFT_FORMATS)
+    assert rows == [{"prompt": "NA", "completion": "None"}, {"prompt": "a, b", "completion": "007"}]
+    path.write_text("prompt,completion\na,b,c\n")
+    given = (str(path), "train[:]", dataset.SFT_FORMATS)
+    assert "x.csv:2: has more fields" in error_of(dataset.load_data, *given)
+
+
+def test_configurations_and_revisions_of_hub_data_sets(monkeypatch):
+    import datasets
+
+    asked, table = [], datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *a, **k: ["train"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or table)
+    args = SimpleNamespace(columns=(), revision="v2", eval_split="validation")
+    rows = dataset.load_data("openai/gsm8k:main", "train[:1]", dataset.SFT_FORMATS, args)
+    assert rows == [{"text": "a"}]
+    assert rows[0].place == "openai/gsm8k:main/train (row 1)"
+    assert asked == [(("openai/gsm8k", "main"), {"revision": "v2", "split": "train"})]
+
+
+# ---- models as others save them
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's own
+def test_a_lora_folder_is_merged(models, reward_model, ppo, sft, tmp_path, error_of):
+    """As --model and as --reward-model, whose head is among what was trained."""
+    peft = pytest.importorskip("peft")
+    device, folders = torch.device("cpu"), {}
+    for kind, source in (("CAUSAL_LM", models.sft), ("SEQ_CLS", models.reward_model)):
+        load = utils.load_causal_lm if kind == "CAUSAL_LM" else utils.load_classifier
+        config = peft.LoraConfig(r=2, target_modules="all-linear", task_type=kind)
+        adapted = peft.get_peft_model(load(str(source), device), config)
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name or "score" in name:
+                torch.nn.init.normal_(p, std=0.3)
+        adapted.save_pretrained(tmp_path / kind)
+        merged = adapted.merge_and_unload()
+        loaded = load(str(tmp_path / kind), device)
+        assert all(
+            torch.equal(a, b) for a, b in zip(merged.parameters(), loaded.parameters(), strict=True)
+        )
+        folders[kind] = str(tmp_path / kind)
+    ppo(tmp_path / "out", model=folders["CAUSAL_LM"], reward_model=folders["SEQ_CLS"])
+    (tmp_path / "CAUSAL_LM" / "adapter_model.safetensors").unlink()
+    line = error_of(sft, tmp_path / "sft", model=folders["CAUSAL_LM"])
+    assert "its adapter cannot be merged" in line
+
+
+def test_a_checkpoint_is_a_model(sft, reward_model, ppo, tmp_path):
+    """A step's folder has configuration and tokenizer, and goes in as any model does."""
+    learned = sft(tmp_path / "sft", save_every=1) / "checkpoint"
+    start = str(max(learned.iterdir()))
+    judged = reward_model(tmp_path / "judge", model=start, save_every=1) / "checkpoint"
+    ppo(tmp_path / "ppo", model=start, reward_model=str(max(judged.iterdir())))
+    transformers.AutoModelForCausalLM.from_pretrained(start)
+
+
+def test_a_head_is_used_whatever_architectures_says(models, tmp_path):
+    folder = Path(shutil.copytree(models.reward_model, tmp_path / "judge"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"architectures": ["LlamaForCausalLM"]})
+    )
+    assert utils.load_classifier(str(folder), torch.device("cpu"), trained=True).score.weight.any()

@@ -373,7 +373,7 @@ def test_checksums_are_those_of_sha256sum(saved):
     folder, command = saved / "checkpoint" / "000008", ["sha256sum", "--check", "--strict"]
     run = subprocess.run([*command, "SHA256SUMS"], cwd=folder, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count(": OK") == len(list(folder.iterdir())) - 1 == 3
+    assert run.stdout.count(": OK") == len(list(folder.iterdir())) - 1 > 2
 
 
 def test_a_folder_that_was_only_begun(sft, saved, tmp_path):

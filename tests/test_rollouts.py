@@ -224,7 +224,7 @@ def check_logprobs(out: Path, models) -> None:
     for rollout in rollouts:
         expected = all_logprobs(reference, rollout)
         np.testing.assert_allclose(rollout.a["ref_logprobs"], expected, atol=1e-5)
-    load_model(policy, out / "checkpoint" / "000002" / "policy.safetensors")
+    load_model(policy, out / "checkpoint" / "000002" / "model.safetensors")
     np.testing.assert_allclose(third.a["logprobs"], all_logprobs(policy, third), atol=1e-5)
 
 

@@ -500,7 +500,7 @@ def train_step(model, optimizer):
 def checkpoints(out: Path, model, keep: int = 2) -> utils.Checkpoints:
     (out / "metrics.jsonl").touch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
-    return utils.Checkpoints(out, {"policy": model}, optimizer, keep)
+    return utils.Checkpoints(out, {"model": model}, make_tokenizer(), optimizer, keep)
 
 
 @pytest.mark.parametrize("tied", [True, False])

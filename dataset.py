@@ -186,10 +186,10 @@ def known_layout(row: Row, formats: Formats) -> None:
             value = [value]
         row[column] = [message_of(m) for m in value] if isinstance(value, list) else value
     turns, messages = row.get("conversations"), row.get("messages")
-    if isinstance(turns, list) and all(role_of(turn) for turn in turns):
+    if isinstance(turns, list) and all(said(turn)[0] for turn in turns):
         row["prompt" if "chosen" in row else "messages"] = messages = row.pop("conversations")
     if formats is SFT_FORMATS and isinstance(messages, list):
-        while messages and role_of(messages[-1]) == "user":
+        while messages and said(messages[-1])[0] == "user":
             messages.pop()
         if "completion" not in row and same_chat_head(row.get("prompt"), messages):
             del row["prompt"]
@@ -208,19 +208,20 @@ def message_of(message: Any) -> Any:
     return message
 
 
-def role_of(message: Any) -> Any:
-    """A chat message's role; None for what is no message."""
-    return message.get("role") if isinstance(message, dict) else None
+def said(message: Any) -> tuple[Any, Any]:
+    """A chat message's role and content; of what is no message None."""
+    both = ("role", "content")
+    return tuple(message.get(name) if isinstance(message, dict) else None for name in both)
 
 
 def same_chat_head(prompt: Any, chat: list[Any]) -> int:
     """How many messages at a chat's head are the prompt, text or chat; 0 if it is elsewhere."""
-    texts = [role_of(m) and (m["role"], m.get("content")) for m in chat]
+    texts = [said(message) for message in chat]
     if isinstance(prompt, list):
-        head = [role_of(m) and (m["role"], m.get("content")) for m in prompt]
-        return len(head) if len(head) < len(texts) and texts[: len(head)] == head else 0
-    n = next((n for n, m in enumerate(chat[:-1], 1) if role_of(m) == "user"), 0)
-    return n if n and prompt and str(texts[n - 1][1]).strip() == prompt.strip() else 0
+        n = len(prompt)
+        return n if n < len(chat) and texts[:n] == [said(message) for message in prompt] else 0
+    n = next((n for n, (role, _) in enumerate(texts[:-1], 1) if role == "user"), 0)
+    return n if n and prompt and str(texts[n - 1][1]).strip() == str(prompt).strip() else 0
 
 
 def parsed_chat(text: str) -> Any:
@@ -245,18 +246,15 @@ def read_split(dataset: str, split: str, args: Any) -> list[Row]:
     """
     names, read = open_dataset(dataset, getattr(args, "revision", None))
     match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
-    if not match:
-        stop(f"{dataset}: {split!r} names no split; pass one as train[:100]")
-    name, *ends = match.groups()
+    name, *ends = match.groups() if match else (split, None, None)
     usual = next((other for other in EVALUATION_SPLITS if other in names), None)
     name = usual or name if name == "validation" else name
-    is_held_out = name == "validation" != usual and "train" in names
-    if name not in names and not is_held_out:
-        stop(f"{dataset}: has no split {name}; pass {', '.join(names)}")
-    table = read("train" if is_held_out else name)
-    cut = len(table) - min(500, max(1, len(table) // 20))
-    some = range(len(table))
-    if is_held_out:
+    source = "train" if name == "validation" != usual else name
+    if source not in names:
+        stop(f"{dataset}: has no split {split}; pass {', '.join(names)}, a part as train[:100]")
+    table = read(source)
+    some, cut = range(len(table)), len(table) - min(500, max(1, len(table) // 20))
+    if source != name:
         some = some[cut:]
     elif (
         split == "train" and not usual and getattr(args, "eval_split", "validation") == "validation"
@@ -268,7 +266,7 @@ def read_split(dataset: str, split: str, args: Any) -> list[Row]:
     if isinstance(table, list):
         return [table[i] for i in some]
     rows = table.select(some).to_list()
-    return [Row(x, f"{dataset}/{name} (row {i + 1})") for i, x in zip(some, rows, strict=True)]
+    return [Row(x, f"{dataset}/{source} (row {i + 1})") for i, x in zip(some, rows, strict=True)]
 
 
 def open_dataset(dataset: str, revision: str | None) -> tuple[list[str], Callable[[str], Any]]:
@@ -366,7 +364,7 @@ def check_field(value: Any, column: str) -> None:
     messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
     role, text = "", ""
     for message in messages:
-        role, text = role_of(message), message.get("content") if role_of(message) else None
+        role, text = said(message)
         if text is None and role == "assistant" and message.get("tool_calls"):
             text = "a call"
         if not isinstance(text, str) or role not in ROLES:
@@ -405,7 +403,7 @@ def render(tokenizer: Any, prompt: Any, answer: Any = None, all_turns: bool = Fa
         raise Unusable("the prompt is a text, but its answer is a chat; write both alike")
     template = functools.partial(tokenizer.apply_chat_template, tokenize=False)
     messages = [*(prompt or [])]
-    is_begun = role_of(messages[-1]) == "assistant" if messages else False
+    is_begun = bool(messages) and messages[-1]["role"] == "assistant"
     if isinstance(answer, str):
         answer = [{"role": "assistant", "content": answer}]
     try:

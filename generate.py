@@ -10,7 +10,6 @@ B sequences, b of them still decoded, P prompt tokens, R response tokens, V voca
 `D16` and `B11` in comments point to docs/details.md.
 """
 
-import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable
@@ -107,7 +106,7 @@ def generate(
                 cache.keep(kept)
             steps = min(stride, response_length - start)
             position.end = prompt_length + start + steps - 1
-            repeat(decode_one, steps, device)
+            repeat(decode_one, steps, model)
     return response_ids, response_mask
 
 
@@ -148,16 +147,19 @@ def stop_token_ids(tokenizer: Any, stop_token: str, config: Any = None) -> list[
     return list(dict.fromkeys(ends))
 
 
-def repeat(step: Callable[[], None], times: int, device: torch.device) -> None:
+def repeat(step: Callable[[], None], times: int, model: Any) -> None:
     """Call `step` so many times; on CUDA once, then its captured graph, where it can be."""
     step()
     run = step
-    if device.type == "cuda" and times > 3:
-        graph = torch.cuda.CUDAGraph()
-        with contextlib.suppress(RuntimeError):  # Falcon and a few others ask the device something
+    if model.device.type == "cuda" and times > 3 and not hasattr(model, "not_captured"):
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
             with torch.cuda.graph(graph):
                 step()
             run = graph.replay
+        except RuntimeError:  # Falcon and a few others ask the device something
+            torch.cuda.set_stream(stream)
+            model.not_captured = graph  # which the allocator may still ask
     for _ in range(times - 1):
         run()
 

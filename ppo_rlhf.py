@@ -209,7 +209,7 @@ def main(args: Args) -> None:
         reward_tokenizer = utils.load_tokenizer(args.reward_model)
         shared_tokenizer = utils.same_tokenizer(tokenizer, reward_tokenizer)
         if not shared_tokenizer:
-            utils.say(f"{args.reward_model}: has a tokenizer of its own and is asked in text")
+            utils.say(f"{args.reward_model}: has another tokenizer and is asked in text")
     if args.advantage == "gae":  # a network of its own; from a language model it starts at 0 (D15)
         value_start = args.value_model or (args.reward_model if shared_tokenizer else args.model)
         value_model = utils.load_classifier(value_start, device)
@@ -225,12 +225,12 @@ def main(args: Args) -> None:
     max_prompt = utils.context_length(policy) - R
     if value_model is not None:
         max_prompt = min(max_prompt, utils.context_length(value_model) - R)
-    judged = None  # in the reward model's tokens and context each prompt has room for an answer
+    judge_tokens = None  # the reward model's tokenizer and room (B31)
     if reward_model is not None:
-        judged = (reward_tokenizer, utils.context_length(reward_model))  # B31
+        judge_tokens = (reward_tokenizer, utils.context_length(reward_model))
     train_data, eval_data = dataset.load_splits(args, dataset.PROMPT_FORMATS)
-    train_prompts = dataset.encode_prompts(tokenizer, train_data, max_prompt, judged)
-    eval_prompts = dataset.encode_prompts(tokenizer, eval_data, max_prompt, judged)
+    train_prompts = dataset.encode_prompts(tokenizer, train_data, max_prompt, judge_tokens)
+    eval_prompts = dataset.encode_prompts(tokenizer, eval_data, max_prompt, judge_tokens)
     eval_prompts = eval_prompts[: args.eval_prompts]
     if args.ptx_dataset:
         ptx_data = dataset.load_data(args.ptx_dataset, args.train_split, dataset.SFT_FORMATS)
@@ -320,20 +320,19 @@ def main(args: Args) -> None:
             return torch.tensor(scores, device=device), texts, [False] * len(texts)
         if shared_tokenizer:
             sequences = []
-            for prompt, response in zip(prompts, responses, strict=True):
-                while response and response[-1] in prompt.end:
+            for p, response in zip(prompts, responses, strict=True):
+                while response and response[-1] in p.end:
                     response.pop()
-                # ends as the answers do on which the reward model has learned (B19, B29)
-                sequences.append(prompt.ids + response + prompt.end)
+                # it ends as the answers did that the reward model has learned on (B19, B29)
+                sequences.append(p.ids + response + p.end)
         else:  # as text, through the reward model's own tokenizer and chat template (B5)
             pairs = [(p.row, p.text, text) for p, text in zip(prompts, texts, strict=True)]
             asked = [dataset.answered(reward_tokenizer, *pair) for pair in pairs]
             sequences = [ids for ids, _ in dataset.encode(reward_tokenizer, asked)]
         limit = utils.context_length(reward_model)
-        cut = [len(s) > limit for s in sequences]  # before what ends them (B31)
-        for i, (s, p) in enumerate(zip(sequences, prompts, strict=True)):
-            if cut[i]:
-                sequences[i] = s[: limit - len(p.end)] + p.end
+        cut = [len(s) > limit for s in sequences]
+        pairs = zip(sequences, prompts, strict=True)  # the ends stay (B31)
+        sequences = [s if len(s) <= limit else s[: limit - len(p.end)] + p.end for s, p in pairs]
         scores = torch.zeros(len(sequences), device=device)
         order = torch.tensor([len(s) for s in sequences]).argsort(stable=True)  # little padding
         for part in order.split(micro_batch_size):

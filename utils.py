@@ -132,8 +132,8 @@ def start_process(args: Any) -> Process:
         native = "bfloat16" if multiplies_bfloat16(device) else "float32"
         before = flags_of(Path(args.output_dir).expanduser()) if args.resume else {}
         args.dtype = before.get("dtype", native)
-    if args.dtype == "bfloat16":  # of its products in float32, the heads' on CUDA (B35)
-        torch.set_float32_matmul_precision("high")
+    if args.dtype == "bfloat16":  # its float32 products on CUDA are those of the heads (B35)
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
     remote_code = args.trust_remote_code
     return Process(rank, world, device, is_main=rank == 0)
 
@@ -635,13 +635,18 @@ def call_reward_function(
     texts, names = [p.text for p in prompts], {name for p in prompts for name in p.row}
     names -= {"prompt", "prompts", "completions"}
     columns = {name: [p.row.get(name) for p in prompts] for name in sorted(names)}
+    columns |= {"prompts": texts, "completions": completions}
+    signature = inspect.signature(function)
     try:
-        columns |= {"prompts": texts, "completions": completions}
+        signature.bind(**columns)
+    except TypeError as error:
+        what = f"{signature} is called with {', '.join(f'{name}=…' for name in columns)}"
+        stop(f"{where}: {what} ({error}); name these or add **columns", code)
+    try:
         scores = [float(score) for score in function(**columns)]
     except Exception as error:
         what = f"raised {first_line(error)} for {len(texts)} prompts, {texts[0]!r:.60} first"
-        form = f"(prompts=…, completions=…, **columns), not {inspect.signature(function)}"
-        stop(f"{where}: {what}; it is called with {form}", code)
+        stop(f"{where}: {what}; call it with these to see where", code)
     if len(scores) != len(texts) or not np.isfinite(scores).all():
         what = f"returned {len(scores)} values for {len(texts)} prompts, {sum(scores)} in all"
         stop(f"{where}: {what}; return one finite number each", code)
@@ -704,18 +709,15 @@ class Checkpoints(NamedTuple):
 
     def load(self) -> dict[str, Any] | None:
         """Restore the newest whole checkpoint and return its numbers; None where there is none."""
-        chosen: list[Path | None] = [None]
         found = checkpoints(self.out) if os.environ.get("RANK", "0") == "0" else []
-        for folder in found:
-            if not (what := damage(folder)):
-                chosen = [folder]
-                break
-            say(f"{folder} is damaged ({what})")
-        if found and chosen == [None]:
-            stop(f"{self.out / 'checkpoint'}: none is whole; restore one or --overwrite", 1)
-        if dist.is_initialized():  # all take the same
-            dist.broadcast_object_list(chosen)
-        if (folder := chosen[0]) is None:
+        while found and (what := damage(found[0])):
+            say(f"{found.pop(0)} is damaged ({what})")
+            if not found:
+                stop(f"{self.out / 'checkpoint'}: none is whole; restore one or --overwrite", 1)
+        found = [*found[:1], None]
+        if dist.is_initialized():  # all take the same one
+            dist.broadcast_object_list(found)
+        if (folder := found[0]) is None:
             return None
         for name, model in self.models.items():
             safetensors.torch.load_model(model, str(folder / f"{name}.safetensors"))
@@ -745,11 +747,9 @@ def damage(folder: Path) -> str | None:
         lines = (folder / "SHA256SUMS").read_text().splitlines()
         if len(lines) < len(list(folder.iterdir())) - 1:
             return "SHA256SUMS: is cut off"
-        for line in lines:
-            checksum, name = line.split("  ")
-            if sha256(folder / name) != checksum:
-                return f"{name}: checksum differs"
-        return None
+        sums = [line.split("  ") for line in lines]
+        wrong = [name for checksum, name in sums if sha256(folder / name) != checksum]
+        return f"{wrong[0]}: checksum differs" if wrong else None
     except (OSError, ValueError) as error:
         return first_line(error)
 

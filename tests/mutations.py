@@ -12,7 +12,7 @@ b01_the_score_is_on_the_last_real_token in ppo_rlhf.py
     scatter_add(1, (last[:, None] + 1).clamp(max=R - 1), scores[:, None])
 b02_the_missing_eos_penalty_knows_the_stop_token in ppo_rlhf.py
     torch.isin(last_ids, torch.tensor(stop_ids, device=device))  ->
-    torch.isin(last_ids, torch.tensor([eos_id], device=device))
+    torch.isin(last_ids, torch.tensor([tokenizer.eos_token_id], device=device))
 b03_an_eos_in_the_prompt_is_no_end in ppo_rlhf.py
     torch.isin(last_ids, torch.tensor(stop_ids, device=device))  ->
     torch.isin(batch.ids, torch.tensor(stop_ids, device=device)).any(1)
@@ -20,8 +20,8 @@ b04_eos_is_seen_though_it_is_the_pad_token in dataset.py
     real.long().to(device)  ->  (torch.tensor(rows) != pad_id).long().to(device)
 b05_a_reward_model_with_another_tokenizer_reads_text in ppo_rlhf.py
     utils.same_tokenizer(tokenizer, reward_tokenizer)  ->  True
-b05_chats_go_through_the_reward_models_own_template in ppo_rlhf.py
-    (p.row["prompt"], text)  ->  (p.text, text)
+b05_chats_go_through_the_reward_models_own_template in dataset.py
+    return render(tokenizer, row["prompt"], answer)  ->  return Rendered([text, answer], False)
 b06_padding_is_not_counted_in_metrics in ppo_rlhf.py
     utils.masked_sum(x.detach().double(), mask)  ->  x.detach().double().sum()
 b07_nothing_on_padding_reaches_real_tokens in ppo_rlhf.py
@@ -62,7 +62,7 @@ b18_a_reward_model_without_a_head_is_refused in ppo_rlhf.py
     utils.load_classifier(args.reward_model, device, trained=True)  ->
     utils.load_classifier(args.reward_model, device)
 b19_the_reward_model_is_asked_about_whole_texts in ppo_rlhf.py
-    [r if r[-1] == eos_id else [*r, eos_id] for r in responses]  ->  responses
+    sequences.append(p.ids + response + p.end)  ->  sequences.append(p.ids + response)
 b20_the_score_is_read_at_the_end_not_at_a_pad_id_in_the_text in utils.py
     mask.sum(1) - 1  ->  (ids == 0).long().argmax(1) - 1
 b21_with_pad_as_eos_chosen_and_rejected_differ in utils.py

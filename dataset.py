@@ -39,7 +39,8 @@ LAYOUTS = {  # what columns are known by, and what --columns would say of them
     ("instruction", "chosen"): ["prompt=instruction+input"],  # LLaMA-Factory
     ("question", "chosen"): ["prompt=system+question"],  # Orca
 }
-MATTERS = "prompt instruction input question query system context history messages conversations"
+MATTERS = "prompt instruction input question query system context history messages conversations "
+MATTERS += "role label"
 
 
 class Row(dict):
@@ -142,7 +143,7 @@ def load_data(dataset: str, split: str, formats: Formats, args: Any = None) -> l
         wanted = " or ".join(",".join(columns) for columns in formats)
         stop(f"{rows[0].place}: has {','.join(found)}; rename by --columns to {wanted}")
     ignored = [name for name in found if name not in {*columns, *settled}]
-    matters = {*MATTERS.split(), "label"} - ({"messages"} if "prompt" in columns else set())
+    matters = {*MATTERS.split()} - ({"messages"} if "prompt" in columns else set())
     if formats is not PROMPT_FORMATS and (lost := [name for name in ignored if name in matters]):
         what = f"{','.join(columns)} would be read, {','.join(lost)} ignored"
         stop(f"{rows[0].place}: {what}; name it by --columns, as {lost[0]}= to leave it out")

@@ -75,7 +75,7 @@ b22_a_smaller_last_batch_counts_by_its_own_size[reward_model] in reward_model.py
 b22_ppo_has_full_batches_only in ppo_rlhf.py
     args.total_episodes // args.batch_size  ->  -(-args.total_episodes // args.batch_size)
 d01_reward_and_value_read_prompt_and_response in ppo_rlhf.py
-    [p.ids + r for p, r in zip(prompts, whole, strict=True)]  ->  whole
+    sequences.append(p.ids + response + p.end)  ->  sequences.append(response + p.end)
 d02_prompts_are_padded_on_the_left in generate.py
     mask.sum(1, keepdim=True) - 1  ->  torch.full_like(mask[:, :1], mask.shape[1] - 1)
 d03_masks_come_from_lengths in generate.py
@@ -95,7 +95,7 @@ d07_random_numbers_depend_on_seed_and_update in ppo_rlhf.py
     utils.generator(device, args.seed, SAMPLING, update, process.rank)  ->
     utils.generator(device, args.seed, SAMPLING, process.rank)
 d08_the_loss_is_on_the_completion_and_its_eos in sft.py
-    mask.bool() & (position >= prompt_lengths[:, None])  ->  mask.bool() & (position >= 1)
+    [learned for _, learned in rows]  ->  [[True] * len(ids) for ids, _ in rows]
 d09_a_batch_is_a_mean_over_its_tokens in sft.py
     sum_of_losses(mine[i : i + micro_batch_size]) / num_tokens  ->
     sum_of_losses(mine[i : i + 4]) / count_targets(mine[i : i + 4]) / 3
@@ -151,7 +151,7 @@ d29_gradients_are_clipped_by_their_norm[ppo] in ppo_rlhf.py
 d30_scores_are_clipped_after_the_penalty in ppo_rlhf.py
     scores.clamp(-args.reward_clip, args.reward_clip)  ->  scores.clamp(max=args.reward_clip)
 d31_ptx_adds_a_language_model_loss in ppo_rlhf.py
-    mask.bool() & is_completion  ->  mask.bool()
+    [learned for _, learned in micro]  ->  [[True] * len(ids) for ids, _ in micro]
 d32_the_critic_may_be_trained_alone_first in ppo_rlhf.py
     policy.requires_grad_(update > args.critic_warmup_updates)  ->  policy.requires_grad_(True)
 d32_the_critic_may_be_trained_alone_first in ppo_rlhf.py

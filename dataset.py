@@ -8,6 +8,7 @@ B sequences, T tokens. `B19` in comments points to docs/details.md.
 """
 
 import ast
+import contextlib
 import csv
 import functools
 import glob
@@ -15,6 +16,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +31,7 @@ from utils import stop
 Formats = list[tuple[str, ...]]
 SFT_FORMATS = [("prompt", "completion"), ("messages",), ("text",)]
 PROMPT_FORMATS = [("prompt",)]
-CHATS = ("prompt", "completion", "messages", "chosen", "rejected", "conversations")
+CHATS = ("prompt", "completion", "messages", "chosen", "rejected", "conversations", "text")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 EVALUATION_SPLITS = ("validation", "test", "val", "dev", "valid")
@@ -40,7 +42,7 @@ LAYOUTS = {  # what columns are known by, and what --columns would say of them
     ("question", "chosen"): ["prompt=system+question"],  # Orca
 }
 MATTERS = "prompt instruction input question query system context history messages conversations "
-MATTERS += "role label"
+MATTERS += "system_prompt role label"
 
 
 class Row(dict):
@@ -95,6 +97,10 @@ def load_splits(args: Any, formats: Formats) -> tuple[list[Row], list[Row]]:
             train[i] = [rows[j] for j in sorted(some)]
             utils.say(f"{args.dataset[i]}: {len(some)} of {len(rows)} training rows are taken")
     train, held_out = sum(train, []), sum(held_out, [])
+    if formats is PROMPT_FORMATS:  # reward functions get None where a row lacks a column
+        missing = dict.fromkeys(columns_of(train + held_out))
+        for row in train + held_out:
+            row |= missing | row
     known = {repr(row) for row in train}
     if same := sum(repr(row) in known for row in held_out):
         what = f"{same} of {len(held_out)} evaluation rows"
@@ -143,8 +149,11 @@ def load_data(dataset: str, split: str, formats: Formats, args: Any = None) -> l
         wanted = " or ".join(",".join(columns) for columns in formats)
         stop(f"{rows[0].place}: has {','.join(found)}; rename by --columns to {wanted}")
     ignored = [name for name in found if name not in {*columns, *settled}]
+    fitting = [row for row in rows if all(row.get(column) for column in columns)]
     matters = {*MATTERS.split()} - ({"messages"} if "prompt" in columns else set())
-    if formats is not PROMPT_FORMATS and (lost := [name for name in ignored if name in matters]):
+    if formats is not PROMPT_FORMATS and (
+        lost := [name for name in columns_of(fitting) if name in ignored and name in matters]
+    ):
         what = f"{','.join(columns)} would be read, {','.join(lost)} ignored"
         stop(f"{rows[0].place}: {what}; name it by --columns, as {lost[0]}= to leave it out")
     read, left = ",".join(columns), ",".join(ignored) or "none"
@@ -168,7 +177,9 @@ def rename(row: Row, pairs: list) -> None:
     new = {}
     for column, sources in pairs:
         values = [row.get(name) for name in sources.split("+")]
-        new[column] = "".join(f"{x}\n\n" for x in values if x) if len(values) > 1 else values[0]
+        is_text = len(values) > 1 and all(isinstance(x, str | None) for x in values)
+        joined = "".join(f"{x}\n\n" for x in values if x) if is_text else values
+        new[column] = values[0] if len(values) == 1 else joined
     for column, sources in pairs:
         row.pop(column, None)
         row |= {column: new[column]} if sources else {}
@@ -204,8 +215,10 @@ def message_of(message: Any) -> Any:
         role = message["from"]
         return {"role": SHAREGPT_ROLES.get(str(role), role), "content": message["value"]}
     parts = message.get("content")
-    if isinstance(parts, list) and all(isinstance(p, dict) and "text" in p for p in parts):
-        return message | {"content": "".join(str(part["text"]) for part in parts)}
+    if isinstance(parts, list) and all(
+        isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts
+    ):
+        return message | {"content": "".join(part["text"] for part in parts)}
     return message
 
 
@@ -226,14 +239,12 @@ def same_chat_head(prompt: Any, chat: list[Any]) -> int:
 
 
 def parsed_chat(text: str) -> Any:
-    """The chat that a text holds, in JSON or as Python writes it; else the text (B33)."""
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            value = parse(text)
-        except Exception:
-            continue
-        if isinstance(value, list) and all(isinstance(m, dict) for m in value):
-            if all({"role", "from"} & {*message} for message in value):
+    """The chat that a text holds, in JSON or as Python or numpy writes it; else the text (B33)."""
+    spaced = re.sub(r"\}\s+\{", "}, {", text)  # numpy writes no comma
+    for parse, source in ((json.loads, text), (ast.literal_eval, text), (ast.literal_eval, spaced)):
+        with contextlib.suppress(Exception):
+            value = parse(source)
+            if all({"role", "from"} & message.keys() for message in value):
                 return value
     return text
 
@@ -258,7 +269,9 @@ def read_split(dataset: str, split: str, args: Any) -> list[Row]:
     if source != name:
         some = some[cut:]
     elif (
-        split == "train" and not usual and getattr(args, "eval_split", "validation") == "validation"
+        split == "train"
+        and not usual
+        and getattr(args, "eval_split", "validation").startswith("validation")
     ):
         some = some[: cut or 1]
     n = len(some)
@@ -312,10 +325,11 @@ def files_of(path: Path) -> dict[str, list[Path]]:
     splits: dict[str, list[Path]] = {}
     for file in filter(kind_of, sorted(path.iterdir())):
         stem = file.name[: file.name.lower().rindex(kind_of(file))]
-        splits.setdefault(re.sub(r"-\d+-of-\d+$", "", stem), []).append(file)
+        if not stem.startswith("dataset_info"):  # of `datasets`
+            splits.setdefault(re.sub(r"-\d+-of-\d+$", "", stem), []).append(file)
     for files in splits.values():
-        parts = [re.search(r"-of-(\d+)\.", file.name) for file in files]
-        if {int(part[1]) if part else 1 for part in parts} != {len(files)}:
+        parts = {re.search(r"(?:-(\d+)-of-(\d+))?\.", file.name).groups("1") for file in files}
+        if len(parts) < len(files) or {int(total) for _, total in parts} != {len(files)}:
             stop(f"{path}: holds {', '.join(f.name for f in files)}; leave one copy, whole")
     return splits
 
@@ -336,7 +350,7 @@ def read_file(path: Path) -> list[Row]:
         line = 1 + raw.count(b"\n", 0, error.start)
         stop(f"{path}:{line}: is not UTF-8; save it as UTF-8")
     if kind in (".csv", ".tsv"):  # every field is a text, `NA` too
-        delimiter = "," if kind == ".csv" else "\t"
+        delimiter, _ = "," if kind == ".csv" else "\t", csv.field_size_limit(2**31 - 1)
         table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         rows = [(table.line_num, row) for row in table]
     elif kind == ".json" and text.lstrip().startswith("["):
@@ -359,9 +373,12 @@ def read_file(path: Path) -> list[Row]:
 
 def check_field(value: Any, column: str) -> None:
     """Raise Unusable unless a field is a text or a list of chat messages, and not empty."""
-    if not isinstance(value, str | list) or (isinstance(value, str) and column == "messages"):
+    wanted = {"messages": list, "text": str}.get(column, str | list)
+    if not isinstance(value, wanted):
         kind = "missing" if value is None else f"of type {type(value).__name__}"
-        raise Unusable(f"{column}: is {kind}; make it a string or a list of chat messages")
+        raise Unusable(f"{column}: is {kind}; make it a string, or a list of chat messages")
+    if isinstance(value, str) and re.match(r"\s*\[\s*\{\s*['\"](role|content|from|value)\b", value):
+        raise Unusable(f"{column}: is a chat that cannot be parsed; write it as JSON")
     messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
     role, text = "", ""
     for message in messages:
@@ -371,8 +388,8 @@ def check_field(value: Any, column: str) -> None:
         if not isinstance(text, str) or role not in ROLES:
             what = f"{message!r:.60} is no chat message of the roles {', '.join(ROLES)}"
             raise Unusable(f'{column}: {what}; write {{"role": …, "content": …}} with strings')
-        if re.search("[\ud800-\udfff]", text):
-            raise Unusable(f"{column}: holds half a surrogate pair; fix its encoding")
+        if re.search("[\0\ud800-\udfff]", text):
+            raise Unusable(f"{column}: holds a null or half a surrogate pair; fix its encoding")
     if not text.strip():
         raise Unusable(f"{column}: is empty; fill it in or drop the row")
     if isinstance(value, list) and column != "prompt" and role != "assistant":
@@ -464,7 +481,7 @@ def encode(tokenizer: Any, texts: list[Rendered]) -> list[tuple[list[int], list[
     """
     eos, bare = tokenizer.eos_token_id, tokenizer("a", add_special_tokens=False)["input_ids"]
     start = tokenizer("a")["input_ids"]
-    start = start[: start.index(bare[0])]
+    start = start[: start.index(bare[0])] if bare else start
     pairs = []
     for pieces, _ in texts:
         if len(pieces) % 2 == 0 and pieces[-1].rstrip().endswith(tokenizer.eos_token):
@@ -482,9 +499,11 @@ def encode(tokenizer: Any, texts: list[Rendered]) -> list[tuple[list[int], list[
         ids, learned = [] if is_chat else [*start], []
         for k, (before, piece) in enumerate(row):
             head, new = ids_of[before], ids_of[before + piece]
-            if new[: len(head)] != head:  # a token across the border; no space is put after "\n"
-                head = ids_of["\n"]
+            if new[: len(head)] != head:  # a token across the border: the piece by itself, after a
+                head = ids_of["\n"]  # line break, where no tokenizer puts a space before it
                 new = tokenizer("\n" + piece, add_special_tokens=False)["input_ids"]
+                if new[: len(head)] != head:
+                    head, new = [], tokenizer(piece, add_special_tokens=False)["input_ids"]
             new = new[len(head) :]
             new = new[len(start) :] if ids == start == new[: len(start)] else new  # B30
             ids += [*new, eos] if k == len(row) - 1 and k % 2 else new
@@ -532,29 +551,38 @@ def encode_prompts(
         text = render(tokenizer, row["prompt"])
         return row, text, answered(judge_tokenizer, row, text.pieces[0], "a")
 
-    @functools.cache
-    def end_ids(end: str) -> list[int]:
-        return encode(judge_tokenizer, [Rendered(["", end], True)])[0][0]
-
-    def fit(row: Row, text: Rendered, asked: Rendered, both: tuple, judged: tuple) -> Prompt:
-        ids = both[0]
+    def fit(row: Row, text: Rendered, ids: list[int], judged: list[int]) -> Prompt:
         if not ids:
             raise Unusable("prompt: has no token that the tokenizer knows; drop the row")
-        if len(ids) > max_tokens or len(judged[0]) > judge_max:
+        if len(ids) > max_tokens or len(judged) > judge_max:
             what = f"its {len(ids)} tokens leave the response no room in a model's context"
             raise Unusable(f"prompt: {what}; shorten it or lower --response-length")
-        return Prompt(ids, text.pieces[0], row, end_ids(asked.pieces[1].partition("a")[2]))
+        return Prompt(ids, text.pieces[0], row, ends[text.is_chat])
 
     rows, texts, asked = zip(*usable(rendered, rows), strict=True)
-    judged = encode(judge_tokenizer, asked) if judge else [([], [])] * len(rows)
-    return usable(fit, rows, texts, asked, encode(tokenizer, texts), judged)
+    judged = [ids for ids, _ in encode(judge_tokenizer, asked)]
+    ends = {}  # of texts and of chats: what an answer "a" and an answer "b" have in common
+    for is_chat, i in {text.is_chat: i for i, text in enumerate(texts)}.items():
+        other = answered(judge_tokenizer, rows[i], texts[i].pieces[0], "b")
+        ends[is_chat] = common_end(judged[i], encode(judge_tokenizer, [other])[0][0])
+    return usable(fit, rows, texts, [ids for ids, _ in encode(tokenizer, texts)], judged)
 
 
 def answered(tokenizer: Any, row: Row, text: str, answer: str) -> Rendered:
     """A prompt, which is `text` to the policy, and its answer, as a reward model reads them."""
     if tokenizer.chat_template is None:
         return Rendered([text, answer], False)
-    return render(tokenizer, row["prompt"], answer)
+    try:
+        return render(tokenizer, row["prompt"], answer)
+    except Unusable:  # a template that refuses an empty answer, say; others were rendered before
+        (start, a), (_, b) = (render(tokenizer, row["prompt"], x).pieces for x in "ab")
+        end = common_end(a, b)
+        return Rendered([start, a.removesuffix(f"a{end}") + answer + end], True)
+
+
+def common_end(a: Any, b: Any) -> Any:
+    """The longest end that two texts or lists share."""
+    return os.path.commonprefix([a[::-1], b[::-1]])[::-1]
 
 
 def show_example(tokenizer: Any, row: Row, *parts: list[int]) -> None:

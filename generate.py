@@ -7,7 +7,7 @@ ended are dropped; on CUDA the steps are one captured graph that is replayed. Te
 top-p change the logits, never the model's own generation settings (B11).
 
 B sequences, b of them still decoded, P prompt tokens, R response tokens, V vocabulary.
-`D16` and `B11` in comments point to docs/details.md.
+`D16` in comments points to docs/details.md.
 """
 
 import dataclasses
@@ -54,9 +54,9 @@ def generate(
     stride = stride or (1 if device.type == "cpu" else 32)
     if model.config.model_type == "gpt_neo":
         stride = 1  # its window would end at the last column, written or not
-    parameters = inspect.signature(model.base_model.forward).parameters
-    takes_positions = "position_ids" in parameters
-    cache_name = "cache" if "cache" in parameters else "past_key_values"  # its older name
+    body = model.base_model
+    parameters = inspect.signature(body.forward).parameters
+    cache_name = "cache" if "cache" in parameters else "past_key_values"
     position = CachePosition(capacity=prompt_length + response_length)
     cache = KeyValueCache(position)
 
@@ -74,35 +74,36 @@ def generate(
         """Sample token t of the b rows from logits [b, V], and write it down."""
         sampled = sample(logits, temperature, top_k, top_p, uniform.index_select(0, t)[0, live])
         token.copy_(torch.where(alive, sampled, pad_id))
-        response_ids.index_put_((live, t.expand_as(live)), token)
-        response_mask.index_put_((live, t.expand_as(live)), alive.long())
+        place = (live, t.expand_as(live))
+        response_ids.index_put_(place, token)
+        response_mask.index_put_(place, alive.long())
         mask.index_copy_(1, t + prompt_length, alive[:, None].long())
         alive.logical_and_(~torch.isin(token, stops))
         t.add_(1)
 
     def next_logits(inputs: dict[str, Tensor]) -> Tensor:
         """Logits [b, V] of the next token, after the inputs; the cache grows by these."""
-        outputs = model.base_model(**inputs, **{cache_name: cache}, use_cache=True)
+        outputs = body(**inputs, **{cache_name: cache}, use_cache=True)
         return utils.logits_of(model, outputs.last_hidden_state[:, -1])
 
     def decode_one() -> None:
         """Feed the last token of the b rows and sample the next one."""
         position.slot = t + (prompt_length - 1)
         inputs = {"input_ids": token[:, None], "attention_mask": mask[:, : position.end]}
-        if takes_positions:
+        if "position_ids" in parameters:
             inputs["position_ids"] = mask.sum(1, keepdim=True) - 1  # only real tokens count
         choose_token(next_logits(inputs))
 
     with torch.compiler.set_stance("force_eager"):
         position.end = prompt_length
-        choose_token(next_logits(utils.model_inputs(model.base_model, prompt_ids, prompt_mask)))
+        choose_token(next_logits(utils.model_inputs(body, prompt_ids, prompt_mask)))
         for start in range(1, response_length, stride):
-            still_going = int(alive.sum())
-            if still_going == 0:
+            going = int(alive.sum())
+            if not going:
                 break
-            if still_going <= 0.75 * len(live):
+            if going <= 0.75 * len(live):
                 kept = alive.nonzero().squeeze(1)
-                live, alive, token, mask = live[kept], alive[kept], token[kept], mask[kept]
+                live, alive, token, mask = (x[kept] for x in (live, alive, token, mask))
                 cache.keep(kept)
             steps = min(stride, response_length - start)
             position.end = prompt_length + start + steps - 1
@@ -123,8 +124,8 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p < 1:
         ordered, order = logits.sort(-1, descending=True)
-        probabilities = ordered.softmax(-1)
-        drop = probabilities.cumsum(-1) - probabilities >= top_p  # the one that crosses p stays
+        probs = ordered.softmax(-1)
+        drop = probs.cumsum(-1) - probs >= top_p  # the one that crosses p stays
         logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
     cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     threshold = uniform[:, None] * cumulative[:, -1:]
@@ -142,7 +143,7 @@ def stop_token_ids(tokenizer: Any, stop_token: str, config: Any = None) -> list[
         if ids == [None]:
             ids = tokenizer(stop_token, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
-            utils.stop(f"--stop-token: {stop_token!r} is {len(ids)} tokens; pass one token")
+            utils.stop(f"--stop-token: {stop_token!r} is {len(ids)} tokens; pass one")
         ends += ids
     return list(dict.fromkeys(ends))
 
@@ -157,7 +158,7 @@ def repeat(step: Callable[[], None], times: int, model: Any) -> None:
             with torch.cuda.graph(graph):
                 step()
             run = graph.replay
-        except RuntimeError:  # Falcon and a few others ask the device something
+        except RuntimeError:  # a few models ask the device something
             torch.cuda.set_stream(stream)
             model.not_captured = graph  # which the allocator may still ask
     for _ in range(times - 1):

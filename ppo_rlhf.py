@@ -23,8 +23,8 @@ docs/details.md.
 Shapes: B sequences of this process, b of a micro-batch, P prompt and R response tokens, T = P + R
 (T' cut to a micro-batch's longest), N real response tokens of a micro-batch, H hidden size, V
 vocabulary. `response_mask` is 1 on every sampled token up to and including EOS or the stop token.
-The rest is padding: log-probabilities, values and rewards are 0 there, and means and losses are
-over the tokens where the mask is 1. A response that is cut off at R ends there.
+The rest is padding: log-probabilities, values and rewards are 0 there; losses, whitening and token
+metrics are over the tokens where the mask is 1. A response that is cut off at R ends there.
 """
 
 import json
@@ -54,7 +54,7 @@ class Args:
     reward_model: str = "runs/reward_model"
     """Reward model: a hub id or a local folder."""
     value_model: str | None = None
-    """Start of the value function; none: the reward model or, with another tokenizer, --model."""
+    """Start of the value function; none: the reward model, --model if there is none to share."""
     reward_fn: str | None = None
     """FILE.py:FUNCTION that scores instead: f(prompts, completions, **columns) -> list[float]."""
     dataset: tuple[str, ...] = ("data/support/prompts",)
@@ -110,7 +110,7 @@ class Args:
     stop_token: str = "eos"
     """Token that ends a response as EOS does: `eos` for no other, or a string of one token."""
     missing_eos_penalty: float = 1.0
-    """Subtracted from the score of a response that ends in neither of them (D18)."""
+    """Subtracted from the score of a response that ends without EOS or stop token (D18)."""
 
     kl_coef: float = 0.1
     """Beta: weight of the KL penalty in the reward."""
@@ -199,7 +199,7 @@ def main(args: Args) -> None:
     policy = utils.load_causal_lm(args.model, device, tokenizer)
     reference = utils.freeze(utils.load_causal_lm(args.model, device, tokenizer), args.dtype)
     stop_ids = generate.stop_token_ids(tokenizer, args.stop_token, policy.generation_config)
-    reward_fn = reward_model = value_model = judge = None
+    reward_fn = reward_model = value_model = judge = reads = None
     shared_tokenizer = False  # whether the reward model reads the policy's tokens
     if args.reward_fn:
         reward_fn = utils.load_function(args.reward_fn, "--reward-fn")
@@ -207,6 +207,7 @@ def main(args: Args) -> None:
         reward_model = utils.load_classifier(args.reward_model, device, trained=True)
         reward_model = utils.freeze(reward_model, args.dtype)
         reward_tokenizer = utils.load_tokenizer(args.reward_model)
+        reads = (reward_tokenizer, utils.context_length(reward_model))  # every prompt (B31)
         shared_tokenizer = utils.same_tokenizer(tokenizer, reward_tokenizer)
         if not shared_tokenizer:
             utils.say(f"{args.reward_model}: has another tokenizer and is asked in text")
@@ -214,9 +215,7 @@ def main(args: Args) -> None:
         value_start = args.value_model or (args.reward_model if shared_tokenizer else args.model)
         value_model = utils.load_classifier(value_start, device)
         if not utils.same_tokenizer(tokenizer, utils.load_tokenizer(value_start)):
-            utils.stop(
-                f"--value-model: {value_start} has another tokenizer; pass one with --model's"
-            )
+            utils.stop(f"--value-model: {value_start} has another tokenizer; pass another")
     labeler = "data/support/gold.py:score" if args.dataset == Args.dataset else None
     if judge_file := args.eval_reward_fn or labeler:
         judge = utils.load_function(judge_file, "--eval-reward-fn")
@@ -225,19 +224,16 @@ def main(args: Args) -> None:
     max_prompt = utils.context_length(policy) - R
     if value_model is not None:
         max_prompt = min(max_prompt, utils.context_length(value_model) - R)
-    judge_tokens = None  # the reward model's tokenizer and room (B31)
-    if reward_model is not None:
-        judge_tokens = (reward_tokenizer, utils.context_length(reward_model))
     train_data, eval_data = dataset.load_splits(args, dataset.PROMPT_FORMATS)
-    train_prompts = dataset.encode_prompts(tokenizer, train_data, max_prompt, judge_tokens)
-    eval_prompts = dataset.encode_prompts(tokenizer, eval_data, max_prompt, judge_tokens)
-    eval_prompts = eval_prompts[: args.eval_prompts]
+    train_prompts = dataset.encode_prompts(tokenizer, train_data, max_prompt, reads)
+    eval_prompts = dataset.encode_prompts(tokenizer, eval_data, max_prompt, reads)[
+        : args.eval_prompts
+    ]
     if args.ptx_dataset:
         ptx_data = dataset.load_data(args.ptx_dataset, args.train_split, dataset.SFT_FORMATS)
         max_length = utils.context_length(policy)
-        ptx_rows = dataset.encode_demonstrations(tokenizer, ptx_data, max_length)  # [ids, learned]
+        ptx_rows = dataset.encode_demonstrations(tokenizer, ptx_data, max_length)
     num_updates = args.total_episodes // args.batch_size
-    prompts_per_update = args.batch_size // args.samples_per_prompt
     micro_batch_size = utils.micro_batch_size(args, process.world, args.num_mini_batches)
     trained = {"model": policy}
     if value_model is not None:
@@ -312,7 +308,7 @@ def main(args: Args) -> None:
     def score_responses(
         prompts: list[dataset.Prompt], batch: Batch
     ) -> tuple[Tensor, list[str], list[bool]]:
-        """Scores [B] by the reward model or function, responses as text, which of them were cut."""
+        """Scores [B], responses as text, and which were shortened for the reward model (B31)."""
         responses = real_tokens(batch)
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         if reward_fn is not None:
@@ -330,8 +326,8 @@ def main(args: Args) -> None:
             asked = [dataset.answered(reward_tokenizer, *pair) for pair in pairs]
             sequences = [ids for ids, _ in dataset.encode(reward_tokenizer, asked)]
         limit = utils.context_length(reward_model)
-        cut = [len(s) > limit for s in sequences]
-        pairs = zip(sequences, prompts, strict=True)  # the ends stay (B31)
+        shortened = [len(s) > limit for s in sequences]
+        pairs = zip(sequences, prompts, strict=True)  # what ends an answer stays
         sequences = [s if len(s) <= limit else s[: limit - len(p.end)] + p.end for s, p in pairs]
         scores = torch.zeros(len(sequences), device=device)
         order = torch.tensor([len(s) for s in sequences]).argsort(stable=True)  # little padding
@@ -341,15 +337,16 @@ def main(args: Args) -> None:
             with utils.autocast(device, args.dtype):
                 raw = utils.last_token_scores(reward_model, ids, mask)  # [b] D10
             scores[part.to(device)] = utils.normalize_scores(reward_model, raw)  # D13
-        return scores, texts, cut
+        return scores, texts, shortened
 
     @torch.no_grad()
     def evaluate(model: Any) -> list[dict[str, Any]]:
         """A response to each held-out prompt, scored without penalty and clip."""
         results: list[dict[str, Any]] = []
         mine = eval_prompts[process.rank :: process.world]
-        for i in range(0, len(mine), args.batch_size // process.world):
-            prompts = mine[i : i + args.batch_size // process.world]
+        share = args.batch_size // process.world
+        for i in range(0, len(mine), share):
+            prompts = mine[i : i + share]
             rng = utils.generator(device, args.seed, EVALUATION, i, process.rank)
             batch = sample_responses(model, prompts, 0, rng)
             scores, texts, _ = score_responses(prompts, batch)
@@ -370,8 +367,7 @@ def main(args: Args) -> None:
     def ptx_backward(count: int, rng: torch.Generator) -> Tensor:
         """Add the gradient of ptx_coef times the loss, in nats per token, on `count` rows (D31)."""
         rows = [ptx_rows[i] for i in torch.randint(len(ptx_rows), (count,), generator=rng).tolist()]
-        num_tokens = sum(sum(learned[1:]) for _, learned in rows)
-        num_tokens = torch.tensor(num_tokens, device=device)
+        num_tokens = torch.tensor(sum(sum(x[1:]) for _, x in rows), device=device)
         num_tokens, total = utils.sum_over_processes(num_tokens), torch.zeros((), device=device)
 
         def cross_entropy(hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -391,7 +387,7 @@ def main(args: Args) -> None:
         return utils.sum_over_processes(total)
 
     # ---- the PPO loop
-    update = 0  # an error before the first update is wrong input: nothing is written before this
+    update = 0  # for errors: before the first update they are wrong input, and nothing is written
     before = evaluate(reference)
     out = utils.open_output(args, "ppo_rlhf", process)
     parameters = [p for model in trained.values() for p in model.parameters()]
@@ -417,8 +413,8 @@ def main(args: Args) -> None:
         clock = [utils.now(device)]
 
         # 1. sample prompts: each process its share of the same order
-        first = (update - 1) * prompts_per_update
-        drawn = cycle(train_prompts, first, prompts_per_update, args.seed)
+        count = args.batch_size // args.samples_per_prompt
+        drawn = cycle(train_prompts, (update - 1) * count, count, args.seed)
         width = max(len(p.ids) for p in drawn)  # P
         mine = drawn[process.rank :: process.world]
         prompts = [p for p in mine for _ in range(args.samples_per_prompt)]
@@ -441,7 +437,7 @@ def main(args: Args) -> None:
         last_ids = batch.response_ids.gather(1, last[:, None]).squeeze(1)  # [B]
         ended = torch.isin(last_ids, torch.tensor(stop_ids, device=device))  # [B] by EOS or stop
         with torch.no_grad():
-            scores, _, cut = score_responses(prompts, batch)  # [B]
+            scores, _, shortened = score_responses(prompts, batch)  # [B]
         # a response that was cut off loses a constant (D18, B2)
         scores = torch.where(ended, scores, scores - args.missing_eos_penalty)
         if args.reward_clip is not None:
@@ -508,7 +504,7 @@ def main(args: Args) -> None:
         batch_tokens = utils.sum_over_processes(response_mask.sum())
         epoch_means: list[dict[str, float]] = []
         grad_norms, ptx_losses = [], []
-        ratio_error = torch.zeros((), device=device)  # largest |ratio - 1| before the first step
+        ratio_error = torch.zeros((), device=device)  # the largest |ratio - 1| at the start
         for _ in range(args.num_ppo_epochs):  # D25
             sums: dict[str, Any] = defaultdict(float)
             order = torch.randperm(len(prompts), generator=shuffle)
@@ -520,9 +516,11 @@ def main(args: Args) -> None:
                     new_logprobs, entropies = policy_outputs(policy, ids, is_response)  # [b, R]
                     log_ratio = new_logprobs - logprobs[rows]  # [b, R]
                     ratio = log_ratio.exp()  # [b, R]
-                    unclipped = -advantages[rows] * ratio
+                    unclipped_losses = -advantages[rows] * ratio
                     clipped_ratio = ratio.clamp(1 - args.cliprange, 1 + args.cliprange)
-                    policy_losses = torch.max(unclipped, -advantages[rows] * clipped_ratio)  # D23
+                    policy_losses = torch.max(
+                        unclipped_losses, -advantages[rows] * clipped_ratio
+                    )  # D23
                     bonus = args.entropy_coef * entropies  # D33
                     policy_loss = utils.masked_sum(policy_losses - bonus, mask) / num_tokens
                     if policy_loss.requires_grad:  # not in the critic's warm-up
@@ -543,7 +541,7 @@ def main(args: Args) -> None:
 
                     token_stats = {  # [b, R] each; the mean over real tokens is logged (B6)
                         "policy/approxkl_avg": log_ratio.square() / 2,
-                        "policy/clipfrac_avg": policy_losses > unclipped,
+                        "policy/clipfrac_avg": policy_losses > unclipped_losses,
                         "policy/entropy_avg": entropies,
                         "loss/policy_avg": policy_losses,
                         "loss/value_avg": value_losses,
@@ -553,7 +551,7 @@ def main(args: Args) -> None:
                     }
                     for name, x in token_stats.items():
                         sums[name] += utils.masked_sum(x.detach().double(), mask)
-                    if not grad_norms:
+                    if not grad_norms:  # no step yet: the ratio is 1 (D26)
                         ratio_error = torch.max(ratio_error, (ratio - 1).abs().max().detach())
                 if args.ptx_coef and update > args.critic_warmup_updates:  # as many texts (D31)
                     ptx_losses.append(ptx_backward(len(minibatch), ptx_rng))
@@ -604,7 +602,7 @@ def main(args: Args) -> None:
             "val/explained_variance": explained,
             "response/length": batch_tokens.item() / args.batch_size,
             "response/eos_rate": episode_mean(ended),
-            "response/cut_rate": episode_mean(torch.tensor(cut, device=device)),  # B31
+            "response/cut_rate": episode_mean(torch.tensor(shortened, device=device)),
             "grad_norm": torch.stack(grad_norms).mean().item(),
             "time/rollout": times[0],
             "time/score": times[1],

@@ -293,6 +293,8 @@ def encode(tokenizer: Any, rows: list[dataset.Row], max_length: int) -> list[Pai
             if n != dataset.same_chat_head(prompt, rejected):
                 raise dataset.Unusable("only chosen begins with the prompt; fix the row")
             prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]  # B34
+        elif isinstance(chosen, str) and chosen.startswith(prompt) and rejected.startswith(prompt):
+            chosen, rejected = chosen.removeprefix(prompt), rejected.removeprefix(prompt)
         sides = [dataset.render(tokenizer, prompt, side) for side in (chosen, rejected)]
         return row, *sides
 

@@ -228,9 +228,8 @@ class Interruption:
 # ---- flags and folders
 
 # what may change when a run is resumed
-FREE_ON_RESUME = {"resume", "overwrite", "output_dir", "device", "micro_batch_size", "track"}
-FREE_ON_RESUME |= {"save_every", "keep_checkpoints", "eval_every", "gradient_checkpointing"}
-FREE_ON_RESUME.add("trust_remote_code")
+FREE_ON_RESUME = "resume overwrite output_dir device micro_batch_size track save_every eval_every "
+FREE_ON_RESUME += "keep_checkpoints gradient_checkpointing trust_remote_code"
 
 
 def flag(name: str) -> str:
@@ -277,7 +276,7 @@ def check_output(args: Any, stage: str) -> None:
     if args.resume:
         for name, value in vars(args).items():
             value = json.loads(json.dumps(value))  # a list, as args.json has it
-            if name not in FREE_ON_RESUME and before.get(name, value) != value:
+            if name not in FREE_ON_RESUME.split() and before.get(name, value) != value:
                 stop(f"{flag(name)}: was {before[name]!r} in {out}; pass that run's flags")
         if (out / "summary.json").exists() and not checkpoints(out):
             stop(f"{out}: is finished, without a checkpoint; pass --overwrite")
@@ -354,7 +353,8 @@ def discard(path: Path) -> None:
 def base_of(model: str) -> str:
     """The model that a LoRA folder adapts; any other is its own."""
     file = Path(model).expanduser() / "adapter_config.json"
-    return json.loads(file.read_text())["base_model_name_or_path"] if file.is_file() else model
+    base = json.loads(file.read_text()).get("base_model_name_or_path") if file.is_file() else model
+    return base or stop(f"{file}: names no base_model_name_or_path; add it")
 
 
 def load_tokenizer(model: str) -> Any:
@@ -528,16 +528,11 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
         logits = logits / scale
     if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
         logits = cap * torch.tanh(logits / cap)
-    return known_only(model, logits)
-
-
-def known_only(model: Any, logits: Tensor) -> Tensor:
-    """Logits [n, V], -inf for ids that the model's tokenizer does not know (B23)."""
     size = logits.shape[-1]
-    if getattr(model, "known_tokens", size) >= size:
-        return logits
-    unknown = torch.arange(size, device=logits.device) >= model.known_tokens
-    return logits.masked_fill(unknown, -torch.inf)
+    known = getattr(model, "known_tokens", size)  # others have no text, and probability 0 (B23)
+    if known < size:
+        logits = logits.masked_fill(torch.arange(size, device=logits.device) >= known, -torch.inf)
+    return logits
 
 
 LOGITS_AT_A_TIME = 2**26  # 256 MB in float32

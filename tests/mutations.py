@@ -130,7 +130,7 @@ d22_advantages_are_whitened[default] in ppo_rlhf.py
     utils.whiten(advantages, response_mask)  ->
     utils.whiten(advantages, response_mask, shift_mean=False)
 d23_policy_loss in ppo_rlhf.py
-    torch.max(unclipped, -advantages[rows] * clipped_ratio)  ->  unclipped
+    torch.max(unclipped_losses, -advantages[rows] * clipped_ratio)  ->  unclipped_losses
 d24_value_loss in ppo_rlhf.py
     0.5 * torch.max(errors, clipped_errors)  ->  0.5 * torch.min(errors, clipped_errors)
 d25_mini_batches_take_more_steps in ppo_rlhf.py

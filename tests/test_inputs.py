@@ -262,6 +262,49 @@ def test_ppo_keeps_its_prompt_and_columns(tmp_path):
     assert read(tmp_path, rows, dataset.PROMPT_FORMATS) == rows
 
 
+def test_b33_a_chat_as_numpy_writes_it(tmp_path):
+    """Without commas, as pandas does for what it has read from parquet; what is broken is left."""
+    text = repr([USER, GOOD]).replace("}, {", "}\n {")
+    assert read(tmp_path, [{"messages": text}])[0]["messages"] == [USER, GOOD]
+    rows = [{"text": "a"}] * 20 + [{"text": "[{'role': 'user', 'content': ..."}]
+    assert len(read(tmp_path, rows)) == 20
+
+
+def test_b34_a_text_prompt_that_is_the_answers_head_too(tokenizer):
+    """Two texts that both begin with the whole prompt."""
+    row = {"prompt": "Q: figs?", "chosen": "Q: figs? Yes.", "rejected": "Q: figs? No."}
+    [pair] = reward_model_stage.encode(tokenizer, [dataset.Row(row, "f:1")], 99)
+    assert tokenizer.decode(pair.chosen) == "Q: figs? Yes.<eos>"
+    assert pair.chosen_length == len(tokenizer(" Yes.")["input_ids"]) + 1
+
+
+def test_one_bad_row_among_good_ones_is_left_out(tmp_path):
+    """Its columns are not held against the others."""
+    turns = [{"from": "human", "value": "two figs?"}, {"from": "gpt", "value": "Yes."}]
+    rows = [{"conversations": turns}] * 19 + [{"conversations": None}]
+    assert len(read(tmp_path, rows)) == 19
+    row = {"prompt": "two figs?", "messages": [USER, GOOD]}
+    assert len(read(tmp_path, [row] * 19 + [row | {"messages": [USER]}])) == 19
+
+
+def test_reward_functions_get_none_where_a_row_lacks_a_column(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a"}, {"prompt": "b", "n": 1}])
+    flags = {"dataset": [str(path)], "train_split": "train[:]", "eval_split": "train[:]"}
+    args = SimpleNamespace(**flags, columns=(), dataset_weights=(), revision=None)
+    train, _ = dataset.load_splits(args, dataset.PROMPT_FORMATS)
+    assert train == [{"prompt": "a", "n": None}, {"prompt": "b", "n": 1}]
+
+
+def test_fields_that_are_no_text(tmp_path, error_of):
+    """A chat as `text`, an image among the parts, a null character."""
+    for row in (
+        {"text": [USER, GOOD]},
+        {"messages": [USER | {"content": [{"type": "image", "text": None}]}, GOOD]},
+        {"messages": [USER | {"content": "a\0b"}, GOOD]},
+    ):
+        assert "cannot be used" in error_of(read, tmp_path, [row] * 2)
+
+
 # ---- B31, B35, B36, D44
 
 
@@ -344,11 +387,35 @@ def metaspace():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
 
 
+def line_breaks():
+    """A tokenizer that joins a colon and line breaks to one token, as Llama 3's and Qwen's do."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\w+|[^\w]+"), "isolated")
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    flags = {"special_tokens": ["<pad>", "</s>"], "initial_alphabet": letters}
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, show_progress=False, **flags)
+    bpe.train_from_iterator(
+        ["Answer:\n\nit is", "Answer:\nit is", "is\n\n\nit", ":\n"] * 9, trainer
+    )
+    special = {"pad_token": "<pad>", "eos_token": "</s>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+
+
 @pytest.mark.parametrize(
     ("prompt", "answer"),
-    [("Answer:\n", "it is"), ("Answer:", " it is"), ("Answer: ", "it is"), ("", "it is")],
+    [
+        ("Answer:\n", "it is"),
+        ("Answer:", " it is"),
+        ("Answer: ", "it is"),
+        ("", "it is"),
+        ("Answer:", "\nit is"),
+        ("Answer:\n", "\n\nit is"),
+    ],
 )
-@pytest.mark.parametrize("make", [metaspace, make_tokenizer])
+@pytest.mark.parametrize("make", [metaspace, make_tokenizer, line_breaks])
 def test_b36_tokens_of_the_joined_text(make, prompt, answer):
     """The text is the joined one; the prompt's tokens are those that it has alone."""
     tokenizer = make()
@@ -434,6 +501,23 @@ def test_parts_tool_calls_and_a_last_word_of_the_user(tmp_path):
     assert read(tmp_path, [{"messages": talk}])[0]["messages"] == [USER, call, result, GOOD]
     prompts = read(tmp_path, [{"prompt": [USER, GOOD, USER]}], dataset.PROMPT_FORMATS)
     assert prompts[0]["prompt"] == [USER, GOOD, USER]
+
+
+def test_an_answer_that_the_reward_models_template_refuses():
+    """An empty one, say: it is put where another one stood, and the run goes on."""
+    tokenizer = make_tokenizer(chat=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if not m.content %}{{ raise_exception('empty') }}{% endif %}"
+        "<|{{ m.role }}|>{{ 'final: ' if m.role == 'assistant' }}{{ m.content }}<|end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    row = dataset.Row({"prompt": [USER]}, "f:1")
+    start, rest = dataset.answered(tokenizer, row, "", "").pieces
+    assert start == "<|user|>two figs?<|end|><|assistant|>"
+    assert rest == "final: <|end|>"
+    judge = (tokenizer, 999)
+    [prompt] = dataset.encode_prompts(tokenizer, [row], 999, judge)
+    assert tokenizer.decode(prompt.end) == "<|end|><eos>"
 
 
 def test_a_reward_model_without_a_chat_template_reads_the_policys_text():

@@ -116,7 +116,7 @@ LAYOUTS = {
     "KTO": (
         ["train", "test"],
         {"prompt": [USER], "completion": [GOOD], "label": True},
-        {"sft": (CHAT, YES)},
+        {"sft": (CHAT, YES), "ppo": (CHAT,)},
     ),
 }
 STAGES = {"sft": sft, "reward_model": reward_model, "ppo": ppo_rlhf}

@@ -309,26 +309,26 @@ def main(args: Args) -> None:
         prompts: list[dataset.Prompt], batch: Batch
     ) -> tuple[Tensor, list[str], list[bool]]:
         """Scores [B], responses as text, and which were shortened for the reward model (B31)."""
-        responses = real_tokens(batch)
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        texts = tokenizer.batch_decode(real_tokens(batch), skip_special_tokens=True)
         if reward_fn is not None:
             scores = utils.call_reward_function(reward_fn, args.reward_fn, prompts, texts, update)
             return torch.tensor(scores, device=device), texts, [False] * len(texts)
         if shared_tokenizer:
             sequences = []
-            for p, response in zip(prompts, responses, strict=True):
+            for p, response in zip(prompts, real_tokens(batch), strict=True):
                 while response and response[-1] in p.end:
                     response.pop()
                 # it ends as the answers did that the reward model has learned on (B19, B29)
                 sequences.append(p.ids + response + p.end)
         else:  # as text, through the reward model's own tokenizer and chat template (B5)
-            pairs = [(p.row, p.text, text) for p, text in zip(prompts, texts, strict=True)]
-            asked = [dataset.answered(reward_tokenizer, *pair) for pair in pairs]
+            both = zip(prompts, texts, strict=True)
+            asked = [dataset.answered(reward_tokenizer, p.row, p.text, text) for p, text in both]
             sequences = [ids for ids, _ in dataset.encode(reward_tokenizer, asked)]
         limit = utils.context_length(reward_model)
         shortened = [len(s) > limit for s in sequences]
-        pairs = zip(sequences, prompts, strict=True)  # what ends an answer stays
-        sequences = [s if len(s) <= limit else s[: limit - len(p.end)] + p.end for s, p in pairs]
+        for i, p in enumerate(prompts):
+            if shortened[i]:
+                sequences[i] = sequences[i][: limit - len(p.end)] + p.end
         scores = torch.zeros(len(sequences), device=device)
         order = torch.tensor([len(s) for s in sequences]).argsort(stable=True)  # little padding
         for part in order.split(micro_batch_size):

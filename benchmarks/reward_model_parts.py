@@ -75,8 +75,8 @@ def main(args: Args) -> None:
     means = {}
     for name in by_prompt[0]:
         pairs = [(row["prompt"], reply[name]) for row, reply in zip(rows, by_prompt, strict=True)]
-        encoded = dataset.encode_pairs(tokenizer, pairs, [""] * len(pairs))
-        texts = [p + c for p, c in zip(*encoded, strict=True)]
+        whole = [dataset.render(tokenizer, *pair) for pair in pairs]
+        texts = [ids for ids, _ in dataset.encode(tokenizer, whole)]
         ids, mask = dataset.pad(texts, tokenizer.pad_token_id, "right", device)
         scores = utils.normalize_scores(model, utils.last_token_scores(model, ids, mask))
         labels = gold.score([p for p, _ in pairs], [c for _, c in pairs])

@@ -388,7 +388,7 @@ def check_field(value: Any, column: str) -> None:
         if not isinstance(text, str) or role not in ROLES:
             what = f"{message!r:.60} is no chat message of the roles {', '.join(ROLES)}"
             raise Unusable(f'{column}: {what}; write {{"role": …, "content": …}} with strings')
-        if re.search("[\0\ud800-\udfff]", text):
+        if "\0" in text or (not text.isascii() and re.search("[\ud800-\udfff]", text)):
             raise Unusable(f"{column}: holds a null or half a surrogate pair; fix its encoding")
     if not text.strip():
         raise Unusable(f"{column}: is empty; fill it in or drop the row")
@@ -409,9 +409,9 @@ class Rendered(NamedTuple):
 def render(tokenizer: Any, prompt: Any, answer: Any = None, all_turns: bool = False) -> Rendered:
     """A prompt, and its answer if any, as text; chats by the chat template.
 
-    A prompt that ends with the assistant's message is the answer's start. With `all_turns` the
-    assistant's turns in the prompt are learned too (D44), found by the template's own marks
-    `{% generation %}` or by rendering prefix after prefix.
+    A text answers a prompt that ends with the assistant's message by going on with it. With
+    `all_turns` the assistant's turns in the prompt are learned too (D44), found by the template's
+    own marks `{% generation %}` or by rendering prefix after prefix.
     """
     if isinstance(prompt, str) and not isinstance(answer, list):
         return Rendered([prompt, answer][: 1 + (answer is not None)], False)
@@ -421,7 +421,7 @@ def render(tokenizer: Any, prompt: Any, answer: Any = None, all_turns: bool = Fa
         raise Unusable("the prompt is a text, but its answer is a chat; write both alike")
     template = functools.partial(tokenizer.apply_chat_template, tokenize=False)
     messages = [*(prompt or [])]
-    is_begun = bool(messages) and messages[-1]["role"] == "assistant"
+    is_begun = [said(m)[0] for m in messages[-1:]] == ["assistant"] and not isinstance(answer, list)
     if isinstance(answer, str):
         answer = [{"role": "assistant", "content": answer}]
     try:

@@ -448,6 +448,15 @@ def test_d44_every_turn_of_the_assistant_is_learned(marked):
     assert sum(last) < sum(learned)
 
 
+def test_d44_two_messages_of_the_assistant_stay_two():
+    """As after a tool call; only a text goes on with a message that is begun."""
+    tokenizer = make_tokenizer(chat=True)
+    row = dataset.Row({"messages": [USER, GOOD, BAD]}, "f:1")
+    [(ids, learned)] = dataset.encode_demonstrations(tokenizer, [row], 500)
+    taught = tokenizer.decode([i for i, x in zip(ids, learned, strict=True) if x])
+    assert taught == "Yes.<|end|>No.<|end|><eos>"
+
+
 def test_d44_a_template_that_rewrites_earlier_turns(error_of):
     """It is refused, and the way out is named."""
     tokenizer = make_tokenizer(chat=True)

@@ -48,7 +48,7 @@ def generate(
     model's device, whatever the other rows do.
 
     Every `stride` tokens (1 on a CPU, 32 elsewhere) the device is asked which rows have ended; they
-    are dropped once they are a quarter. In between the device never waits for the host.
+    are dropped once they are a quarter. The device never waits in between.
     """
     (rows, prompt_length), device = prompt_ids.shape, prompt_ids.device
     stride = stride or (1 if device.type == "cpu" else 32)
@@ -71,7 +71,7 @@ def generate(
     t = torch.zeros(1, dtype=torch.long, device=device)  # tokens sampled so far
 
     def choose_token(logits: Tensor) -> None:
-        """Sample token t of the b rows from logits [b, V], and write it down."""
+        """Sample token t of the b rows from logits [b, V]."""
         sampled = sample(logits, temperature, top_k, top_p, uniform.index_select(0, t)[0, live])
         token.copy_(torch.where(alive, sampled, pad_id))
         place = (live, t.expand_as(live))
@@ -139,7 +139,7 @@ def stop_token_ids(tokenizer: Any, stop_token: str, config: Any = None) -> list[
     ends = ends if isinstance(ends, list) else [ends]
     ends = [tokenizer.eos_token_id, *(i for i in ends if i in tokenizer.added_tokens_decoder)]
     if stop_token != "eos":
-        ids = [tokenizer.get_vocab().get(stop_token)]  # SentencePiece would put a space before it
+        ids = [tokenizer.get_vocab().get(stop_token)]  # SentencePiece would add a space
         if ids == [None]:
             ids = tokenizer(stop_token, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:

@@ -54,7 +54,7 @@ class Args:
     reward_model: str = "runs/reward_model"
     """Reward model: a hub id or a local folder."""
     value_model: str | None = None
-    """Start of the value function; none: the reward model, --model if there is none to share."""
+    """Start of the value function; none: the reward model, else --model."""
     reward_fn: str | None = None
     """FILE.py:FUNCTION that scores instead: f(prompts, completions, **columns) -> list[float]."""
     dataset: tuple[str, ...] = ("data/support/prompts",)
@@ -207,10 +207,10 @@ def main(args: Args) -> None:
         reward_model = utils.load_classifier(args.reward_model, device, trained=True)
         reward_model = utils.freeze(reward_model, args.dtype)
         reward_tokenizer = utils.load_tokenizer(args.reward_model)
-        reads = (reward_tokenizer, utils.context_length(reward_model))  # every prompt (B31)
+        reads = (reward_tokenizer, utils.context_length(reward_model))  # B31
         shared_tokenizer = utils.same_tokenizer(tokenizer, reward_tokenizer)
         if not shared_tokenizer:
-            utils.say(f"{args.reward_model}: has another tokenizer and is asked in text")
+            utils.say(f"{args.reward_model}: has another tokenizer: asked in text")
     if args.advantage == "gae":  # a network of its own; from a language model it starts at 0 (D15)
         value_start = args.value_model or (args.reward_model if shared_tokenizer else args.model)
         value_model = utils.load_classifier(value_start, device)
@@ -318,9 +318,9 @@ def main(args: Args) -> None:
             for p, response in zip(prompts, real_tokens(batch), strict=True):
                 while response and response[-1] in p.end:
                     response.pop()
-                # it ends as the answers did that the reward model has learned on (B19, B29)
+                # ends as in the reward model's training (B19, B29)
                 sequences.append(p.ids + response + p.end)
-        else:  # as text, through the reward model's own tokenizer and chat template (B5)
+        else:  # as text, by the reward model's own tokenizer and template (B5)
             both = zip(prompts, texts, strict=True)
             asked = [dataset.answered(reward_tokenizer, p.row, p.text, text) for p, text in both]
             sequences = [ids for ids, _ in dataset.encode(reward_tokenizer, asked)]
@@ -387,7 +387,7 @@ def main(args: Args) -> None:
         return utils.sum_over_processes(total)
 
     # ---- the PPO loop
-    update = 0  # for errors: before the first update they are wrong input, and nothing is written
+    update = 0  # errors before the first update are wrong input: nothing is written
     before = evaluate(reference)
     out = utils.open_output(args, "ppo_rlhf", process)
     parameters = [p for model in trained.values() for p in model.parameters()]
@@ -719,7 +719,7 @@ def check_flags(args: Args, world: int) -> None:
     if args.batch_size % (args.samples_per_prompt * world):
         utils.stop("--samples-per-prompt: times processes must divide --batch-size; change it")
     if args.total_episodes < args.batch_size:
-        utils.stop("--total-episodes: is less than --batch-size; raise it")
+        utils.stop("--total-episodes: is below --batch-size; raise it")
     if args.advantage in ("rloo", "grpo") and args.samples_per_prompt < 2:
         utils.stop(f"--samples-per-prompt: is 1; {args.advantage} needs 2 or more")
     if args.advantage != "gae" and args.value_model:

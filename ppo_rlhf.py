@@ -719,7 +719,7 @@ def check_flags(args: Args, world: int) -> None:
     if args.batch_size % (args.samples_per_prompt * world):
         utils.stop("--samples-per-prompt: times processes must divide --batch-size; change it")
     if args.total_episodes < args.batch_size:
-        utils.stop("--total-episodes: is below --batch-size; raise it")
+        utils.stop("--total-episodes: is below --batch-size; raise")
     if args.advantage in ("rloo", "grpo") and args.samples_per_prompt < 2:
         utils.stop(f"--samples-per-prompt: is 1; {args.advantage} needs 2 or more")
     if args.advantage != "gae" and args.value_model:

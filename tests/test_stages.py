@@ -519,8 +519,8 @@ def test_the_embedded_task_end_to_end(monkeypatch, tmp_path):
             write_jsonl(tmp_path / kind / f"{split}.jsonl", rows)
     common, (a, b, c) = {"device": "cpu"}, (str(tmp_path / name) for name in ("a", "b", "c"))
     demonstrations, preferences = str(tmp_path / "sft"), str(tmp_path / "preferences")
-    sft.main(sft.Args(dataset=demonstrations, output_dir=a, epochs=1, **common))
-    flags = {"normalize_with": demonstrations, "output_dir": b, "dataset": preferences}
+    sft.main(sft.Args(dataset=(demonstrations,), output_dir=a, epochs=1, **common))
+    flags = {"normalize_with": demonstrations, "output_dir": b, "dataset": (preferences,)}
     reward_model.main(reward_model.Args(model=a, **flags, **common))
     flags = {"total_episodes": 64, "batch_size": 32, "eval_prompts": 16, "output_dir": c}
     ppo_rlhf.main(ppo_rlhf.Args(model=a, reward_model=b, **flags, **common))

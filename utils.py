@@ -391,12 +391,13 @@ def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any)
     random ones: the scalar head becomes zero, any others stop the run. An adapter is merged.
     """
     kwargs |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-    loaded, info = from_pretrained(auto_class, base_of(model), **kwargs)
+    base = base_of(model)
+    loaded, info = from_pretrained(auto_class, base, **kwargs)
     for name in info["missing_keys"]:
         if not name.startswith("score."):
             stop(f"{model}: its files lack {name}; pass a whole model")
         loaded.get_parameter(name).data.zero_()
-    if base_of(model) != model:
+    if base != model:
         try:
             import peft
 
@@ -709,7 +710,7 @@ class Checkpoints(NamedTuple):
             say(f"{found.pop(0)} is damaged ({what})")
             if not found:
                 stop(f"{self.out / 'checkpoint'}: none is whole; restore one or --overwrite", 1)
-        found = [*found[:1], None]
+        found = [*found, None][:1]  # as long in every process
         if dist.is_initialized():  # all take the same one
             dist.broadcast_object_list(found)
         if (folder := found[0]) is None:

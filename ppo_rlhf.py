@@ -210,7 +210,7 @@ def main(args: Args) -> None:
         reads = (reward_tokenizer, utils.context_length(reward_model))  # B31
         shared_tokenizer = utils.same_tokenizer(tokenizer, reward_tokenizer)
         if not shared_tokenizer:
-            utils.say(f"{args.reward_model}: has another tokenizer: asked in text")
+            utils.say(f"{args.reward_model}: another tokenizer: asked in text")
     if args.advantage == "gae":  # a network of its own; from a language model it starts at 0 (D15)
         value_start = args.value_model or (args.reward_model if shared_tokenizer else args.model)
         value_model = utils.load_classifier(value_start, device)
@@ -309,16 +309,17 @@ def main(args: Args) -> None:
         prompts: list[dataset.Prompt], batch: Batch
     ) -> tuple[Tensor, list[str], list[bool]]:
         """Scores [B], responses as text, and which were shortened for the reward model (B31)."""
-        texts = tokenizer.batch_decode(real_tokens(batch), skip_special_tokens=True)
+        responses = real_tokens(batch)
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         if reward_fn is not None:
             scores = utils.call_reward_function(reward_fn, args.reward_fn, prompts, texts, update)
             return torch.tensor(scores, device=device), texts, [False] * len(texts)
         if shared_tokenizer:
             sequences = []
-            for p, response in zip(prompts, real_tokens(batch), strict=True):
+            for p, response in zip(prompts, responses, strict=True):
                 while response and response[-1] in p.end:
                     response.pop()
-                # ends as in the reward model's training (B19, B29)
+                # ends as in its training (B19, B29)
                 sequences.append(p.ids + response + p.end)
         else:  # as text, by the reward model's own tokenizer and template (B5)
             both = zip(prompts, texts, strict=True)

@@ -545,27 +545,28 @@ def encode_prompts(
     `judge`, a reward model's tokenizer and its context, has room for an answer of one token and
     what ends it (B31).
     """
-    judge_tokenizer, judge_max = judge or (tokenizer, 2**30)
 
     def rendered(row: Row) -> tuple[Row, Rendered, Rendered]:
         text = render(tokenizer, row["prompt"])
-        return row, text, answered(judge_tokenizer, row, text.pieces[0], "a")
+        return row, text, answered(judge[0], row, text.pieces[0], "a") if judge else text
 
     def fit(row: Row, text: Rendered, ids: list[int], judged: list[int]) -> Prompt:
         if not ids:
             raise Unusable("prompt: has no token that the tokenizer knows; drop the row")
-        if len(ids) > max_tokens or len(judged) > judge_max:
+        if len(ids) > max_tokens or (judge and len(judged) > judge[1]):
             what = f"its {len(ids)} tokens leave the response no room in a model's context"
             raise Unusable(f"prompt: {what}; shorten it or lower --response-length")
         return Prompt(ids, text.pieces[0], row, ends[text.is_chat])
 
     rows, texts, asked = zip(*usable(rendered, rows), strict=True)
-    judged = [ids for ids, _ in encode(judge_tokenizer, asked)]
-    ends = {}  # of texts and of chats: what an answer "a" and an answer "b" have in common
-    for is_chat, i in {text.is_chat: i for i, text in enumerate(texts)}.items():
-        other = answered(judge_tokenizer, rows[i], texts[i].pieces[0], "b")
-        ends[is_chat] = common_end(judged[i], encode(judge_tokenizer, [other])[0][0])
-    return usable(fit, rows, texts, [ids for ids, _ in encode(tokenizer, texts)], judged)
+    judged = encoded = [ids for ids, _ in encode(tokenizer, texts)]
+    ends = {False: [], True: []}  # of texts and of chats: what answers "a" and "b" have in common
+    if judge:
+        judged = [ids for ids, _ in encode(judge[0], asked)]
+        for is_chat, i in {text.is_chat: i for i, text in enumerate(texts)}.items():
+            other = answered(judge[0], rows[i], texts[i].pieces[0], "b")
+            ends[is_chat] = common_end(judged[i], encode(judge[0], [other])[0][0])
+    return usable(fit, rows, texts, encoded, judged)
 
 
 def answered(tokenizer: Any, row: Row, text: str, answer: str) -> Rendered:

@@ -41,6 +41,7 @@ import tyro
 from torch import Tensor
 
 import dataset
+import distributed
 import generate
 import utils
 
@@ -224,11 +225,11 @@ def main(args: Args) -> None:
     max_prompt = utils.context_length(policy) - R
     if value_model is not None:
         max_prompt = min(max_prompt, utils.context_length(value_model) - R)
-    train_data, eval_data = dataset.load_splits(args, dataset.PROMPT_FORMATS)
-    train_prompts = dataset.encode_prompts(tokenizer, train_data, max_prompt, reads)
-    eval_prompts = dataset.encode_prompts(tokenizer, eval_data, max_prompt, reads)[
-        : args.eval_prompts
-    ]
+    train_prompts, eval_prompts = (
+        dataset.encode_prompts(tokenizer, rows, max_prompt, reads)
+        for rows in dataset.load_splits(args, dataset.PROMPT_FORMATS)
+    )
+    del eval_prompts[args.eval_prompts :]
     if args.ptx_dataset:
         ptx_data = dataset.load_data(args.ptx_dataset, args.train_split, dataset.SFT_FORMATS)
         max_length = utils.context_length(policy)
@@ -363,13 +364,16 @@ def main(args: Args) -> None:
                 result = {"prompt": prompts[j].text, "response": texts[j], "judge": judged[j]}
                 result |= {"score": scores[j].item(), "kl": kl[j].item(), "length": len(response)}
                 results.append(result | {"eos_rate": response[-1] in stop_ids})
-        return utils.gather(results)
+        return distributed.gather(results)
 
     def ptx_backward(count: int, rng: torch.Generator) -> Tensor:
         """Add the gradient of ptx_coef times the loss, in nats per token, on `count` rows (D31)."""
         rows = [ptx_rows[i] for i in torch.randint(len(ptx_rows), (count,), generator=rng).tolist()]
         num_tokens = torch.tensor(sum(sum(x[1:]) for _, x in rows), device=device)
-        num_tokens, total = utils.sum_over_processes(num_tokens), torch.zeros((), device=device)
+        num_tokens, total = (
+            distributed.sum_all(num_tokens),
+            torch.zeros((), device=device),
+        )
 
         def cross_entropy(hidden: Tensor, tokens: Tensor) -> Tensor:
             return F.cross_entropy(utils.logits_of(policy, hidden), tokens, reduction="none")
@@ -385,7 +389,7 @@ def main(args: Args) -> None:
             loss = losses.sum() / num_tokens
             (args.ptx_coef * loss).backward()
             total += loss.detach()
-        return utils.sum_over_processes(total)
+        return distributed.sum_all(total)
 
     # ---- the PPO loop
     update = 0  # errors before the first update are wrong input: nothing is written
@@ -406,7 +410,7 @@ def main(args: Args) -> None:
     work = f"{len(train_prompts)} prompts, {num_updates} updates"
     ends = " or ".join(tokenizer.convert_ids_to_tokens(stop_ids))
     utils.say(f"ppo_rlhf: {size}, {work}, on {device} in {args.dtype}; responses end with {ends}")
-    dataset.show_example(tokenizer, train_data[0], train_prompts[0].ids)
+    dataset.show_example(tokenizer, train_prompts[0].row, train_prompts[0].ids)
     done, shown = first_update - 1, "objective/scores objective/kl response/length"
     logger = utils.Logger(out, args, process, "update", done, num_updates, shown)
     interruption = utils.Interruption(process)
@@ -472,7 +476,7 @@ def main(args: Args) -> None:
             episode_rewards = rewards.sum(1)  # [B]
             grouped_rewards = episode_rewards.view(-1, args.samples_per_prompt)
             if args.advantage == "batch_mean":  # D34
-                baseline = utils.sum_over_processes(episode_rewards.sum()) / args.batch_size
+                baseline = distributed.sum_all(episode_rewards.sum()) / args.batch_size
                 episode_advantages = episode_rewards - baseline
             elif args.advantage == "rloo":  # against the mean of the prompt's other ones (D35)
                 others = grouped_rewards.sum(1, keepdim=True) - grouped_rewards
@@ -502,7 +506,7 @@ def main(args: Args) -> None:
             utils.set_gradient_checkpointing(model, args.gradient_checkpointing)
         shuffle = utils.generator("cpu", args.seed, SHUFFLING, update, process.rank)
         ptx_rng = utils.generator("cpu", args.seed, PTX, update, process.rank)
-        batch_tokens = utils.sum_over_processes(response_mask.sum())
+        batch_tokens = distributed.sum_all(response_mask.sum())
         epoch_means: list[dict[str, float]] = []
         grad_norms, ptx_losses = [], []
         ratio_error = torch.zeros((), device=device)  # the largest |ratio - 1| at the start
@@ -511,7 +515,7 @@ def main(args: Args) -> None:
             order = torch.randperm(len(prompts), generator=shuffle)
             for minibatch in order.chunk(args.num_mini_batches):
                 # losses are sums over tokens, divided by the count of all processes (D9, B12)
-                num_tokens = utils.sum_over_processes(response_mask[minibatch.to(device)].sum())
+                num_tokens = distributed.sum_all(response_mask[minibatch.to(device)].sum())
                 for rows, ids, is_response in micro_batches(batch, minibatch):
                     mask = response_mask[rows]  # [b, R]
                     new_logprobs, entropies = policy_outputs(policy, ids, is_response)  # [b, R]
@@ -556,7 +560,7 @@ def main(args: Args) -> None:
                         ratio_error = torch.max(ratio_error, (ratio - 1).abs().max().detach())
                 if args.ptx_coef and update > args.critic_warmup_updates:  # as many texts (D31)
                     ptx_losses.append(ptx_backward(len(minibatch), ptx_rng))
-                utils.sum_gradients(parameters)
+                distributed.sum_gradients(parameters)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)  # D29
                 losses = {f"{name}_loss": sums[f"loss/{name}_avg"] for name in ("policy", "value")}
                 numbers = rollout | losses | {"gradient_norm": norm}
@@ -564,7 +568,7 @@ def main(args: Args) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
                 grad_norms.append(norm)
-            means = utils.sum_over_processes(torch.stack([*sums.values()])) / batch_tokens
+            means = distributed.sum_all(torch.stack([*sums.values()])) / batch_tokens
             epoch_means.append(dict(zip(sums, means.tolist(), strict=True)))
             if args.target_kl and epoch_means[-1]["policy/approxkl_avg"] > args.target_kl:
                 break  # D28
@@ -576,12 +580,12 @@ def main(args: Args) -> None:
         # ---- records
         def episode_mean(x: Tensor) -> float:
             """Mean of x [B] over the episodes of all processes."""
-            return (utils.sum_over_processes(x.double().sum()) / args.batch_size).item()
+            return (distributed.sum_all(x.double().sum()) / args.batch_size).item()
 
         residual = utils.masked_variance(returns - values, response_mask)
         variance = utils.masked_variance(returns, response_mask).clamp(min=1e-8)
         explained = (1 - residual / variance).item() if value_model is not None else 0.0  # D37
-        prompt_tokens = utils.sum_over_processes(batch.prompt_mask.sum())
+        prompt_tokens = distributed.sum_all(batch.prompt_mask.sum())
         times = [end - start for start, end in zip(clock, clock[1:], strict=False)]
         metrics = {
             "episode": update * args.batch_size,
@@ -598,7 +602,7 @@ def main(args: Args) -> None:
             metrics[name] = sum(means[name] for means in epoch_means) / len(epoch_means)
         metrics["val/ratio_var"] -= (metrics["val/ratio"] - 1) ** 2
         metrics |= {
-            "val/ratio_start_error": max(utils.gather([ratio_error.item()])),
+            "val/ratio_start_error": distributed.max_all(ratio_error).item(),
             "val/num_eos_tokens": round(episode_mean(ended) * args.batch_size),
             "val/explained_variance": explained,
             "response/length": batch_tokens.item() / args.batch_size,

@@ -33,6 +33,7 @@ import tyro
 from torch import Tensor
 
 import dataset
+import distributed
 import utils
 
 
@@ -176,7 +177,7 @@ def main(args: Args) -> None:
         for i in range(0, len(mine), 2 * micro_batch_size):
             part = order[i : i + 2 * micro_batch_size]
             scores[part] = score([mine[j] for j in part]).cpu()
-        return np.array(utils.gather(scores.tolist()))
+        return np.array(distributed.gather(scores.tolist()))
 
     def evaluate() -> dict[str, float]:
         """Accuracy, margin and dependence on length over the held-out pairs (D14)."""
@@ -218,8 +219,8 @@ def main(args: Args) -> None:
             (losses.sum() / len(batch)).backward()  # by the whole batch's pairs (D9, B12, B22)
             sums = [losses.sum(), (chosen > rejected).sum(), (chosen - rejected).sum()]
             totals += torch.stack(sums).detach()
-        loss, accuracy, margin = (utils.sum_over_processes(totals) / len(batch)).tolist()
-        utils.sum_gradients(parameters)
+        loss, accuracy, margin = (distributed.sum_all(totals) / len(batch)).tolist()
+        distributed.sum_gradients(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()  # D29
         utils.check_finite(f"step {step}", {"loss": loss, "gradient_norm": grad_norm})
         optimizer.step()

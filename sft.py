@@ -34,6 +34,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 import dataset
+import distributed
 import utils
 
 
@@ -171,7 +172,7 @@ def main(args: Args) -> None:
             rows = mine[i : i + micro_batch_size]
             totals[0] += sum_of_losses(rows).double()
             totals[1] += count_targets(rows)
-        nats, tokens = utils.sum_over_processes(totals).tolist()
+        nats, tokens = distributed.sum_all(totals).tolist()
         return nats / tokens
 
     # ---- train
@@ -197,8 +198,8 @@ def main(args: Args) -> None:
             micro_loss = sum_of_losses(mine[i : i + micro_batch_size]) / num_tokens
             micro_loss.backward()
             loss += micro_loss.detach()
-        loss = utils.sum_over_processes(loss).item()
-        utils.sum_gradients(parameters)
+        loss = distributed.sum_all(loss).item()
+        distributed.sum_gradients(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()  # D29
         utils.check_finite(f"step {step}", {"loss": loss, "gradient_norm": grad_norm})
         optimizer.step()

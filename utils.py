@@ -17,7 +17,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -26,13 +25,15 @@ import huggingface_hub.utils
 import numpy as np
 import safetensors.torch
 import torch
-import torch.distributed as dist
 import transformers
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+
+import distributed
+from distributed import Process
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -75,9 +76,7 @@ def stage() -> Iterator[None]:
     global progress
     try:
         yield
-        barrier()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        distributed.leave()
     except Exception as error:
         fix = "make room or check the folder, then --resume"
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
@@ -95,15 +94,6 @@ def stage() -> Iterator[None]:
 # ---- processes
 
 
-class Process(NamedTuple):
-    """This process among those of torchrun; rank 0 of 1 without."""
-
-    rank: int
-    world: int
-    device: torch.device
-    is_main: bool
-
-
 remote_code = False  # whether code that comes with a model may run; `start_process` sets it
 
 
@@ -113,29 +103,19 @@ def start_process(args: Any) -> Process:
     `args` is a stage's dataclass; its dtype "auto" becomes the one that is chosen.
     """
     global remote_code
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device
-    name = {"auto": "cpu", "cuda": f"cuda:{os.environ.get('LOCAL_RANK', 0)}"}.get(name, name)
     try:
-        torch.zeros(1, device=name).item()
-        device = torch.device(name)
+        process = distributed.join(args.device)
     except (RuntimeError, AssertionError) as error:
-        stop(f"--device: {name} cannot be used ({first_line(error)}); leave it out")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        # a slow reward function or disk of one is waited for; one that fails ends all
-        backend, patience = "nccl" if device.type == "cuda" else "gloo", timedelta(days=7)
-        dist.init_process_group(backend, timeout=patience)
+        stop(f"--device: {args.device} cannot be used ({first_line(error)}); leave it out")
     torch.manual_seed(args.seed % 2**63)  # heads start alike in all processes
     if args.dtype == "auto":
-        native = "bfloat16" if multiplies_bfloat16(device) else "float32"
+        native = "bfloat16" if multiplies_bfloat16(process.device) else "float32"
         before = flags_of(Path(args.output_dir).expanduser()) if args.resume else {}
         args.dtype = before.get("dtype", native)
     if args.dtype == "bfloat16":  # its float32 products on CUDA are those of the heads (B35)
         torch.backends.cuda.matmul.fp32_precision = "tf32"
     remote_code = args.trust_remote_code
-    return Process(rank, world, device, is_main=rank == 0)
+    return process
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -158,38 +138,6 @@ def generator(device: torch.device | str, *numbers: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
-def sum_over_processes(x: Tensor) -> Tensor:
-    """The sum of `x` over all processes; `x` itself where there is one."""
-    if dist.is_initialized():
-        x = x.clone()
-        dist.all_reduce(x)
-    return x
-
-
-def sum_gradients(parameters: list[nn.Parameter]) -> None:
-    """Add up gradients over processes: each loss is divided by the whole batch's count (D9)."""
-    for p in parameters:
-        if dist.is_initialized() and p.requires_grad:  # not of a policy that stands still (D32)
-            if p.grad is None:  # a process whose share of the last batch is empty takes part too
-                p.grad = torch.zeros_like(p)
-            dist.all_reduce(p.grad)
-
-
-def gather(rows: list[Any]) -> list[Any]:
-    """The lists of all processes, interleaved as they were dealt out by `rows[rank::world]`."""
-    if not dist.is_initialized():
-        return rows
-    parts = [rows] * dist.get_world_size()
-    dist.all_gather_object(parts, rows)
-    return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
-
-
-def barrier() -> None:
-    """Wait for all processes."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 class Interruption:
     """SIGTERM or Ctrl-C: noted when it comes, acted on where the loop asks; a second ends it."""
 
@@ -208,16 +156,14 @@ class Interruption:
     def came(self) -> bool:
         """Whether a signal has come to any process; all ask at the same places."""
         number = torch.tensor(self.signal, device=self.process.device)
-        if dist.is_initialized():
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-        self.agreed = int(number)
+        self.agreed = int(distributed.max_all(number))
         return self.agreed != 0
 
     def leave(self, checkpoints: "Checkpoints", step: int, state: dict[str, Any]) -> NoReturn:
         """Save the state after `step`, say how to continue, exit with 128 + the signal's number."""
         if step and self.process.is_main:  # a run without checkpoints starts from step 0
             checkpoints.save(step, state)
-        barrier()
+        distributed.barrier()
         if self.process.is_main:
             progress.close()
             where = f"{progress.unit} {step}"
@@ -296,7 +242,7 @@ locks: list[filelock.FileLock] = []  # of this process; the system frees them ho
 def open_output(args: Any, stage: str, process: Process) -> Path:
     """Make and lock `--output-dir`, empty it for --overwrite, write `args.json`."""
     out = Path(args.output_dir).expanduser()
-    barrier()  # all have checked the folder before it is made
+    distributed.barrier()  # all have checked the folder before it is made
     if process.is_main:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -312,7 +258,7 @@ def open_output(args: Any, stage: str, process: Process) -> Path:
             stop(f"{out}: is in use by another run; pass another --output-dir")
         except OSError as error:
             stop(f"{out}: cannot be written ({first_line(error)}); pass another --output-dir")
-    barrier()
+    distributed.barrier()
     return out
 
 
@@ -582,7 +528,7 @@ def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x where mask is 1, over all processes; 0 where there is none (B6, B8)."""
-    total, count = sum_over_processes(torch.stack([masked_sum(x, mask), mask.sum().to(x.dtype)]))
+    total, count = distributed.sum_all(torch.stack([masked_sum(x, mask), mask.sum().to(x.dtype)]))
     return total / count.clamp(min=1)
 
 
@@ -710,10 +656,8 @@ class Checkpoints(NamedTuple):
             say(f"{found.pop(0)} is damaged ({what})")
             if not found:
                 stop(f"{self.out / 'checkpoint'}: none is whole; restore one or --overwrite", 1)
-        found = [*found, None][:1]  # as long in every process
-        if dist.is_initialized():  # all take the same one
-            dist.broadcast_object_list(found)
-        if (folder := found[0]) is None:
+        folder = distributed.from_main(found[0] if found else None)  # all take the same one
+        if folder is None:
             return None
         for name, model in self.models.items():
             safetensors.torch.load_model(model, str(folder / f"{name}.safetensors"))
@@ -770,7 +714,14 @@ class Logger:
     """
 
     def __init__(
-        self, out: Path, args: Any, process: Process, unit: str, start: int, total: int, shown: str
+        self,
+        out: Path,
+        args: Any,
+        process: Process,
+        unit: str,
+        start: int,
+        total: int,
+        shown: str,
     ):
         global progress
         self.active, self.unit, self.shown = process.is_main, unit, shown.split()
@@ -835,12 +786,18 @@ def fenced(text: str) -> str:
 
 
 def save_rollout(
-    out: Path, process: Process, update: int, tensors: dict[str, Tensor], numbers: dict[str, Any]
+    out: Path,
+    process: Process,
+    update: int,
+    tensors: dict[str, Tensor],
+    numbers: dict[str, Any],
 ) -> None:
     """Write `rollouts/000010.safetensors`: the rows of all processes, numbers as metadata."""
     size = numbers["samples_per_prompt"]  # the responses to a prompt stay together
     starts = range(0, len(tensors["scores"]), size)
-    groups = gather([{k: v[i : i + size].cpu() for k, v in tensors.items()} for i in starts])
+    groups = distributed.gather(
+        [{k: v[i : i + size].cpu() for k, v in tensors.items()} for i in starts]
+    )
     if process.is_main:
         path = out / "rollouts" / f"{update:06d}.safetensors"
         path.parent.mkdir(exist_ok=True)

@@ -159,7 +159,7 @@ d32_the_critic_may_be_trained_alone_first in ppo_rlhf.py
 d33_entropy_bonus in ppo_rlhf.py
     policy_losses - bonus  ->  policy_losses + bonus
 d34_batch_mean_is_a_baseline in ppo_rlhf.py
-    utils.sum_over_processes(episode_rewards.sum())  ->  utils.sum_over_processes(scores.sum())
+    distributed.sum_all(episode_rewards.sum())  ->  distributed.sum_all(scores.sum())
 d35_responses_to_one_prompt_are_compared[rloo] in ppo_rlhf.py
     others / (args.samples_per_prompt - 1)  ->  others / args.samples_per_prompt
 d35_responses_to_one_prompt_are_compared[grpo] in ppo_rlhf.py

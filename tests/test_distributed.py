@@ -23,6 +23,7 @@ from conftest import (
 from safetensors.torch import load_file
 from test_rollouts import FIRST_PASS, check_first_pass, check_rewards
 
+import distributed
 import utils
 
 DRIVER = """
@@ -182,7 +183,7 @@ def test_a_process_that_fails_says_in_which_step(error_of, tmp_path):
 
     def fail():
         with utils.stage():
-            process = utils.Process(1, 2, torch.device("cpu"), is_main=False)
+            process = distributed.Process(1, 2, torch.device("cpu"), is_main=False)
             logger = utils.Logger(tmp_path, None, process, "step", 2, 9, "loss")
             logger.log(3, {"loss": 1.0})
             raise torch.OutOfMemoryError("out of memory")

@@ -17,6 +17,7 @@ from conftest import ROOT, STAGES, assert_same_run, metrics_of, snapshot, weight
 from safetensors.torch import load_file
 from test_stages import assert_board_has_metrics
 
+import distributed
 import generate
 import utils
 
@@ -218,7 +219,7 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
     ended, now = [], [100.0]
     monkeypatch.setattr(os, "_exit", ended.append)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    interruption = utils.Interruption(utils.Process(0, 1, torch.device("cpu"), True))
+    interruption = utils.Interruption(distributed.Process(0, 1, torch.device("cpu"), True))
     assert not interruption.came()
     for seconds, number in ((0, signal.SIGINT), (0.6, signal.SIGTERM), (0.6, signal.SIGTERM)):
         now[0] += seconds
@@ -242,7 +243,7 @@ def test_before_training_a_signal_is_pythons_own(ppo, monkeypatch, tmp_path):
 
 def test_a_worker_of_a_reward_function_ends_when_it_is_told_to(tmp_path):
     """A forked process shares handlers and lock: it does not note a signal, nor free the folder."""
-    utils.Interruption(utils.Process(0, 1, torch.device("cpu"), True))
+    utils.Interruption(distributed.Process(0, 1, torch.device("cpu"), True))
     lock, other = (filelock.FileLock(tmp_path / "run.lock", is_singleton=False) for _ in range(2))
     ready, told = os.pipe()
     with lock:

@@ -27,6 +27,7 @@ from conftest import (
 from tensorboard.plugin_util import markdown_to_safe_html
 
 import dataset
+import distributed
 import ppo_rlhf
 import reward_model as reward_model_stage
 import sft as sft_stage
@@ -336,7 +337,7 @@ class Shown(HTMLParser):
 @pytest.fixture
 def logger(tmp_path):
     """A logger whose `page` is the last text that went to TensorBoard."""
-    process = utils.Process(0, 1, torch.device("cpu"), True)
+    process = distributed.Process(0, 1, torch.device("cpu"), True)
     args = SimpleNamespace(track=False)
     made = utils.Logger(tmp_path, args, process, "step", 0, 1, "")
 

@@ -32,6 +32,7 @@ from conftest import (
 )
 
 import dataset
+import distributed
 import utils
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -350,7 +351,7 @@ def test_numbers_are_checked_for_their_range(error_of):
 @pytest.fixture
 def folder(tmp_path):
     """`folder(stage, **flags)` checks and opens the output folder `out` as a stage does."""
-    process = utils.Process(0, 1, CPU, True)
+    process = distributed.Process(0, 1, CPU, True)
 
     def call(stage: str = "sft", **flags) -> Path:
         defaults = {"model": "x", "seed": 1, "resume": False, "overwrite": False, "track": False}

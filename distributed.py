@@ -1,0 +1,97 @@
+"""The processes of torchrun, and sums over them.
+
+One process without torchrun is rank 0 of 1: sums over processes are then what they are given.
+`D9` in comments points to docs/details.md.
+"""
+
+import os
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Process(NamedTuple):
+    """This process among those of torchrun; rank 0 of 1 without."""
+
+    rank: int
+    world: int
+    device: torch.device
+    is_main: bool
+
+
+def join(device: str) -> Process:
+    """Join the processes of torchrun, if any, on `device`: cpu, cuda or auto, cuda if there is one.
+
+    Raises RuntimeError or AssertionError where it cannot be used.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = "cuda" if device == "auto" and torch.cuda.is_available() else device
+    name = {"auto": "cpu", "cuda": f"cuda:{os.environ.get('LOCAL_RANK', 0)}"}.get(name, name)
+    used = torch.zeros(1, device=name).device
+    if used.type == "cuda":
+        torch.cuda.set_device(used)
+    if world > 1 and not dist.is_initialized():
+        # a slow reward function or disk of one is waited for; one that fails ends all
+        backend, patience = "nccl" if used.type == "cuda" else "gloo", timedelta(days=7)
+        dist.init_process_group(backend, timeout=patience)
+    return Process(rank, world, used, is_main=rank == 0)
+
+
+def leave() -> None:
+    """Wait for all processes and part from them."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_all(x: Tensor) -> Tensor:
+    """The sum of `x` over all processes; a new tensor, or `x` itself where there is one."""
+    return reduce_all(x, "SUM")
+
+
+def max_all(x: Tensor) -> Tensor:
+    """The largest `x` of all processes."""
+    return reduce_all(x, "MAX")
+
+
+def reduce_all(x: Tensor, operation: str) -> Tensor:
+    """`x` of all processes reduced to one by an operation of torch.distributed."""
+    if dist.is_initialized():
+        x = x.clone()
+        dist.all_reduce(x, getattr(dist.ReduceOp, operation))
+    return x
+
+
+def sum_gradients(parameters: list[nn.Parameter]) -> None:
+    """Add up gradients over processes: each loss is divided by the whole batch's count (D9)."""
+    for p in parameters:
+        if dist.is_initialized() and p.requires_grad:  # not of a policy that stands still (D32)
+            if p.grad is None:  # a process whose share of the last batch is empty takes part too
+                p.grad = torch.zeros_like(p)
+            dist.all_reduce(p.grad)
+
+
+def gather(rows: list[Any]) -> list[Any]:
+    """The lists of all processes, interleaved as they were dealt out by `rows[rank::world]`."""
+    if not dist.is_initialized():
+        return rows
+    parts = [rows] * dist.get_world_size()
+    dist.all_gather_object(parts, rows)
+    return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
+
+
+def from_main(x: Any) -> Any:
+    """What the main process calls this with, in all of them."""
+    box = [x]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]

@@ -30,7 +30,8 @@ def join(device: str) -> Process:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     name = "cuda" if device == "auto" and torch.cuda.is_available() else device
     name = {"auto": "cpu", "cuda": f"cuda:{os.environ.get('LOCAL_RANK', 0)}"}.get(name, name)
-    used = torch.zeros(1, device=name).device
+    torch.zeros(1, device=name).item()
+    used = torch.device(name)
     if used.type == "cuda":
         torch.cuda.set_device(used)
     if world > 1 and not dist.is_initialized():

@@ -627,7 +627,7 @@ def main(args: Args) -> None:
             fields = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
             tensors = rollout | {name: getattr(batch, name) for name in fields}
             numbers = vars(args) | {"kl_coef": kl_coef, "update": update}
-            utils.save_rollout(out, process, update, tensors, numbers)
+            utils.save_rollout(out, process, tensors, numbers)
         if args.kl_target is not None:  # Ziegler et al. 2019, section 2.2 (D27)
             error = min(max(metrics["objective/kl"] / args.kl_target - 1, -0.2), 0.2)
             kl_coef *= 1 + error * args.batch_size / args.kl_horizon

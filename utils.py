@@ -31,6 +31,7 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers.integrations import sdpa_attention
 
 import distributed
 from distributed import Process
@@ -123,8 +124,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     info = Path("/proc/cpuinfo")
-    words = set(info.read_text().split()) if info.exists() else set()
-    return device.type == "cpu" and not words.isdisjoint({"avx512_bf16", "amx_bf16"})
+    words = info.read_text().split() if info.exists() else []
+    return device.type == "cpu" and not {"avx512_bf16", "amx_bf16"}.isdisjoint(words)
 
 
 def generator(device: torch.device | str, *numbers: int) -> torch.Generator:
@@ -198,8 +199,7 @@ def micro_batch_size(args: Any, world: int, mini_batches: int = 1) -> int:
     """`--micro-batch-size`, or a process's share of a mini-batch where that is smaller."""
     size = max(1, min(args.micro_batch_size, args.batch_size // (world * mini_batches)))
     if args.batch_size % (multiple := size * world * mini_batches):
-        what = f"{args.batch_size} does not divide into micro-batches of {size}"
-        stop(f"--batch-size: {what}; pass a multiple of {multiple}")
+        stop(f"--batch-size: {args.batch_size} does not divide; pass a multiple of {multiple}")
     return size
 
 
@@ -220,8 +220,8 @@ def check_output(args: Any, stage: str) -> None:
     if not args.resume and not args.overwrite:
         stop(f"{out}: already holds a run; pass --resume to continue it, --overwrite to replace it")
     if args.resume:
-        for name, value in vars(args).items():
-            value = json.loads(json.dumps(value))  # a list, as args.json has it
+        given = json.loads(json.dumps(vars(args)))  # with lists, as args.json has them
+        for name, value in given.items():
             if name not in FREE_ON_RESUME.split() and before.get(name, value) != value:
                 stop(f"{flag(name)}: was {before[name]!r} in {out}; pass that run's flags")
         if (out / "summary.json").exists() and not checkpoints(out):
@@ -252,8 +252,8 @@ def open_output(args: Any, stage: str, process: Process) -> Path:
             for path in sorted(out.iterdir(), key=lambda path: path.name == "args.json"):
                 if args.overwrite and path.name != "run.lock":  # args.json, which names it, last
                     discard(path)
-            flags = {"stage": stage} | vars(args)
-            write_text(out / "args.json", json.dumps(flags, indent=2) + "\n")
+            text = json.dumps({"stage": stage} | vars(args), indent=2)
+            write_text(out / "args.json", text + "\n")
         except filelock.Timeout:
             stop(f"{out}: is in use by another run; pass another --output-dir")
         except OSError as error:
@@ -440,6 +440,17 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
+def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple:
+    """Attention; float32 on CPUs, where torch's backward in bfloat16 takes three times as long."""
+    if q.device.type == "cpu":
+        q, k, v = q.float(), k.float(), v.float()
+    with torch.autocast("cpu", enabled=False):
+        return sdpa_attention.sdpa_attention_forward(module, q, k, v, *args, **kwargs)
+
+
+transformers.AttentionInterface.register("sdpa", attention)
+
+
 def compile_model(model: Any) -> None:
     """Compile what comes before the head, on first use; decoding does without."""
     torch._dynamo.config.recompile_limit = 64  # models of one class share code
@@ -574,9 +585,8 @@ def call_reward_function(
     each: with code 2, or 1 once training is at an update.
     """
     where, code = (f"update {update}: {where}", 1) if update else (where, 2)
-    texts, names = [p.text for p in prompts], {name for p in prompts for name in p.row}
-    names -= {"prompt", "prompts", "completions"}
-    columns = {name: [p.row.get(name) for p in prompts] for name in sorted(names)}
+    texts, row = [p.text for p in prompts], prompts[0].row
+    columns = {k: [p.row[k] for p in prompts] for k in row if k != "prompt"}
     columns |= {"prompts": texts, "completions": completions}
     signature = inspect.signature(function)
     try:
@@ -642,8 +652,7 @@ class Checkpoints(NamedTuple):
         flat = {f"{i}.{name}": x for i, of_i in moments.items() for name, x in of_i.items()}
         safetensors.torch.save_file(flat, part / "optimizer.safetensors")
         (part / "state.json").write_text(json.dumps({"step": step} | state))
-        sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(part.iterdir())]
-        (part / "SHA256SUMS").write_text("".join(sums))
+        (part / "SHA256SUMS").write_text(checksums(part))
         sync(self.out / "metrics.jsonl")  # a checkpoint is never ahead of its records
         move(part, final)
         for path in {*checkpoints(self.out)[self.keep :]} - {final}:
@@ -675,21 +684,21 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name), reverse=True)
 
 
-def sha256(path: Path) -> str:
-    """A file's SHA-256 checksum in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def checksums(folder: Path) -> str:
+    """What `sha256sum` prints of a checkpoint's files."""
+    lines = []
+    for path in sorted({*folder.iterdir()} - {folder / "SHA256SUMS"}):
+        with path.open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+    return "".join(lines)
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is whole."""
     try:
-        lines = (folder / "SHA256SUMS").read_text().splitlines()
-        if len(lines) < len(list(folder.iterdir())) - 1:
-            return "SHA256SUMS: is cut off"
-        sums = [line.split("  ") for line in lines]
-        wrong = [name for checksum, name in sums if sha256(folder / name) != checksum]
-        return f"{wrong[0]}: checksum differs" if wrong else None
+        written = (folder / "SHA256SUMS").read_text()
+        wrong = {*written.splitlines()} ^ {*checksums(folder).splitlines()}
+        return f"{wrong.pop().split('  ')[-1]}: checksum differs" if wrong else None
     except (OSError, ValueError) as error:
         return first_line(error)
 
@@ -714,14 +723,7 @@ class Logger:
     """
 
     def __init__(
-        self,
-        out: Path,
-        args: Any,
-        process: Process,
-        unit: str,
-        start: int,
-        total: int,
-        shown: str,
+        self, out: Path, args: Any, process: Process, unit: str, start: int, total: int, shown: str
     ):
         global progress
         self.active, self.unit, self.shown = process.is_main, unit, shown.split()
@@ -786,11 +788,7 @@ def fenced(text: str) -> str:
 
 
 def save_rollout(
-    out: Path,
-    process: Process,
-    update: int,
-    tensors: dict[str, Tensor],
-    numbers: dict[str, Any],
+    out: Path, process: Process, tensors: dict[str, Tensor], numbers: dict[str, Any]
 ) -> None:
     """Write `rollouts/000010.safetensors`: the rows of all processes, numbers as metadata."""
     size = numbers["samples_per_prompt"]  # the responses to a prompt stay together
@@ -799,7 +797,7 @@ def save_rollout(
         [{k: v[i : i + size].cpu() for k, v in tensors.items()} for i in starts]
     )
     if process.is_main:
-        path = out / "rollouts" / f"{update:06d}.safetensors"
+        path = out / "rollouts" / f"{numbers['update']:06d}.safetensors"
         path.parent.mkdir(exist_ok=True)
         whole = {k: torch.cat([group[k] for group in groups]) for k in groups[0]}
         part = path.with_name(path.name + ".part")

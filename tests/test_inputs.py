@@ -580,6 +580,21 @@ def test_several_data_sets(tmp_path, capsys, error_of):
     assert f"{tmp_path}/b/train.jsonl:1" in error_of(dataset.load_splits, args, dataset.SFT_FORMATS)
 
 
+def test_a_column_that_a_row_lacks_is_none(tmp_path):
+    """Reward functions get one value a row."""
+    rows = [{"prompt": "p", "answer": 1}, {"prompt": "q", "kind": "x"}] * 10
+    folder = write_data(tmp_path / "data", rows, 2)
+    flags = {"dataset": [folder], "train_split": "train", "eval_split": "validation"}
+    args = SimpleNamespace(**flags, columns=(), dataset_weights=(), revision=None)
+    for row in sum(dataset.load_splits(args, dataset.PROMPT_FORMATS), []):
+        first = row["prompt"] == "p"
+        assert row == {
+            "prompt": row["prompt"],
+            "answer": 1 if first else None,
+            "kind": None if first else "x",
+        }
+
+
 def test_names_of_files(tmp_path, error_of):
     """Patterns, brackets in a path, a folder with `train` alone; doubled or missing parts."""
     rows, folder = [{"text": "a"}, {"text": "b"}], tmp_path / "d[1]"

@@ -518,7 +518,7 @@ def test_a_second_run_on_a_folder_is_refused(sft, saved, copy, flags, error_of):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_two_processes_are_interrupted_together(whole, number, tmp_path):
-    """torchrun passes a signal on to both: they stop at the same place, one saves."""
+    """torchrun passes a signal on to both: they stop at the same place, one saves; both resume."""
     out = tmp_path / "out"
     args = flags_of(whole("ppo")) | {"output_dir": str(out), "save_every": 0, "eval_every": 0}
     args |= {"save_rollouts": 0, "num_mini_batches": 1, "total_episodes": 8 * 200}
@@ -526,22 +526,25 @@ def test_two_processes_are_interrupted_together(whole, number, tmp_path):
     command += ["--nproc-per-node", "2", "ppo_rlhf.py", *words_of(args)]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=ROOT, env=env, **pipes) as run:
-        try:
-            while run.poll() is None and not [*out.glob("metrics.jsonl")]:
-                time.sleep(0.1)
-            while run.poll() is None and not metrics_of(out):
-                time.sleep(0.1)
-            run.send_signal(number)
-            _, stderr = run.communicate(timeout=60)
-        finally:
-            run.terminate()
-    lines = [line for line in stderr.splitlines() if "interrupted" in line]
-    assert len(lines) == 1, stderr
-    (kept,) = utils.checkpoints(out)
-    assert f"interrupted after update {int(kept.name)}; " in lines[0]
-    assert not utils.damage(kept)
-    assert len(metrics_of(out)) == int(kept.name) > 0
+    done = 0
+    for more in ([], ["--resume"]):
+        with subprocess.Popen([*command, *more], cwd=ROOT, env=env, **pipes) as run:
+            try:
+                while run.poll() is None and not [*out.glob("metrics.jsonl")]:
+                    time.sleep(0.1)
+                while run.poll() is None and len(metrics_of(out)) <= done:
+                    time.sleep(0.1)
+                run.send_signal(number)
+                _, stderr = run.communicate(timeout=60)
+            finally:
+                run.terminate()
+        lines = [line for line in stderr.splitlines() if "interrupted" in line]
+        assert len(lines) == 1, stderr
+        kept = utils.checkpoints(out)[0]
+        assert f"interrupted after update {int(kept.name)}; " in lines[0]
+        assert not utils.damage(kept)
+        assert len(metrics_of(out)) == int(kept.name) > done
+        done = int(kept.name)
 
 
 def words_of(args: dict) -> list[str]:

@@ -95,6 +95,17 @@ def test_a_generator_depends_on_its_numbers_only():
 # ---- forward passes
 
 
+def test_attention_on_a_cpu_is_not_rounded_to_bfloat16():
+    """Autocast would round queries, keys and values; torch's backward pass is slow at that."""
+    q, k, v = (torch.randn(2, 4, 9, 8, requires_grad=True) for _ in range(3))
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    attend = transformers.AttentionInterface()["sdpa"]
+    with utils.autocast(CPU, "bfloat16"):
+        got, _ = attend(SimpleNamespace(is_causal=True), q, k, v, None)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("at_a_time", [2**26, 30_000])  # whole, and in chunks of 64 tokens
 def test_target_logits_are_those_of_the_full_forward_pass(model, at_a_time, monkeypatch):
     """D8: of the targets only, one position before each, with the same gradients."""
@@ -553,12 +564,12 @@ def test_load_function(tmp_path):
     assert utils.load_function(f"{path}:f", "--reward-fn")(["a"], ["bc"]) == [4.0]
 
 
-ASKED = [{"prompt": "p", "answer": 1, "kind": "x"}, {"prompt": "q", "answer": 2}]
+ASKED = [{"prompt": "p", "answer": 1, "kind": "x"}, {"prompt": "q", "answer": 2, "kind": None}]
 ASKED = [dataset.Prompt([1], row["prompt"], row, []) for row in ASKED]
 
 
 def test_a_reward_function_gets_the_columns():
-    """As in TRL: prompts, completions, every other column by name, None where a row lacks it."""
+    """As in TRL: prompts, completions, every other column by name."""
     seen = {}
 
     def f(prompts, completions, **columns):

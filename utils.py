@@ -441,7 +441,7 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
 
 
 def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple:
-    """Attention; float32 on CPUs, where torch's backward in bfloat16 takes three times as long."""
+    """Attention; float32 on CPUs, where torch's backward pass in bfloat16 is slow."""
     if q.device.type == "cpu":
         q, k, v = q.float(), k.float(), v.float()
     with torch.autocast("cpu", enabled=False):

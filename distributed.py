@@ -22,23 +22,30 @@ class Process(NamedTuple):
     is_main: bool
 
 
-def join(device: str) -> Process:
-    """Join the processes of torchrun, if any, on `device`: cpu, cuda or auto, cuda if there is one.
+def choose_device(device: str) -> torch.device:
+    """This process's device: cpu, cuda or auto, which is cuda where there is one.
 
-    Raises RuntimeError or AssertionError where it cannot be used.
+    Raises ValueError where it cannot be used.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     name = "cuda" if device == "auto" and torch.cuda.is_available() else device
     name = {"auto": "cpu", "cuda": f"cuda:{os.environ.get('LOCAL_RANK', 0)}"}.get(name, name)
-    torch.zeros(1, device=name).item()
-    used = torch.device(name)
-    if used.type == "cuda":
-        torch.cuda.set_device(used)
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{name} cannot be used ({str(error).splitlines()[0]})") from None
+    return torch.device(name)
+
+
+def join(device: torch.device) -> Process:
+    """Join the processes of torchrun, if any."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         # a slow reward function or disk of one is waited for; one that fails ends all
-        backend, patience = "nccl" if used.type == "cuda" else "gloo", timedelta(days=7)
+        backend, patience = "nccl" if device.type == "cuda" else "gloo", timedelta(days=7)
         dist.init_process_group(backend, timeout=patience)
-    return Process(rank, world, used, is_main=rank == 0)
+    return Process(rank, world, device, is_main=rank == 0)
 
 
 def leave() -> None:

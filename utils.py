@@ -1,4 +1,4 @@
-"""What is no step of the algorithm: errors, processes, folders, models, tensors, reward functions,
+"""What is no step of the algorithm: errors, folders, models, tensors, reward functions,
 checkpoints, logging.
 
 Shapes: B sequences, R response tokens, T tokens, H hidden size, V vocabulary, n some of N tokens.
@@ -79,7 +79,7 @@ def stage() -> Iterator[None]:
         yield
         distributed.leave()
     except Exception as error:
-        fix = "make room or check the folder, then --resume"
+        fix = "make room or mend the folder, then --resume"
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             fix = "lower --micro-batch-size or add --gradient-checkpointing"
         elif not isinstance(error, OSError) and "os error" not in str(error):
@@ -105,12 +105,13 @@ def start_process(args: Any) -> Process:
     """
     global remote_code
     try:
-        process = distributed.join(args.device)
-    except (RuntimeError, AssertionError) as error:
-        stop(f"--device: {args.device} cannot be used ({first_line(error)}); leave it out")
+        device = distributed.choose_device(args.device)
+    except ValueError as error:
+        stop(f"--device: {error}; leave it out")
+    process = distributed.join(device)
     torch.manual_seed(args.seed % 2**63)  # heads start alike in all processes
     if args.dtype == "auto":
-        native = "bfloat16" if multiplies_bfloat16(process.device) else "float32"
+        native = "bfloat16" if multiplies_bfloat16(device) else "float32"
         before = flags_of(Path(args.output_dir).expanduser()) if args.resume else {}
         args.dtype = before.get("dtype", native)
     if args.dtype == "bfloat16":  # its float32 products on CUDA are those of the heads (B35)
@@ -124,8 +125,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     info = Path("/proc/cpuinfo")
-    words = info.read_text().split() if info.exists() else []
-    return device.type == "cpu" and not {"avx512_bf16", "amx_bf16"}.isdisjoint(words)
+    words = info.read_text().split() if device.type == "cpu" and info.exists() else []
+    return "avx512_bf16" in words or "amx_bf16" in words
 
 
 def generator(device: torch.device | str, *numbers: int) -> torch.Generator:
@@ -167,8 +168,8 @@ class Interruption:
         distributed.barrier()
         if self.process.is_main:
             progress.close()
-            where = f"{progress.unit} {step}"
-            print(f"interrupted after {where}; add --resume to continue", file=sys.stderr)
+            line = f"interrupted after {progress.unit} {step}; add --resume to continue"
+            print(line, file=sys.stderr)
         raise SystemExit(128 + self.agreed)
 
 
@@ -218,7 +219,7 @@ def check_output(args: Any, stage: str) -> None:
     if before.get("stage") != stage:
         stop(f"{out}: holds no run of {stage}.py; pass another --output-dir")
     if not args.resume and not args.overwrite:
-        stop(f"{out}: already holds a run; pass --resume to continue it, --overwrite to replace it")
+        stop(f"{out}: already holds a run; pass --resume or --overwrite")
     if args.resume:
         given = json.loads(json.dumps(vars(args)))  # with lists, as args.json has them
         for name, value in given.items():
@@ -440,12 +441,12 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
-def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple:
+def attention(module: Any, *inputs: Tensor | None, **kwargs: Any) -> tuple:
     """Attention; float32 on CPUs, where torch's backward pass in bfloat16 is slow."""
-    if q.device.type == "cpu":
-        q, k, v = q.float(), k.float(), v.float()
+    if inputs[0].device.type == "cpu":  # query, key, value and mask
+        inputs = [x if x is None or x.dtype == torch.bool else x.float() for x in inputs]
     with torch.autocast("cpu", enabled=False):
-        return sdpa_attention.sdpa_attention_forward(module, q, k, v, *args, **kwargs)
+        return sdpa_attention.sdpa_attention_forward(module, *inputs, **kwargs)
 
 
 transformers.AttentionInterface.register("sdpa", attention)
@@ -562,7 +563,7 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
 
 def load_function(spec: str, where: str) -> Callable[..., list[float]]:
-    """The function named by FILE.py:FUNCTION; `where` is the flag that names it."""
+    """The function named by FILE.py:FUNCTION; `where` is the flag for it."""
     file, _, name = spec.rpartition(":")
     try:
         module_spec = importlib.util.spec_from_file_location(f"from_{Path(file).stem}", file)
@@ -586,14 +587,14 @@ def call_reward_function(
     """
     where, code = (f"update {update}: {where}", 1) if update else (where, 2)
     texts, row = [p.text for p in prompts], prompts[0].row
-    columns = {k: [p.row[k] for p in prompts] for k in row if k != "prompt"}
+    columns = {k: [p.row.get(k) for p in prompts] for k in row if k != "prompt"}
     columns |= {"prompts": texts, "completions": completions}
     signature = inspect.signature(function)
     try:
         signature.bind(**columns)
     except TypeError as error:
         what = f"{signature} is called with {', '.join(f'{name}=…' for name in columns)}"
-        stop(f"{where}: {what} ({error}); name these or add **columns", code)
+        stop(f"{where}: {what} ({error}); name all or add **columns", code)
     try:
         scores = [float(score) for score in function(**columns)]
     except Exception as error:
@@ -605,7 +606,7 @@ def call_reward_function(
     return scores
 
 
-# ---- models on disk and checkpoints
+# ---- checkpoints
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -687,9 +688,11 @@ def checkpoints(out: Path) -> list[Path]:
 def checksums(folder: Path) -> str:
     """What `sha256sum` prints of a checkpoint's files."""
     lines = []
-    for path in sorted({*folder.iterdir()} - {folder / "SHA256SUMS"}):
-        with path.open("rb") as file:
-            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+    for path in sorted({*folder.rglob("*")} - {folder / "SHA256SUMS"}):
+        if path.is_file():
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            lines.append(f"{digest}  {path.relative_to(folder)}\n")
     return "".join(lines)
 
 
@@ -698,7 +701,7 @@ def damage(folder: Path) -> str | None:
     try:
         written = (folder / "SHA256SUMS").read_text()
         wrong = {*written.splitlines()} ^ {*checksums(folder).splitlines()}
-        return f"{wrong.pop().split('  ')[-1]}: checksum differs" if wrong else None
+        return f"{min(x[66:] for x in wrong)}: checksum differs" if wrong else None
     except (OSError, ValueError) as error:
         return first_line(error)
 

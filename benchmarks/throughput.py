@@ -36,6 +36,7 @@ import transformers
 import tyro
 from measure import ROOT, machine, run_process
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 sys.path.insert(0, str(ROOT))
 import dataset
@@ -329,10 +330,12 @@ def rollout(args: Args) -> dict[str, Any]:
                     _, real = generate.generate(model, ids, mask, R, [stop], **ours, rng=rng)
                 rates["generate"].append(real.sum().item() / (time.perf_counter() - started))
                 torch.manual_seed(turn)
+                transformers.AttentionInterface.register("sdpa", sdpa_attention_forward)  # its own
                 started = time.perf_counter()
                 with torch.no_grad(), utils.autocast(model.device, dtype):
                     texts = plain.generate(input_ids=ids, attention_mask=mask, **theirs)
                 seconds = time.perf_counter() - started
+                transformers.AttentionInterface.register("sdpa", utils.attention)
                 ended = (texts[:, ids.shape[1] :] == stop).cumsum(1)
                 tokens = (ended == 0).sum() + (ended[:, -1] > 0).sum()
                 rates["model.generate"].append(tokens.item() / seconds)

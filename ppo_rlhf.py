@@ -87,7 +87,7 @@ class Args:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of matrix products; auto: bfloat16 where the device has it, else float32."""
 
-    total_episodes: int = 5120
+    total_episodes: int = 6400
     """Responses to learn from."""
     batch_size: int = 128
     """Responses per update, over all processes."""

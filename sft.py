@@ -70,7 +70,7 @@ class Args:
     """Run Python code that comes with a model; whoever wrote it can then do what you can."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of matrix products; auto: bfloat16 where the device has it, else float32."""
-    epochs: int = 3
+    epochs: int = 4
     """Passes over the training rows."""
     batch_size: int = 16
     """Sequences per optimizer step, over all processes."""

@@ -267,7 +267,7 @@ def main(args: Args) -> None:
         Each is rows [b], ids [b, T'] and is_response [b, T'].
         """
         lengths = (batch.prompt_mask.sum(1) + batch.response_mask.sum(1)).cpu()
-        rows = rows.sort().values  # the rollout's own micro-batches, with one mini-batch (D26)
+        rows = rows.sort().values  # one mini-batch: the same micro-batches as the rollout (D26)
         for part in rows[lengths[rows].argsort(stable=True)].split(micro_batch_size):
             longest = int(lengths[part].max())
             part = part.to(device)
@@ -320,7 +320,7 @@ def main(args: Args) -> None:
             for p, response in zip(prompts, responses, strict=True):
                 while response and response[-1] in p.end:
                     response.pop()
-                # ends as in its training (B19, B29)
+                # ends as the reward model has learned (B19, B29)
                 sequences.append(p.ids + response + p.end)
         else:  # as text, by the reward model's own tokenizer and template (B5)
             both = zip(prompts, texts, strict=True)
@@ -370,10 +370,8 @@ def main(args: Args) -> None:
         """Add the gradient of ptx_coef times the loss, in nats per token, on `count` rows (D31)."""
         rows = [ptx_rows[i] for i in torch.randint(len(ptx_rows), (count,), generator=rng).tolist()]
         num_tokens = torch.tensor(sum(sum(x[1:]) for _, x in rows), device=device)
-        num_tokens, total = (
-            distributed.sum_all(num_tokens),
-            torch.zeros((), device=device),
-        )
+        num_tokens = distributed.sum_all(num_tokens)
+        total = torch.zeros((), device=device)
 
         def cross_entropy(hidden: Tensor, tokens: Tensor) -> Tensor:
             return F.cross_entropy(utils.logits_of(policy, hidden), tokens, reduction="none")
@@ -392,7 +390,7 @@ def main(args: Args) -> None:
         return distributed.sum_all(total)
 
     # ---- the PPO loop
-    update = 0  # errors before the first update are wrong input: nothing is written
+    update = 0  # read by score_responses: before the first update errors are wrong input
     before = evaluate(reference)
     out = utils.open_output(args, "ppo_rlhf", process)
     parameters = [p for model in trained.values() for p in model.parameters()]
@@ -472,17 +470,17 @@ def main(args: Args) -> None:
                 lastgaelam = delta + args.gamma * args.lam * lastgaelam
                 advantages[:, t] = lastgaelam
             returns = advantages + values  # [B, R] B15
-        else:  # one number a response: the sum of its rewards, compared with that of others
+        else:  # one number per response: the sum of its rewards against a baseline
             episode_rewards = rewards.sum(1)  # [B]
             grouped_rewards = episode_rewards.view(-1, args.samples_per_prompt)
             if args.advantage == "batch_mean":  # D34
                 baseline = distributed.sum_all(episode_rewards.sum()) / args.batch_size
                 episode_advantages = episode_rewards - baseline
-            elif args.advantage == "rloo":  # against the mean of the prompt's other ones (D35)
+            elif args.advantage == "rloo":  # against the mean of the prompt's others (D35)
                 others = grouped_rewards.sum(1, keepdim=True) - grouped_rewards
                 baseline = others / (args.samples_per_prompt - 1)
                 episode_advantages = (grouped_rewards - baseline).flatten()
-            elif args.advantage == "grpo":  # by mean and deviation over the prompt's (D35)
+            elif args.advantage == "grpo":  # standardized over the prompt's group (D35)
                 center = grouped_rewards.mean(1, keepdim=True)
                 spread = grouped_rewards.std(1, keepdim=True, correction=0)
                 episode_advantages = ((grouped_rewards - center) / (spread + 1e-4)).flatten()
@@ -523,9 +521,8 @@ def main(args: Args) -> None:
                     ratio = log_ratio.exp()  # [b, R]
                     unclipped_losses = -advantages[rows] * ratio
                     clipped_ratio = ratio.clamp(1 - args.cliprange, 1 + args.cliprange)
-                    policy_losses = torch.max(
-                        unclipped_losses, -advantages[rows] * clipped_ratio
-                    )  # D23
+                    # the larger of the two: clipping never makes a step more tempting (D23)
+                    policy_losses = torch.max(unclipped_losses, -advantages[rows] * clipped_ratio)
                     bonus = args.entropy_coef * entropies  # D33
                     policy_loss = utils.masked_sum(policy_losses - bonus, mask) / num_tokens
                     if policy_loss.requires_grad:  # not in the critic's warm-up
@@ -552,7 +549,7 @@ def main(args: Args) -> None:
                         "loss/value_avg": value_losses,
                         "val/clipfrac_avg": value_clipped,
                         "val/ratio": ratio,
-                        "val/ratio_var": (ratio - 1).square(),  # around 1; around the mean below
+                        "val/ratio_var": (ratio - 1).square(),  # becomes the variance below
                     }
                     for name, x in token_stats.items():
                         sums[name] += utils.masked_sum(x.detach().double(), mask)

@@ -51,7 +51,7 @@ def join(device: torch.device) -> Process:
 def leave() -> None:
     """Wait for all processes and part from them."""
     if dist.is_initialized():
-        dist.barrier()
+        barrier()
         dist.destroy_process_group()
 
 

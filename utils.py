@@ -701,7 +701,7 @@ def damage(folder: Path) -> str | None:
     try:
         written = (folder / "SHA256SUMS").read_text()
         wrong = {*written.splitlines()} ^ {*checksums(folder).splitlines()}
-        return f"{min(x[66:] for x in wrong)}: checksum differs" if wrong else None
+        return f"{max(x[66:] for x in wrong)}: checksum differs" if wrong else None
     except (OSError, ValueError) as error:
         return first_line(error)
 

@@ -16,7 +16,7 @@ import transformers
 import tyro
 from datasets import Dataset
 from measure import ROOT, load_module
-from transformers.integrations import sdpa_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 sys.path.insert(0, str(ROOT))
@@ -51,7 +51,7 @@ class Args:
 
 def main(args: Args) -> None:
     # TRL's models attend as transformers has it, not as utils.py does
-    transformers.AttentionInterface.register("sdpa", sdpa_attention.sdpa_attention_forward)
+    transformers.AttentionInterface.register("sdpa", sdpa_attention_forward)
     gold = load_module("data/support/gold.py")
     device = torch.device(args.device)
     tokenizer = utils.load_tokenizer(args.model)

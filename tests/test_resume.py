@@ -336,6 +336,7 @@ DAMAGES = {
     "half": (lambda folder: os.truncate(folder / "optimizer.safetensors", 999), "optimizer.safete"),
     "missing": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
     "no sums": (lambda folder: (folder / "SHA256SUMS").unlink(), "SHA256SUMS"),
+    "half sums": (lambda folder: os.truncate(folder / "SHA256SUMS", 30), "json: checksum differs"),
     "empty sums": (lambda folder: os.truncate(folder / "SHA256SUMS", 0), ""),
 }
 

@@ -17,7 +17,6 @@ import test_known_bugs
 from conftest import ROOT
 from mutations import MUTATIONS, Mutation
 
-FILES = ["sft.py", "reward_model.py", "ppo_rlhf.py", "generate.py", "dataset.py", "utils.py"]
 NAMES = {name for name in {*dir(test_known_bugs), *dir(test_details)} if name.startswith("test_")}
 
 
@@ -45,8 +44,8 @@ def test_a_mutation_fits_however_the_code_is_laid_out():
 
 def run_with(mutation: Mutation, folder: Path) -> subprocess.CompletedProcess:
     """The mutation's test, run by pytest in a copy of the project that has the mutation."""
-    for name in (*FILES, "pyproject.toml"):
-        shutil.copy(ROOT / name, folder)
+    for file in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
+        shutil.copy(file, folder)
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     path = folder / mutation.file
     mutated, _ = mutation.apply(path.read_text(encoding="utf-8"))

@@ -24,14 +24,18 @@ USER, REPLY = {"role": "user", "content": "two figs?"}, {"role": "assistant", "c
 # ---- reading the rows
 
 
-def test_a_folder_of_jsonl(tmp_path):
+def load(path, split="train[:]", formats=PAIR):
+    return dataset.load_data(str(path), split, formats)
+
+
+def test_a_folder_of_files(tmp_path):
     """Splits are files; the places that errors name are lines, counted with the empty ones."""
     write_jsonl(tmp_path / "train.jsonl", ["", *ROWS[:3], "", ROWS[3]])
-    write_jsonl(tmp_path / "validation.jsonl", ROWS[4:6])
-    data = dataset.load_data(str(tmp_path), "train", PAIR)
+    pandas.DataFrame(ROWS[4:6]).to_parquet(tmp_path / "validation.parquet")
+    data = load(tmp_path, "train")
     assert data == ROWS[:4]
     assert [row.place for row in data] == [f"{tmp_path}/train.jsonl:{n}" for n in (2, 3, 4, 6)]
-    assert dataset.load_data(str(tmp_path), "validation", PAIR) == ROWS[4:6]
+    assert load(tmp_path, "validation") == ROWS[4:6]
 
 
 def test_utf8_with_and_without_a_byte_order_mark(tmp_path):
@@ -40,7 +44,7 @@ def test_utf8_with_and_without_a_byte_order_mark(tmp_path):
     line = json.dumps(row, ensure_ascii=False).encode() + b"\r\n"
     for mark in (b"", b"\xef\xbb\xbf"):
         (tmp_path / "train.jsonl").write_bytes(mark + line + line)
-        assert dataset.load_data(str(tmp_path), "train[:]", PAIR) == [row, row]
+        assert load(tmp_path) == [row, row]
 
 
 def write_table(path, rows):
@@ -66,35 +70,24 @@ def test_a_single_file(tmp_path, kind):
     if "sv" in kind.lower():  # whose fields are all text, below a line of names
         rows = [{name: str(value) for name, value in row.items()} for row in ROWS]
         lines = ["40", "41"]
-    assert dataset.load_data(str(path), "train", PAIR) == rows[:38]
-    held_out = dataset.load_data(str(path), "validation", PAIR)
+    assert load(path, "train") == rows[:38]
+    held_out = load(path, "validation")
     assert held_out == rows[38:]
     assert all(row.place.startswith(str(path)) for row in held_out)
     assert [re.findall(r"\d+", row.place)[-1] for row in held_out] == lines
 
 
-def test_a_folder_of_parquet(tmp_path):
-    """Its splits are files too."""
-    pandas.DataFrame(ROWS[:5]).to_parquet(tmp_path / "train.parquet")
-    pandas.DataFrame(ROWS[5:7]).to_parquet(tmp_path / "validation.parquet")
-    assert dataset.load_data(str(tmp_path), "train", PAIR) == ROWS[:5]
-    assert dataset.load_data(str(tmp_path), "validation", PAIR) == ROWS[5:7]
-
-
 def test_a_hub_id_with_a_dot_is_no_missing_file(error_of):
     """Many hub ids hold a version; offline, they fail as what cannot be fetched."""
-    line = error_of(dataset.load_data, "nobody/data-v2.5-mixture", "train", PAIR)
-    assert "no such file" not in line
+    assert "no such file" not in error_of(load, "nobody/data-v2.5-mixture", "train")
 
 
 def test_hold_out_splits_a_single_file(tmp_path):
     """The last twentieth, 500 rows at most: no row is in both parts, places stay with rows."""
 
     def parts(n):
-        path = str(write_jsonl(tmp_path / "x.jsonl", [{"text": str(i)} for i in range(n)]))
-        train, rest = (
-            dataset.load_data(path, split, dataset.SFT_FORMATS) for split in ("train", "validation")
-        )
+        path = write_jsonl(tmp_path / "x.jsonl", [{"text": str(i)} for i in range(n)])
+        train, rest = (load(path, split, dataset.SFT_FORMATS) for split in ("train", "validation"))
         for row in (*train, *rest):
             assert row.place == f"{path}:{int(row['text']) + 1}"
         assert [int(row["text"]) for row in train + rest] == [*range(n)] or n == 1
@@ -107,8 +100,7 @@ def test_hold_out_splits_a_single_file(tmp_path):
 def test_the_first_format_that_fits(tmp_path, tokenizer):
     """A row with prompt and completion is read as such even if it has a text too."""
     rows = [{"text": "a b", "prompt": "a", "completion": " b"}] * 2
-    path = str(write_jsonl(tmp_path / "x.jsonl", rows))
-    data = dataset.load_data(path, "train", dataset.SFT_FORMATS)
+    data = load(write_jsonl(tmp_path / "x.jsonl", rows), formats=dataset.SFT_FORMATS)
     assert dataset.render_row(tokenizer, data[0]) == (["a", " b"], False)
 
 
@@ -116,12 +108,10 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys, err
     """Up to a tenth of them; the first is named. More stop the stage, and so does none."""
     bad = [{"text": ""}, {"text": 3}, {"text": None}]
     path = write_jsonl(tmp_path / "x.jsonl", [*bad[:1], *[{"text": "a"}] * 19, *bad[1:]])
-    given = (str(path), "train[:]", dataset.SFT_FORMATS)
-    assert "x.jsonl:1: text: is empty (3 of 22 rows cannot be used); fill" in error_of(
-        dataset.load_data, *given
-    )
+    line = error_of(load, path, formats=dataset.SFT_FORMATS)
+    assert "x.jsonl:1: text: is empty (3 of 22 rows cannot be used); fill" in line
     write_jsonl(path, [*[{"text": "a"}] * 28, *bad[1:]])
-    assert len(dataset.load_data(*given)) == 28
+    assert len(load(path, formats=dataset.SFT_FORMATS)) == 28
     assert f"2 of 30 rows are left out, the first {path}:29: text: is of" in capsys.readouterr().out
 
 
@@ -147,24 +137,19 @@ def ids_of(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-@pytest.mark.parametrize("ending", ["", "<eos>", "<eos>\n", "<eos> "])
-def test_a_completion_ends_with_one_eos(tokenizer, ending):
-    """B19: EOS is added where it is missing and never twice."""
-    prompt, completion = encode(tokenizer, "Q: two figs?", " Yes." + ending)
-    assert prompt == ids_of(tokenizer, "Q: two figs?")
-    assert completion == [*ids_of(tokenizer, " Yes."), tokenizer.eos_token_id]
-
-
-def test_a_prompt_alone_has_no_completion(tokenizer):
-    """None stands for no completion, "" for an empty one, which is EOS only."""
-    assert encode(tokenizer, "Q:", None) == (ids_of(tokenizer, "Q:"), [])
-    assert encode(tokenizer, "Q:", "")[1] == [tokenizer.eos_token_id]
-
-
-def test_a_prompt_keeps_its_own_eos(tokenizer):
-    """B3, B20: a turn's end inside the prompt, at its end too, is part of it."""
-    for text in ("Q:<eos>A:", "Q: A.<eos>"):
-        assert encode(tokenizer, text, " Yes.")[0] == ids_of(tokenizer, text)
+@pytest.mark.parametrize(
+    ("prompt", "completion", "learned"),
+    [
+        *(("Q:", f" Yes.{end}", " Yes.<eos>") for end in ("", "<eos>", "<eos>\n", "<eos> ")),
+        *((prompt, " Yes.", " Yes.<eos>") for prompt in ("Q:<eos>A:", "Q: A.<eos>")),
+        ("Q:", "", "<eos>"),
+        ("Q:", None, ""),
+    ],
+)
+def test_a_completion_ends_with_one_eos(tokenizer, prompt, completion, learned):
+    """B3, B19, B20: it is added where it is missing; a prompt keeps its own; None gets none."""
+    wanted = ids_of(tokenizer, prompt), ids_of(tokenizer, learned)
+    assert encode(tokenizer, prompt, completion) == wanted
 
 
 def test_a_prompt_gets_the_tokenizers_bos_once():
@@ -182,22 +167,17 @@ def test_a_prompt_gets_the_tokenizers_bos_once():
     assert encode(tokenizer, text, " Yes.") == (prompt, completion)
 
 
-@pytest.mark.parametrize("as_text", [False, True])
-def test_chat_goes_through_the_template(as_text):
-    """B3: both together are what the template renders; EOS in the prompt stays, at the end is 1."""
-    tokenizer = make_tokenizer(eos="<|end|>", bos="<bos>", chat=True)
-    prompt, completion = encode(tokenizer, [USER], "Yes." if as_text else [REPLY])
+@pytest.mark.parametrize(("eos", "added"), [("<|end|>", ""), ("<eos>", "<eos>")])
+@pytest.mark.parametrize("answer", ["Yes.", [REPLY]])
+def test_chat_goes_through_the_template(eos, added, answer):
+    """B3: both are what the template renders, and where turns do not end in EOS, this follows."""
+    tokenizer = make_tokenizer(eos=eos, bos="<bos>", chat=True)
+    prompt, completion = encode(tokenizer, [USER], answer)
     # no BOS but what the template puts in
     assert tokenizer.decode(prompt) == "<|user|>two figs?<|end|><|assistant|>"
-    assert tokenizer.decode(completion) == "Yes.<|end|>"
-    assert tokenizer.eos_token_id in prompt
+    assert tokenizer.decode(completion) == "Yes.<|end|>" + added
+    assert (tokenizer.eos_token_id in prompt) == (not added)
     assert completion.count(tokenizer.eos_token_id) == 1
-
-
-def test_a_chat_template_without_eos_gets_one():
-    """Where turns end in another token, EOS follows it."""
-    tokenizer = make_tokenizer(eos="<eos>", chat=True)
-    assert tokenizer.decode(encode(tokenizer, [USER], [REPLY])[1]) == "Yes.<|end|><eos>"
 
 
 def test_chats_and_texts_mix():
@@ -210,14 +190,8 @@ def test_chats_and_texts_mix():
     assert encoded == ["one a<|end|>", f"{chat}b<|end|>", "two c<|end|>"]
 
 
-COUNTING = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-
-
 def test_what_cannot_be_rendered(tokenizer):
-    """A chat without a template, one that it refuses or rewrites, and a text that a chat answers.
-
-    A string as prompt beside messages as completion would be lost in the template.
-    """
+    """A chat without a template, one that it refuses or rewrites, a text that a chat answers."""
     chatty = make_tokenizer(chat=True)
 
     def why(tokenizer, prompt):
@@ -229,7 +203,9 @@ def test_what_cannot_be_rendered(tokenizer):
     assert "write both alike" in why(chatty, "two figs?")
     chatty.chat_template = "{{ raise_exception('roles must alternate') }}"
     assert "roles must alternate" in why(chatty, [USER])
-    chatty.chat_template = COUNTING
+    chatty.chat_template = (
+        "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
     assert "the chat template rewrites" in why(chatty, [USER])
 
 
@@ -247,8 +223,8 @@ def test_demonstrations_are_cut_to_a_length(tokenizer, error_of):
 def test_encode_prompts_keeps_rows_and_places(tokenizer, tmp_path, error_of):
     """Prompts come with their text and all columns; one that is too long is named by its line."""
     rows = [{"prompt": "Q: two figs?", "n": 1}, {"prompt": "Q: six ripe limes? " * 10, "n": 2}]
-    path, folder = write_jsonl(tmp_path / "train.jsonl", rows), str(tmp_path)
-    data = dataset.load_data(folder, "train[:]", dataset.PROMPT_FORMATS)
+    path = write_jsonl(tmp_path / "train.jsonl", rows)
+    data = load(tmp_path, formats=dataset.PROMPT_FORMATS)
     prompts = dataset.encode_prompts(tokenizer, data, 500)
     assert [p.row for p in prompts] == rows
     assert [p.text for p in prompts] == [row["prompt"] for row in rows]
@@ -256,8 +232,7 @@ def test_encode_prompts_keeps_rows_and_places(tokenizer, tmp_path, error_of):
     assert [p.row.place for p in prompts] == [f"{path}:1", f"{path}:2"]
     room = len(prompts[1].ids)
     assert len(dataset.encode_prompts(tokenizer, data, room)) == 2
-    line = error_of(dataset.encode_prompts, tokenizer, data, room - 1)
-    assert f"{path}:2" in line
+    assert f"{path}:2" in error_of(dataset.encode_prompts, tokenizer, data, room - 1)
 
 
 # ---- batches
@@ -286,8 +261,7 @@ def test_cycle_is_an_endless_sequence_of_permutations():
     windows = [ppo_rlhf.cycle(rows, first, 6, seed=3) for first in range(0, 30, 6)]
     assert sum(windows, []) == whole
     assert ppo_rlhf.cycle(rows, 0, 30, seed=4) != whole
-    larger_than_the_data = ppo_rlhf.cycle([0, 1], 0, 10, seed=3)
-    assert sorted(larger_than_the_data) == [0] * 5 + [1] * 5
+    assert sorted(ppo_rlhf.cycle([0, 1], 0, 10, seed=3)) == [0] * 5 + [1] * 5  # of two rows
 
 
 def test_batches_cover_each_epoch_once_and_resume_where_they_stopped():

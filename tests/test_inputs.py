@@ -9,21 +9,59 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import ROOT, make_model, make_tokenizer, metrics_of, write_data, write_jsonl
+from conftest import (
+    CHAT_TEMPLATE,
+    ROOT,
+    make_model,
+    make_tokenizer,
+    metrics_of,
+    save_pair,
+    write_data,
+    write_jsonl,
+)
 
 import dataset
 import generate
 import reward_model as reward_model_stage
 import utils
 
+CPU = torch.device("cpu")
 PAIRS = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]
 USER, GOOD = {"role": "user", "content": "two figs?"}, {"role": "assistant", "content": "Yes."}
 BAD = {"role": "assistant", "content": "No."}
 
 
+TALK = [USER, GOOD, {"role": "user", "content": "six limes?"}, BAD]
+TURNS = [{"from": "human", "value": "two figs?"}, {"from": "gpt", "value": "Yes."}]
+ANSWERS = {"chosen": "a", "rejected": "b"}
+
+
+def load(path, split="train[:]", formats=dataset.SFT_FORMATS, columns=()):
+    return dataset.load_data(str(path), split, formats, SimpleNamespace(columns=columns))
+
+
 def read(tmp_path, rows, formats=dataset.SFT_FORMATS, columns=(), split="train[:]"):
-    path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
-    return dataset.load_data(path, split, formats, SimpleNamespace(columns=columns))
+    return load(write_jsonl(tmp_path / "rows.jsonl", rows), split, formats, columns)
+
+
+def flags_of(*names, train="train", evaluation="validation", **more):
+    """A stage's flags about its data."""
+    flags = {"dataset": [str(n) for n in names], "train_split": train, "eval_split": evaluation}
+    flags |= {"columns": (), "dataset_weights": (), "revision": None, "seed": 1}
+    return SimpleNamespace(**flags | more)
+
+
+def chatty(template=None):
+    """A tokenizer with a chat template, another one than ours if told so."""
+    tokenizer = make_tokenizer(chat=True)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    return tokenizer
+
+
+def change_config(folder, **changes) -> str:
+    path = Path(folder) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return str(folder)
 
 
 def only(row, *names):
@@ -33,18 +71,17 @@ def only(row, *names):
 def test_b23_ids_that_the_tokenizer_does_not_know(models, tmp_path):
     """A vocabulary padded by 64 ids, and made to prefer them: none is sampled, none counts."""
     tokenizer = utils.load_tokenizer(str(models.sft))
-    plain = utils.load_causal_lm(str(models.sft), torch.device("cpu"), tokenizer)
+    plain = utils.load_causal_lm(str(models.sft), CPU, tokenizer)
     known = len(tokenizer)
     plain.resize_token_embeddings(known + 64, mean_resizing=False)
     plain.get_input_embeddings().weight.data[known:] *= 50
-    plain.save_pretrained(tmp_path / "padded")
-    tokenizer.save_pretrained(tmp_path / "padded")
-    model = utils.load_causal_lm(str(tmp_path / "padded"), torch.device("cpu"), tokenizer)
+    folder = save_pair(tmp_path / "padded", plain, tokenizer)
+    model = utils.load_causal_lm(folder, CPU, tokenizer)
     prompt = torch.tensor([tokenizer("Q: two ripe plums?\nA:")["input_ids"]] * 64)
-    rng = torch.Generator().manual_seed(1)
-    stops, pad = [tokenizer.eos_token_id], tokenizer.pad_token_id
-    flags = {"pad_id": pad, "temperature": 5.0, "rng": rng}
-    ids, _ = generate.generate(model, prompt, torch.ones_like(prompt), 20, stops, **flags)
+    flags = {"pad_id": tokenizer.pad_token_id, "temperature": 5.0}
+    flags |= {"rng": torch.Generator().manual_seed(1)}
+    given = (model, prompt, torch.ones_like(prompt), 20, [tokenizer.eos_token_id])
+    ids, _ = generate.generate(*given, **flags)
     assert ids.max() < known
     with torch.no_grad():
         logits = utils.logits_of(model, utils.hidden_states(model, prompt)[:, -1])
@@ -73,18 +110,15 @@ def test_b24_other_names_of_the_evaluation_split(tmp_path, error_of):
     """`validation` takes `test`; shards are one split; a name that is not there is refused."""
     for name, n in (("train-00000-of-00002", 1), ("train-00001-of-00002", 2), ("test", 3)):
         write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}"} for i in range(n)])
-    given = (str(tmp_path), dataset.SFT_FORMATS)
-    assert len(dataset.load_data(given[0], "train", given[1])) == 3
-    assert len(dataset.load_data(given[0], "validation", given[1])) == 3
-    line = error_of(dataset.load_data, given[0], "tset", given[1])
-    assert "no split tset; pass test, train" in line
+    assert len(load(tmp_path, "train")) == 3
+    assert len(load(tmp_path, "validation")) == 3
+    assert "no split tset; pass test, train" in error_of(load, tmp_path, "tset")
 
 
 def test_b24_rows_in_both_splits_are_said(tmp_path, capsys):
-    path = str(write_jsonl(tmp_path / "x.jsonl", [{"text": f"row {i}"} for i in range(8)]))
-    flags = {"dataset": (path,), "train_split": "train[:6]", "eval_split": "train[4:]"}
-    flags |= {"columns": (), "dataset_weights": (), "revision": None}
-    dataset.load_splits(SimpleNamespace(**flags), dataset.SFT_FORMATS)
+    path = write_jsonl(tmp_path / "x.jsonl", [{"text": f"row {i}"} for i in range(8)])
+    args = flags_of(path, train="train[:6]", evaluation="train[4:]")
+    dataset.load_splits(args, dataset.SFT_FORMATS)
     assert "2 of 4 evaluation rows are training rows too" in capsys.readouterr().out
 
 
@@ -97,10 +131,9 @@ def test_b25_a_folder_of_save_to_disk(tmp_path):
     again = datasets.load_from_disk(tmp_path / "two")
     again.map(lambda row: {"text": row["text"].upper()})
     for name in ("train", "validation"):
-        rows = dataset.load_data(str(tmp_path / "two"), name, dataset.SFT_FORMATS)
-        assert rows == table.to_list()
+        assert load(tmp_path / "two", name) == table.to_list()
     table.save_to_disk(tmp_path / "one")
-    assert len(dataset.load_data(str(tmp_path / "one"), "train", dataset.SFT_FORMATS)) == 23
+    assert len(load(tmp_path / "one", "train")) == 23
 
 
 def test_b26_a_column_that_matters_is_never_ignored(tmp_path, error_of):
@@ -116,69 +149,59 @@ def test_b26_a_column_that_matters_is_never_ignored(tmp_path, error_of):
 
 def test_b26_known_layouts(tmp_path):
     """LLaMA-Factory's and Orca's pairs, Alpaca, ShareGPT, KTO."""
-    two = {"chosen": "a", "rejected": "b"}
-    layouts = [
-        ({"instruction": "I", "input": "X", **two}, "I\n\nX\n\n"),
-        ({"system": "S", "question": "Q", **two}, "S\n\nQ\n\n"),
-        ({"system": "", "question": "Q", **two}, "Q\n\n"),
-    ]
-    for row, prompt in layouts:
-        assert read(tmp_path, [row], PAIRS)[0]["prompt"] == prompt
+    for row, prompt in (
+        ({"instruction": "I", "input": "X"}, "I\n\nX\n\n"),
+        ({"system": "S", "question": "Q"}, "S\n\nQ\n\n"),
+        ({"system": "", "question": "Q"}, "Q\n\n"),
+    ):
+        assert read(tmp_path, [row | ANSWERS], PAIRS)[0]["prompt"] == prompt
     found = read(tmp_path, [{"instruction": "I", "input": "", "output": "O"}])[0]
     assert only(found, "prompt", "completion") == {"prompt": "I\n\n", "completion": "O"}
-    turns = [{"from": "human", "value": "two figs?"}, {"from": "gpt", "value": "Yes."}]
-    assert read(tmp_path, [{"conversations": turns}])[0]["messages"] == [USER, GOOD]
+    assert read(tmp_path, [{"conversations": TURNS}])[0]["messages"] == [USER, GOOD]
     kto = [{"prompt": "Q", "completion": c, "label": c == "good"} for c in ("bad", "good", "bad")]
     assert [row["completion"] for row in read(tmp_path, kto)] == ["good"]
 
 
 def test_b27_a_trained_head_is_kept(models, reward_model, tmp_path, capsys):
     """A trained reward model goes on from its own head."""
-    before = utils.load_classifier(str(models.reward_model), torch.device("cpu"), trained=True)
+    before = utils.load_classifier(str(models.reward_model), CPU, trained=True)
     out = reward_model(tmp_path / "out", model=str(models.reward_model), learning_rate=1e-6)
     assert "has a trained head, which is kept" in capsys.readouterr().out
-    after = utils.load_classifier(str(out), torch.device("cpu"), trained=True)
+    after = utils.load_classifier(str(out), CPU, trained=True)
     assert torch.allclose(before.score.weight, after.score.weight, atol=1e-3)
 
 
 def test_b28_the_models_own_ends(models):
     """Ids of the generation config end a response beside EOS; each once."""
     tokenizer = utils.load_tokenizer(str(models.sft))
-    model = utils.load_causal_lm(str(models.sft), torch.device("cpu"), tokenizer)
+    config = utils.load_causal_lm(str(models.sft), CPU, tokenizer).generation_config
     eos = tokenizer.eos_token_id
-    assert generate.stop_token_ids(tokenizer, "eos", model.generation_config) == [eos]
-    model.generation_config.eos_token_id = [eos, 3, 99]  # 99 is an ordinary token
-    assert generate.stop_token_ids(tokenizer, "eos", model.generation_config) == [eos, 3]
-    model.generation_config.eos_token_id = None
-    assert generate.stop_token_ids(tokenizer, "eos", model.generation_config) == [eos]
+    assert generate.stop_token_ids(tokenizer, "eos", config) == [eos]
+    for ids, wanted in (([eos, 3, 99], [eos, 3]), (None, [eos])):  # 99 is an ordinary token
+        config.eos_token_id = ids
+        assert generate.stop_token_ids(tokenizer, "eos", config) == wanted
 
 
 def test_b29_asked_as_it_was_trained():
     """A line break that the template puts after a turn is no part of an answer: sampling stops."""
-    chat_tokenizer = make_tokenizer(chat=True)
-    chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace("<|end|>'", "<|end|>\\n'")
-    rendered = dataset.render(chat_tokenizer, [USER], [GOOD])
-    [(ids, _)] = dataset.encode(chat_tokenizer, [rendered])
-    assert ids[-1] == chat_tokenizer.eos_token_id
-    assert chat_tokenizer.decode(ids[:-1]).endswith("<|end|>")
+    tokenizer = chatty(CHAT_TEMPLATE.replace("<|end|>'", "<|end|>\\n'"))
+    [(ids, _)] = dataset.encode(tokenizer, [dataset.render(tokenizer, [USER], [GOOD])])
+    assert ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids[:-1]).endswith("<|end|>")
 
 
 def test_b30_one_bos():
-    bos_tokenizer = make_tokenizer(bos="<bos>")
-    bos = bos_tokenizer.bos_token
-    for prompt, completion in ((bos + "Q: two figs?", " Yes."), ("", bos + "Q: two figs?")):
-        rendered = dataset.render(bos_tokenizer, prompt, completion)
-        [(ids, _)] = dataset.encode(bos_tokenizer, [rendered])
-        assert ids.count(bos_tokenizer.bos_token_id) == 1
+    tokenizer = make_tokenizer(bos="<bos>")
+    for prompt, answer in (("<bos>Q: two figs?", " Yes."), ("", "<bos>Q: two figs?")):
+        [(ids, _)] = dataset.encode(tokenizer, [dataset.render(tokenizer, prompt, answer)])
+        assert ids.count(tokenizer.bos_token_id) == 1
 
 
 def test_b32_called_by_keyword():
     """Whatever the order of a function's parameters."""
     asked = [dataset.Prompt([1], "p", {"prompt": "p"}, [])]
-    given = utils.call_reward_function(
-        lambda completions, prompts=None, **kw: [len(completions[0])], "f", asked, ["four"]
-    )
-    assert given == [4.0]
+    function = lambda completions, prompts=None, **kw: [len(completions[0])]  # noqa: E731
+    assert utils.call_reward_function(function, "f", asked, ["four"]) == [4.0]
 
 
 @pytest.mark.parametrize("write", [json.dumps, repr])
@@ -191,7 +214,7 @@ def test_b33_a_chat_kept_as_text(tmp_path, write):
 @pytest.mark.parametrize("prompt", ["two figs?", [USER]])
 def test_b34_a_prompt_that_is_the_answers_head_too(tmp_path, prompt):
     rows = [{"prompt": prompt, "chosen": [USER, GOOD], "rejected": [USER, BAD]}]
-    tokenizer = make_tokenizer(chat=True)
+    tokenizer = chatty()
     [pair] = reward_model_stage.encode(tokenizer, read(tmp_path, rows, PAIRS), 99)
     whole = tokenizer.apply_chat_template([USER, GOOD], tokenize=False)
     assert tokenizer.decode(pair.chosen) == whole + tokenizer.eos_token
@@ -202,7 +225,7 @@ def test_b34_a_prompt_that_is_the_answers_head_too(tmp_path, prompt):
 def test_the_embedded_task_is_read_whole():
     """No column of it is one that matters and is ignored."""
     for name, formats in (("sft", dataset.SFT_FORMATS), ("preferences", PAIRS)):
-        assert dataset.load_data(str(ROOT / f"data/support/{name}"), "train", formats)
+        assert load(ROOT / "data" / "support" / name, "train", formats)
 
 
 def test_each_stage_shows_its_first_example(sft, reward_model, ppo, tmp_path, capsys):
@@ -216,7 +239,7 @@ def test_each_stage_shows_its_first_example(sft, reward_model, ppo, tmp_path, ca
         assert shown.count("<eos>") == ends
 
 
-ANSWERS = {"chosen": "a", "rejected": "b"}
+SFT, ALPACA = dataset.SFT_FORMATS, {"instruction": "I", "input": "x", "output": "O"}
 
 
 @pytest.mark.parametrize(
@@ -224,13 +247,8 @@ ANSWERS = {"chosen": "a", "rejected": "b"}
     [
         ({"messages": [USER], **ANSWERS}, PAIRS, [], "messages"),
         ({"system": "s", "input": "q", **ANSWERS}, PAIRS, ["system="], "input"),
-        (
-            {"instruction": "I", "input": "x", "output": "O"},
-            dataset.SFT_FORMATS,
-            ["prompt=instruction", "completion=output", "instruction="],
-            "input",
-        ),
-        ({"text": "toxic", "label": True}, dataset.SFT_FORMATS, [], "label"),
+        (ALPACA, SFT, ["prompt=instruction", "completion=output", "instruction="], "input"),
+        ({"text": "toxic", "label": True}, SFT, [], "label"),
     ],
 )
 def test_b26_more_columns_that_matter(tmp_path, error_of, row, formats, columns, lost):
@@ -249,17 +267,19 @@ def test_columns_are_read_before_any_is_written(tmp_path):
     assert swapped == [{"prompt": "C", "completion": "P"}]
 
 
+def test_ppo_keeps_its_prompt_and_columns(tmp_path):
+    """A last word of the user too, which SFT leaves off."""
+    chats = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    rows = [{"prompt": "two figs?"} | chats, {"prompt": [USER, GOOD, USER]} | chats]
+    assert read(tmp_path, rows, dataset.PROMPT_FORMATS) == rows
+
+
 def test_what_only_looks_like_a_chat(tmp_path, error_of):
     """A template with brackets stays a text; a field of another type is refused, no traceback."""
     rows = [{"prompt": text, "completion": "c"} for text in ('[{{"a": 1}}]', "[{[]: 1}]", "[{{}}]")]
     assert read(tmp_path, rows) == rows
     for row in ({"messages": {"a": 1}}, {"conversations": [{"from": ["x"], "value": "q"}]}):
         assert "messages" in error_of(read, tmp_path, [row])
-
-
-def test_ppo_keeps_its_prompt_and_columns(tmp_path):
-    rows = [{"prompt": "two figs?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}]
-    assert read(tmp_path, rows, dataset.PROMPT_FORMATS) == rows
 
 
 def test_b33_a_chat_as_numpy_writes_it(tmp_path):
@@ -280,70 +300,52 @@ def test_b34_a_text_prompt_that_is_the_answers_head_too(tokenizer):
 
 def test_one_bad_row_among_good_ones_is_left_out(tmp_path):
     """Its columns are not held against the others."""
-    turns = [{"from": "human", "value": "two figs?"}, {"from": "gpt", "value": "Yes."}]
-    rows = [{"conversations": turns}] * 19 + [{"conversations": None}]
+    rows = [{"conversations": TURNS}] * 19 + [{"conversations": None}]
     assert len(read(tmp_path, rows)) == 19
     row = {"prompt": "two figs?", "messages": [USER, GOOD]}
     assert len(read(tmp_path, [row] * 19 + [row | {"messages": [USER]}])) == 19
 
 
-def test_reward_functions_get_none_where_a_row_lacks_a_column(tmp_path):
-    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a"}, {"prompt": "b", "n": 1}])
-    flags = {"dataset": [str(path)], "train_split": "train[:]", "eval_split": "train[:]"}
-    args = SimpleNamespace(**flags, columns=(), dataset_weights=(), revision=None)
-    train, _ = dataset.load_splits(args, dataset.PROMPT_FORMATS)
-    assert train == [{"prompt": "a", "n": None}, {"prompt": "b", "n": 1}]
-
-
 def test_fields_that_are_no_text(tmp_path, error_of):
     """A chat as `text`, an image among the parts, a null character."""
-    for row in (
-        {"text": [USER, GOOD]},
-        {"messages": [USER | {"content": [{"type": "image", "text": None}]}, GOOD]},
-        {"messages": [USER | {"content": "a\0b"}, GOOD]},
-    ):
+    contents = ([{"type": "image", "text": None}], "a\0b")
+    rows = [{"messages": [USER | {"content": content}, GOOD]} for content in contents]
+    for row in ({"text": [USER, GOOD]}, *rows):
         assert "cannot be used" in error_of(read, tmp_path, [row] * 2)
 
 
 # ---- B31, B35, B36, D44
 
 
-def test_b31_prompts_have_room_in_every_model(models, ppo, reward_model, base, data, tmp_path):
+def test_b31_prompts_have_room_in_every_model(models, base):
     """Also in a reward model with another tokenizer and a shorter context, from the start on."""
     tokenizer = utils.load_tokenizer(str(models.sft))
     rows = [dataset.Row({"prompt": f"Q: two figs?{' figs' * n}\nA:"}, f"f:{n}") for n in range(20)]
     judge = utils.load_tokenizer(base.other)
-    sizes = []
-    for row in rows:
-        ends = dataset.encode(judge, [dataset.render(judge, row["prompt"], "a")])
-        sizes.append(len(ends[0][0]))
-    kept = dataset.encode_prompts(tokenizer, rows, 99, (judge, sizes[18]))
+    [(ids, _)] = dataset.encode(judge, [dataset.render(judge, rows[18]["prompt"], "a")])
+    kept = dataset.encode_prompts(tokenizer, rows, 99, (judge, len(ids)))
     assert [prompt.row.place for prompt in kept] == [f"f:{n}" for n in range(19)]
     assert all(prompt.end == [judge.eos_token_id] for prompt in kept)
 
 
 @pytest.mark.parametrize("other", [True, False])
 def test_b31_a_long_response_is_cut_before_its_end(
-    models, ppo, reward_model, base, tmp_path, other
+    models, ppo, reward_model, base, monkeypatch, tmp_path, other
 ):
     """And counted: the reward model reads as much as its context holds, and the end token."""
-    folder = Path(shutil.copytree(base.other if other else base.plain, tmp_path / "base"))
-    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 40}
-    (folder / "config.json").write_text(json.dumps(config))
-    judge = reward_model(
-        tmp_path / "judge", model=str(folder), max_length=40, normalize_with="none"
-    )
+    folder = shutil.copytree(base.other if other else base.plain, tmp_path / "base")
+    short = change_config(folder, max_position_embeddings=40)
+    judge = reward_model(tmp_path / "judge", model=short, max_length=40, normalize_with="none")
     seen, last_token_scores = [], utils.last_token_scores
 
     def scores(model, ids, mask):
         seen.extend(zip(ids.tolist(), mask.sum(1).tolist(), strict=True))
         return last_token_scores(model, ids, mask)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "last_token_scores", scores)
-        flags = {"reward_model": str(judge), "value_model": str(models.sft)}
-        flags |= {"response_length": 60, "eval_every": 0}
-        out = ppo(tmp_path / "out", missing_eos_penalty=0.1, temperature=3.0, **flags)
+    monkeypatch.setattr(utils, "last_token_scores", scores)
+    flags = {"reward_model": str(judge), "value_model": str(models.sft), "response_length": 60}
+    flags |= {"eval_every": 0, "missing_eos_penalty": 0.1, "temperature": 3.0}
+    out = ppo(tmp_path / "out", **flags)
     assert 0 < metrics_of(out)[0]["response/cut_rate"] <= 1
     eos = utils.load_tokenizer(str(judge)).eos_token_id
     assert max(n for _, n in seen) == 40
@@ -355,12 +357,10 @@ def test_b35_logits_are_not_rounded_to_bfloat16(tokenizer):
     model = make_model(tokenizer, hidden_size=64)
     model.get_output_embeddings().weight.data *= 2.5
     ids = torch.randint(6, len(tokenizer), (16, 60))
-    device = torch.device("cpu")
-    with torch.no_grad(), utils.autocast(device, "bfloat16"):
+    with torch.no_grad(), utils.autocast(CPU, "bfloat16"):
         hidden = utils.hidden_states(model, ids).flatten(0, 1)
         logprobs = utils.logits_of(model, hidden).log_softmax(-1).double()
-    weight = model.get_output_embeddings().weight.double()
-    exact = hidden.double() @ weight.T
+    exact = hidden.double() @ model.get_output_embeddings().weight.double().T
     assert 10 < exact.abs().max() < 20
     error = logprobs - exact.log_softmax(-1)
     assert error.abs().max() < 0.01
@@ -376,32 +376,30 @@ def test_b35_sampling_reads_the_same_logits(tokenizer, monkeypatch):
     assert asked
 
 
-def metaspace():
-    """A tokenizer that puts a space before each text, as SentencePiece's does."""
-    trainer = tokenizers.trainers.BpeTrainer(special_tokens=["<pad>", "</s>"], show_progress=False)
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<pad>"))
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    bpe.decoder = tokenizers.decoders.Metaspace()
-    bpe.train_from_iterator(["Answer:\n it is", "it is\n", "Answer: so it is"] * 9, trainer)
+def trained(texts, before, decoder, unknown=None, **flags):
+    """A tokenizer for the texts."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=unknown))
+    bpe.pre_tokenizer, bpe.decoder = before, decoder
+    flags |= {"special_tokens": ["<pad>", "</s>"], "show_progress": False}
+    bpe.train_from_iterator(texts * 9, tokenizers.trainers.BpeTrainer(**flags))
     special = {"pad_token": "<pad>", "eos_token": "</s>"}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+
+
+def metaspace():
+    """A tokenizer that puts a space before each text, as SentencePiece's does."""
+    before, decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    return trained(["Answer:\n it is", "it is\n", "Answer: so it is"], before, decoder, "<pad>")
 
 
 def line_breaks():
     """A tokenizer that joins a colon and line breaks to one token, as Llama 3's and Qwen's do."""
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\w+|[^\w]+"), "isolated")
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    flags = {"special_tokens": ["<pad>", "</s>"], "initial_alphabet": letters}
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, show_progress=False, **flags)
-    bpe.train_from_iterator(
-        ["Answer:\n\nit is", "Answer:\nit is", "is\n\n\nit", ":\n"] * 9, trainer
-    )
-    special = {"pad_token": "<pad>", "eos_token": "</s>"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+    before = tokenizers.pre_tokenizers.Sequence([split, byte_level])
+    flags = {"vocab_size": 400, "initial_alphabet": byte_level.alphabet()}
+    texts = ["Answer:\n\nit is", "Answer:\nit is", "is\n\n\nit", ":\n"]
+    return trained(texts, before, tokenizers.decoders.ByteLevel(), **flags)
 
 
 @pytest.mark.parametrize(
@@ -425,42 +423,41 @@ def test_b36_tokens_of_the_joined_text(make, prompt, answer):
     assert ids[:n] == tokenizer(prompt)["input_ids"]
 
 
-TALK = [USER, GOOD, {"role": "user", "content": "six limes?"}, BAD]
+MARKED = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}<|end|>{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def taught(tokenizer, messages) -> str:
+    """What is learned of a conversation."""
+    row = dataset.Row({"messages": messages}, "f:1")
+    [(ids, learned)] = dataset.encode_demonstrations(tokenizer, [row], 500)
+    return tokenizer.decode([i for i, x in zip(ids, learned, strict=True) if x])
 
 
 @pytest.mark.parametrize("marked", [False, True])
 def test_d44_every_turn_of_the_assistant_is_learned(marked):
     """And nothing else: found by rendering prefixes, or by the template's own marks."""
-    tokenizer = make_tokenizer(chat=True)
-    if marked:
-        tokenizer.chat_template = (
-            "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}"
-            "{{ m.content }}<|end|>{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}"
-            "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-        )
+    tokenizer = chatty(MARKED if marked else None)
     row = dataset.Row({"messages": TALK}, "f:1")
     [(ids, learned)] = dataset.encode_demonstrations(tokenizer, [row], 500)
     whole = tokenizer.apply_chat_template(TALK, tokenize=False) + tokenizer.eos_token
     assert tokenizer.decode(ids) == whole
-    taught = tokenizer.decode([i for i, x in zip(ids, learned, strict=True) if x])
-    assert taught == "Yes.<|end|>No.<|end|><eos>"
+    assert taught(tokenizer, TALK) == "Yes.<|end|>No.<|end|><eos>"
     [(_, last)] = dataset.encode_demonstrations(tokenizer, [row], 500, all_turns=False)
     assert sum(last) < sum(learned)
 
 
 def test_d44_two_messages_of_the_assistant_stay_two():
     """As after a tool call; only a text goes on with a message that is begun."""
-    tokenizer = make_tokenizer(chat=True)
-    row = dataset.Row({"messages": [USER, GOOD, BAD]}, "f:1")
-    [(ids, learned)] = dataset.encode_demonstrations(tokenizer, [row], 500)
-    taught = tokenizer.decode([i for i, x in zip(ids, learned, strict=True) if x])
-    assert taught == "Yes.<|end|>No.<|end|><eos>"
+    assert taught(chatty(), [USER, GOOD, BAD]) == "Yes.<|end|>No.<|end|><eos>"
 
 
 def test_d44_a_template_that_rewrites_earlier_turns(error_of):
     """It is refused, and the way out is named."""
-    tokenizer = make_tokenizer(chat=True)
-    tokenizer.chat_template = (
+    tokenizer = chatty(
         "{% for m in messages %}<|{{ m.role }}|>{{ 'Hm. ' if loop.last and m.role == 'assistant' }}"
         "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
@@ -475,9 +472,7 @@ def test_d44_a_template_that_rewrites_earlier_turns(error_of):
 
 
 def rendered(prompt, answer=None, template=None):
-    tokenizer = make_tokenizer(chat=True)
-    tokenizer.chat_template = template or tokenizer.chat_template
-    return dataset.render(tokenizer, prompt, answer).pieces
+    return dataset.render(chatty(template), prompt, answer).pieces
 
 
 def test_a_prompt_that_begins_the_answer():
@@ -508,45 +503,34 @@ def test_parts_tool_calls_and_a_last_word_of_the_user(tmp_path):
     result = {"role": "tool", "content": "2"}
     talk = [USER | {"content": parts}, call, result, GOOD, USER]
     assert read(tmp_path, [{"messages": talk}])[0]["messages"] == [USER, call, result, GOOD]
-    prompts = read(tmp_path, [{"prompt": [USER, GOOD, USER]}], dataset.PROMPT_FORMATS)
-    assert prompts[0]["prompt"] == [USER, GOOD, USER]
 
 
 def test_an_answer_that_the_reward_models_template_refuses():
     """An empty one, say: it is put where another one stood, and the run goes on."""
-    tokenizer = make_tokenizer(chat=True)
-    tokenizer.chat_template = (
+    tokenizer = chatty(
         "{% for m in messages %}{% if not m.content %}{{ raise_exception('empty') }}{% endif %}"
         "<|{{ m.role }}|>{{ 'final: ' if m.role == 'assistant' }}{{ m.content }}<|end|>"
         "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     row = dataset.Row({"prompt": [USER]}, "f:1")
-    start, rest = dataset.answered(tokenizer, row, "", "").pieces
-    assert start == "<|user|>two figs?<|end|><|assistant|>"
-    assert rest == "final: <|end|>"
-    judge = (tokenizer, 999)
-    [prompt] = dataset.encode_prompts(tokenizer, [row], 999, judge)
+    pieces = dataset.answered(tokenizer, row, "", "").pieces
+    assert pieces == ["<|user|>two figs?<|end|><|assistant|>", "final: <|end|>"]
+    [prompt] = dataset.encode_prompts(tokenizer, [row], 999, (tokenizer, 999))
     assert tokenizer.decode(prompt.end) == "<|end|><eos>"
 
 
 def test_a_reward_model_without_a_chat_template_reads_the_policys_text():
     row = dataset.Row({"prompt": [USER]}, "f:1")
-    assert dataset.answered(make_tokenizer(), row, "<|user|>two figs?", "Yes.").pieces == [
-        "<|user|>two figs?",
-        "Yes.",
-    ]
+    given = ["<|user|>two figs?", "Yes."]
+    assert dataset.answered(make_tokenizer(), row, *given).pieces == given
 
 
-def test_a_tiny_model_of_conversations(sft, tmp_path, data):
+def test_a_tiny_model_of_conversations(sft, tmp_path):
     """It gets a small template, with which it can be asked again."""
     rows = [{"messages": TALK}, {"messages": TALK[:2]}] * 20
     out = sft(tmp_path / "out", model="tiny", dataset=write_data(tmp_path / "data", rows, 4))
-    tokenizer = utils.load_tokenizer(str(out))
-    assert (
-        dataset.render(tokenizer, TALK[:3], "No.")
-        .pieces[0]
-        .endswith("user: six limes?\nassistant:")
-    )
+    asked, _ = dataset.render(utils.load_tokenizer(str(out)), TALK[:3], "No.").pieces
+    assert asked.endswith("user: six limes?\nassistant:")
 
 
 def test_a_chat_template_that_is_not_applied_is_said(sft, base, data, tmp_path, capsys):
@@ -563,8 +547,7 @@ def test_several_data_sets(tmp_path, capsys, error_of):
     for name, n in (("a", 40), ("b", 100)):
         rows = [{"text": f"{name} {i}"} for i in range(n)]
         names.append(write_data(tmp_path / name, rows, 4))
-    flags = {"dataset": names, "train_split": "train", "eval_split": "validation"}
-    args = SimpleNamespace(**flags, columns=(), dataset_weights=(), revision=None, seed=1)
+    args = flags_of(*names)
     train, held_out = dataset.load_splits(args, dataset.SFT_FORMATS)
     assert (len(train), len(held_out)) == (36 + 96, 8)
     args.dataset_weights = (0.5, 0.5)
@@ -583,16 +566,10 @@ def test_several_data_sets(tmp_path, capsys, error_of):
 def test_a_column_that_a_row_lacks_is_none(tmp_path):
     """Reward functions get one value a row."""
     rows = [{"prompt": "p", "answer": 1}, {"prompt": "q", "kind": "x"}] * 10
-    folder = write_data(tmp_path / "data", rows, 2)
-    flags = {"dataset": [folder], "train_split": "train", "eval_split": "validation"}
-    args = SimpleNamespace(**flags, columns=(), dataset_weights=(), revision=None)
+    args = flags_of(write_data(tmp_path / "data", rows, 2))
     for row in sum(dataset.load_splits(args, dataset.PROMPT_FORMATS), []):
-        first = row["prompt"] == "p"
-        assert row == {
-            "prompt": row["prompt"],
-            "answer": 1 if first else None,
-            "kind": None if first else "x",
-        }
+        own = {"answer": 1} if row["prompt"] == "p" else {"kind": "x"}
+        assert row == {"prompt": row["prompt"], "answer": None, "kind": None} | own
 
 
 def test_names_of_files(tmp_path, error_of):
@@ -602,27 +579,25 @@ def test_names_of_files(tmp_path, error_of):
         write_jsonl(folder / f"{name}.jsonl", rows)
 
     def texts(path, split="train[:]"):
-        return [row["text"] for row in dataset.load_data(str(path), split, dataset.SFT_FORMATS)]
+        return [row["text"] for row in load(path, split)]
 
     assert texts(folder) == texts(tmp_path / "d?1?" / "train-*.jsonl") == ["a", "b", "a", "b"]
     assert texts(folder / "train-00001-of-00002.jsonl") == ["a", "b"]
     assert texts(folder, "validation") == ["b"]
     (folder / "train-00001-of-00002.jsonl").unlink()
-    given = (str(folder), "train", dataset.SFT_FORMATS)
-    assert "leave one copy, whole" in error_of(dataset.load_data, *given)
+    assert "leave one copy, whole" in error_of(load, folder, "train")
     write_jsonl(folder / "train.jsonl", rows)
-    assert "leave one copy, whole" in error_of(dataset.load_data, *given)
+    assert "leave one copy, whole" in error_of(load, folder, "train")
 
 
 def test_csv_fields_are_text(tmp_path, error_of):
     """`None`, `NA` and numbers too; a row with too many fields is refused."""
     path = tmp_path / "x.csv"
     path.write_text('prompt,completion\nNA,None\n"a, b",007\n')
-    rows = dataset.load_data(str(path), "train[:]", dataset.SFT_FORMATS)
-    assert rows == [{"prompt": "NA", "completion": "None"}, {"prompt": "a, b", "completion": "007"}]
+    wanted = [("NA", "None"), ("a, b", "007")]
+    assert load(path) == [{"prompt": prompt, "completion": answer} for prompt, answer in wanted]
     path.write_text("prompt,completion\na,b,c\n")
-    given = (str(path), "train[:]", dataset.SFT_FORMATS)
-    assert "x.csv:2: has more fields" in error_of(dataset.load_data, *given)
+    assert "x.csv:2: has more fields" in error_of(load, path)
 
 
 def test_configurations_and_revisions_of_hub_data_sets(monkeypatch):
@@ -642,28 +617,26 @@ def test_configurations_and_revisions_of_hub_data_sets(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's own
-def test_a_lora_folder_is_merged(models, reward_model, ppo, sft, tmp_path, error_of):
+def test_a_lora_folder_is_merged(refused, models, ppo, tmp_path):
     """As --model and as --reward-model, whose head is among what was trained."""
     peft = pytest.importorskip("peft")
-    device, folders = torch.device("cpu"), {}
+    folders = {}
     for kind, source in (("CAUSAL_LM", models.sft), ("SEQ_CLS", models.reward_model)):
         load = utils.load_causal_lm if kind == "CAUSAL_LM" else utils.load_classifier
         config = peft.LoraConfig(r=2, target_modules="all-linear", task_type=kind)
-        adapted = peft.get_peft_model(load(str(source), device), config)
+        adapted = peft.get_peft_model(load(str(source), CPU), config)
         for name, p in adapted.named_parameters():
             if "lora_B" in name or "score" in name:
                 torch.nn.init.normal_(p, std=0.3)
         adapted.save_pretrained(tmp_path / kind)
         merged = adapted.merge_and_unload()
-        loaded = load(str(tmp_path / kind), device)
-        assert all(
-            torch.equal(a, b) for a, b in zip(merged.parameters(), loaded.parameters(), strict=True)
-        )
         folders[kind] = str(tmp_path / kind)
-    ppo(tmp_path / "out", model=folders["CAUSAL_LM"], reward_model=folders["SEQ_CLS"])
+        loaded = load(folders[kind], CPU)
+        for a, b in zip(merged.parameters(), loaded.parameters(), strict=True):
+            assert torch.equal(a, b)
+    ppo(tmp_path / "run", model=folders["CAUSAL_LM"], reward_model=folders["SEQ_CLS"])
     (tmp_path / "CAUSAL_LM" / "adapter_model.safetensors").unlink()
-    line = error_of(sft, tmp_path / "sft", model=folders["CAUSAL_LM"])
-    assert "its adapter cannot be merged" in line
+    refused("sft", "its adapter cannot be merged", model=folders["CAUSAL_LM"])
 
 
 def test_a_checkpoint_is_a_model(sft, reward_model, ppo, tmp_path):
@@ -676,9 +649,6 @@ def test_a_checkpoint_is_a_model(sft, reward_model, ppo, tmp_path):
 
 
 def test_a_head_is_used_whatever_architectures_says(models, tmp_path):
-    folder = Path(shutil.copytree(models.reward_model, tmp_path / "judge"))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps(config | {"architectures": ["LlamaForCausalLM"]})
-    )
-    assert utils.load_classifier(str(folder), torch.device("cpu"), trained=True).score.weight.any()
+    folder = shutil.copytree(models.reward_model, tmp_path / "judge")
+    change_config(folder, architectures=["LlamaForCausalLM"])
+    assert utils.load_classifier(str(folder), CPU, trained=True).score.weight.any()

@@ -21,105 +21,95 @@ USER, GOOD, BAD = (
     {"role": role, "content": text}
     for role, text in (("user", Q), ("assistant", A), ("assistant", B))
 )
+CHATS = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
 TURNS = [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]
 HH = "\n\nHuman: Which fruit?\n\nAssistant:"
+HH_YES, HH_NO, GUANACO = f"{HH} {A}", f"{HH} {B}", f"### Human: {Q}### Assistant: {A}"
+POST, JOINED = f"POST: {Q}\n\nTL;DR:", "Which fruit?\n\nOf these.\n\n"
+
+# what each stage sees of a first row: given and learned
 CHAT = "<|user|>Which fruit?<|end|><|assistant|>"
 YES, NO = "Figs.<|end|><eos>", "None.<|end|><eos>"
-JOINED = "Which fruit?\n\nOf these.\n\n"
+SEEN_CHATS = {"sft": (CHAT, YES), "reward_model": (CHAT + YES, CHAT + NO)}
+SEEN_POST = {"sft": (POST, f" {A}<eos>"), "ppo": (POST,)}
+SEEN_JOINED = {"sft": (JOINED, f"{A}<eos>"), "ppo": (JOINED,)}
 
-# a data set's split names, its first row, and what each stage sees of it: given and learned
+# a data set's split names, its first row, and what is seen of it
 LAYOUTS = {
     "Anthropic HH": (
-        ["train", "test"],
-        {"chosen": f"{HH} {A}", "rejected": f"{HH} {B}"},
-        {"sft": ("", f"{HH} {A}<eos>"), "reward_model": (f"{HH} {A}<eos>", f"{HH} {B}<eos>")},
+        "train test",
+        {"chosen": HH_YES, "rejected": HH_NO},
+        {"sft": ("", f"{HH_YES}<eos>"), "reward_model": (f"{HH_YES}<eos>", f"{HH_NO}<eos>")},
     ),
     "UltraFeedback": (
-        [f"{split}_{kind}" for split in ("train", "test") for kind in ("sft", "prefs", "gen")],
-        {
-            "prompt": Q,
-            "prompt_id": "f9",
-            "chosen": [USER, GOOD],
-            "rejected": [USER, BAD],
-            "messages": [USER, GOOD],
-            "score_chosen": 8.0,
-            "score_rejected": 2.0,
-        },
-        {"sft": (CHAT, YES), "reward_model": (CHAT + YES, CHAT + NO), "ppo": (Q,)},
+        "train_sft train_prefs train_gen test_sft test_prefs test_gen",
+        {"prompt": Q, "prompt_id": "f9", "messages": [USER, GOOD], "score_chosen": 8.0, **CHATS},
+        {**SEEN_CHATS, "ppo": (Q,)},
     ),
-    "Skywork": (
-        ["train"],
-        {"chosen": [USER, GOOD], "rejected": [USER, BAD], "source": "x"},
-        {"sft": (CHAT, YES), "reward_model": (CHAT + YES, CHAT + NO)},
-    ),
-    "Tulu": (
-        ["train"],
-        {"id": "1", "source": "x", "prompt": Q, "chosen": [USER, GOOD], "rejected": [USER, BAD]},
-        {"sft": (CHAT, YES), "reward_model": (CHAT + YES, CHAT + NO), "ppo": (Q,)},
-    ),
+    "Skywork": ("train", {**CHATS, "source": "x"}, SEEN_CHATS),
+    "Tulu": ("train", {"id": "1", "source": "x", "prompt": Q, **CHATS}, SEEN_CHATS | {"ppo": (Q,)}),
     "Orca": (
-        ["train"],
+        "train",
         {"system": Q, "question": "Of these.", "chosen": A, "rejected": B},
-        {
-            "sft": (JOINED, f"{A}<eos>"),
-            "reward_model": (f"{JOINED}{A}<eos>", f"{JOINED}{B}<eos>"),
-            "ppo": (JOINED,),
-        },
+        {**SEEN_JOINED, "reward_model": (f"{JOINED}{A}<eos>", f"{JOINED}{B}<eos>")},
     ),
     "TL;DR, `query`": (
-        ["train", "validation", "test"],
-        {"id": "t3", "query": f"POST: {Q}\n\nTL;DR:", "reference_response": f" {A}", "label": [1]},
-        {"sft": (f"POST: {Q}\n\nTL;DR:", f" {A}<eos>"), "ppo": (f"POST: {Q}\n\nTL;DR:",)},
+        "train validation test",
+        {"id": "t3", "query": POST, "reference_response": f" {A}", "label": [1]},
+        SEEN_POST,
     ),
     "TL;DR, `trl-lib": (
-        ["train", "validation", "test"],
-        {"prompt": f"POST: {Q}\n\nTL;DR:", "completion": f" {A}"},
-        {"sft": (f"POST: {Q}\n\nTL;DR:", f" {A}<eos>"), "ppo": (f"POST: {Q}\n\nTL;DR:",)},
+        "train validation test",
+        {"prompt": POST, "completion": f" {A}"},
+        SEEN_POST,
     ),
     "Alpaca": (
-        ["train"],
+        "train",
         {"instruction": Q, "input": "Of these.", "output": A, "text": f"### {Q}"},
-        {"sft": (JOINED, f"{A}<eos>"), "ppo": (JOINED,)},
+        SEEN_JOINED,
     ),
     "Dolly": (
-        ["train"],
+        "train",
         {"instruction": Q, "context": "Of these.", "response": A, "category": "closed_qa"},
-        {"sft": (JOINED, f"{A}<eos>"), "ppo": (JOINED,)},
+        SEEN_JOINED,
     ),
-    "ShareGPT": (["train"], {"id": "1", "conversations": TURNS}, {"sft": (CHAT, YES)}),
+    "ShareGPT": ("train", {"id": "1", "conversations": TURNS}, {"sft": (CHAT, YES)}),
     "OpenAssistant, `OpenAssistant/oasst1": (
-        ["train", "validation"],
+        "train validation",
         {"message_id": "1", "parent_id": None, "text": Q, "role": "prompter", "lang": "en"},
         {},
     ),
     "OpenAssistant, `timdettmers": (
-        ["train", "test"],
-        {"text": f"### Human: {Q}### Assistant: {A}"},
-        {"sft": ("", f"### Human: {Q}### Assistant: {A}<eos>")},
+        "train test",
+        {"text": GUANACO},
+        {"sft": ("", f"{GUANACO}<eos>")},
     ),
     "GSM8K": (
-        ["train", "test"],
+        "train test",
         {"question": Q, "answer": "2 figs.\n#### 2"},
         {"sft": (f"{Q}\n\n", "2 figs.\n#### 2<eos>"), "ppo": (f"{Q}\n\n",)},
     ),
     "verl": (
-        ["train", "test"],
+        "train test",
         {
-            "data_source": "openai/gsm8k",
-            "prompt": [USER],
-            "ability": "math",
+            **{"data_source": "openai/gsm8k", "prompt": [USER], "ability": "math"},
             "reward_model": {"style": "rule", "ground_truth": "2"},
             "extra_info": {"split": "train", "index": 0},
         },
         {"ppo": (CHAT,)},
     ),
     "KTO": (
-        ["train", "test"],
+        "train test",
         {"prompt": [USER], "completion": [GOOD], "label": True},
         {"sft": (CHAT, YES), "ppo": (CHAT,)},
     ),
 }
-STAGES = {"sft": sft, "reward_model": reward_model, "ppo": ppo_rlhf}
+PAIRS = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]
+STAGES = {
+    "sft": (sft, dataset.SFT_FORMATS),
+    "reward_model": (reward_model, PAIRS),
+    "ppo": (ppo_rlhf, dataset.PROMPT_FORMATS),
+}
 
 
 def table() -> list[list[str]]:
@@ -158,15 +148,11 @@ def test_a_popular_data_set(name, stage, tmp_path):
     rows = [first, *({**first, "id": str(i)} for i in range(9))]
     if name == "KTO":
         rows += [first | {"label": False, "completion": [BAD]}] * 3
-    for split in splits:
+    for split in splits.split():
         write_jsonl(tmp_path / f"{split}.jsonl", rows)
+    module, formats = STAGES[stage]
     flags = shlex.split("".join(re.findall("`(.*)`", cell)))
-    args = tyro.cli(STAGES[stage].Args, args=["--dataset", str(tmp_path), *flags])
-    formats = {
-        "sft": dataset.SFT_FORMATS,
-        "reward_model": [("prompt", "chosen", "rejected"), ("chosen", "rejected")],
-        "ppo": dataset.PROMPT_FORMATS,
-    }[stage]
+    args = tyro.cli(module.Args, args=["--dataset", str(tmp_path), *flags])
     if cell.startswith("refused: "):
         with pytest.raises(SystemExit):
             dataset.load_splits(args, formats)

@@ -1,8 +1,6 @@
 """Wrong input to the three scripts: code 2, one line of where, what and how to fix, and no output.
 
-In the order in which a script reads its input: files, columns and fields, chats, what does not go
-together or fit; models; flags; reward functions; output folders; and the scripts as processes of
-their own. A parameter `name` runs through the stages.
+In the order in which a script reads its input. A parameter `name` runs through the stages.
 """
 
 import importlib
@@ -18,7 +16,6 @@ from conftest import (
     ROOT,
     STAGES,
     as_chat,
-    assert_same_run,
     command,
     error_line,
     make_gpt2,
@@ -37,6 +34,7 @@ from safetensors.torch import load_file, save_file
 import utils
 
 NAN, INF = float("nan"), float("inf")
+each_stage = pytest.mark.parametrize("name", STAGES)
 ROWS = {"sft": sft_rows, "reward_model": preference_rows, "ppo": prompt_rows}
 
 
@@ -53,7 +51,7 @@ def broken_data(folder: Path, name: str, line: object, split: str = "train") -> 
     return str(folder), f"{path}:3"
 
 
-@pytest.mark.parametrize("name", STAGES)
+@each_stage
 def test_data_that_are_not_there(refused, name, tmp_path):
     """A folder, a file, the file of a split, or its rows."""
     for missing in ("nowhere", "nowhere.jsonl", "nowhere.parquet"):
@@ -76,7 +74,7 @@ NO_JSON = {
 }
 
 
-@pytest.mark.parametrize("name", STAGES)
+@each_stage
 @pytest.mark.parametrize("what", NO_JSON)
 def test_a_line_that_is_no_json_object(refused, name, what, tmp_path):
     """File and line number in either split: slips of the pen, and what no text editor shows."""
@@ -86,15 +84,13 @@ def test_a_line_that_is_no_json_object(refused, name, what, tmp_path):
             refused(name, place, what, dataset=folder)
 
 
-@pytest.mark.parametrize("name", STAGES)
+@each_stage
 def test_a_file_of_another_kind(refused, name, tmp_path):
     """By its ending, or by what is in it."""
-    for file in ("data.xlsx", "data.pkl", "data"):
-        (tmp_path / file).write_text("x")
-        refused(name, str(tmp_path / file), "known kind", dataset=str(tmp_path / file))
-    for file in ("data.parquet", "data.csv", "data.json"):
-        (tmp_path / file).write_bytes(b"\x00\x01")
-        refused(name, str(tmp_path / file), dataset=str(tmp_path / file))
+    for file in ("data.xlsx", "data.pkl", "data", "data.parquet", "data.csv", "data.json"):
+        path, known = str(tmp_path / file), file.endswith(("parquet", "csv", "json"))
+        (tmp_path / file).write_bytes(b"\x00\x01" if known else b"x")
+        refused(name, path, *([] if known else ["known kind"]), dataset=path)
 
 
 def test_a_file_that_cannot_be_read(refused, tmp_path):
@@ -109,7 +105,7 @@ def test_a_file_that_cannot_be_read(refused, tmp_path):
 COLUMNS = {"sft": "completion", "reward_model": "rejected", "ppo": "prompt"}
 
 
-@pytest.mark.parametrize("name", STAGES)
+@each_stage
 def test_a_wrong_column_name(refused, name, tmp_path):
     """The line says which there are and which there should be; other files name the row."""
     column, other = COLUMNS[name], COLUMNS[name].upper()
@@ -130,7 +126,7 @@ NO_TEXT = {
 }
 
 
-@pytest.mark.parametrize("name", STAGES)
+@each_stage
 @pytest.mark.parametrize("what", NO_TEXT)
 def test_a_field_that_is_no_text(refused, name, what, tmp_path):
     """File, line and column of an empty, missing or ill-typed field."""
@@ -148,16 +144,13 @@ def test_a_field_that_is_no_text(refused, name, what, tmp_path):
 
 USER, SYSTEM = {"role": "user", "content": "two figs?"}, {"role": "system", "content": "Be brief."}
 ASSISTANT = {"role": "assistant", "content": "Yes."}
-
-
 NO_MESSAGE = [{"role": None, "content": "Yes."}, {"role": "assistant"}, {"value": "Yes."}]
 NO_MESSAGE += [ASSISTANT | {"content": content} for content in (None, 3, [{"type": "image"}])]
 NOTHING_TO_LEARN = {
     "chat": ["hello"],  # a text is no `messages`, though it may be `chosen`
     "empty": [[], [USER, ASSISTANT | {"content": "\n"}]],
     "'role': 'human'": [[USER | {"role": "human"}, ASSISTANT]],
-    "'role': 'Assistant'": [[USER, ASSISTANT | {"role": "Assistant"}]],
-    "'role': ''": [[USER, ASSISTANT | {"role": ""}]],
+    **{f"'role': '{x}'": [[USER, ASSISTANT | {"role": x}]] for x in ("Assistant", "")},
     "chat message": [[USER, message] for message in NO_MESSAGE],
     "not the assistant's": [[SYSTEM], [USER, ASSISTANT, SYSTEM]],
 }
@@ -196,7 +189,7 @@ def test_a_chat_to_answer(refused, base, rewards, what, tmp_path):
         refused("ppo", place, "prompt", what, dataset=folder, **model)
 
 
-@pytest.mark.parametrize("name", STAGES)
+@each_stage
 def test_a_chat_without_a_chat_template(refused, name, data):
     """Messages need a tokenizer that knows chats."""
     kind = {"sft": "sft", "reward_model": "preferences", "ppo": "prompts"}[name]
@@ -207,10 +200,9 @@ def test_a_chat_without_a_chat_template(refused, name, data):
 def test_a_chat_that_the_template_refuses(refused, base, tmp_path):
     """Many templates ask for turns that alternate."""
     model = Path(shutil.copytree(base.chat, tmp_path / "model"))
-    refusing = (
-        "{% if messages | length > 2 %}{{ raise_exception('turns must alternate') }}{% endif %}"
-    )
-    (model / "chat_template.jinja").write_text(refusing)
+    refusal = "{{ raise_exception('turns must alternate') }}"
+    template = "{% if messages | length > 2 %}" + refusal + "{% endif %}"
+    (model / "chat_template.jinja").write_text(template)
     folder, place = chats(tmp_path / "data", "messages", [USER, ASSISTANT], [USER, USER, ASSISTANT])
     refused("sft", place, "turns must alternate", dataset=folder, model=str(model))
 
@@ -218,22 +210,23 @@ def test_a_chat_that_the_template_refuses(refused, base, tmp_path):
 # ---- what does not go together, or does not fit
 
 
-def test_a_pair_without_a_better_side(refused, base, tmp_path):
-    """Equal sides, as texts and as chats, or a text beside a chat."""
-    row = preference_rows()[2]
-    equal = row | {"rejected": row["chosen"]}
-    mixed = row | {"rejected": [ASSISTANT]}
-    for i, wrong in enumerate((equal, as_chat(equal), mixed)):
-        folder, place = broken_data(tmp_path / str(i), "reward_model", wrong)
-        what = "one answer is a text, the other a chat" if wrong is mixed else "equal"
-        refused("reward_model", place, what, dataset=folder, model=base.chat)
+PAIR = preference_rows()[2]
+EQUAL = PAIR | {"rejected": PAIR["chosen"]}
 
 
-def test_a_text_that_a_chat_answers(refused, base, tmp_path):
-    """The prompt would be lost in the chat template."""
-    row = {"prompt": "two figs?", "completion": [ASSISTANT]}
-    folder, place = broken_data(tmp_path / "sft", "sft", row)
-    refused("sft", place, "write both alike", dataset=folder, model=base.chat)
+@pytest.mark.parametrize(
+    ("name", "row", "what"),
+    [
+        ("reward_model", EQUAL, "equal"),
+        ("reward_model", as_chat(EQUAL), "equal"),
+        ("reward_model", PAIR | {"rejected": [ASSISTANT]}, "one answer is a text, the other a"),
+        ("sft", {"prompt": "two figs?", "completion": [ASSISTANT]}, "write both alike"),
+    ],
+)
+def test_fields_that_do_not_go_together(refused, base, name, row, what, tmp_path):
+    """A pair without a better side, a text beside a chat, which the template would lose."""
+    folder, place = broken_data(tmp_path / "data", name, row)
+    refused(name, place, what, dataset=folder, model=base.chat)
 
 
 def test_a_prompt_that_fills_the_context(refused, tokenizer, tmp_path):
@@ -241,10 +234,8 @@ def test_a_prompt_that_fills_the_context(refused, tokenizer, tmp_path):
     long = "Q: " + "two figs " * 60
     folder, place = broken_data(tmp_path / "sft", "sft", {"prompt": long, "completion": " Yes."})
     refused("sft", place, dataset=folder)
-    length = len(tokenizer(long)["input_ids"])
-    refused(
-        "sft", place, f"no room for a completion within {length}", dataset=folder, max_length=length
-    )
+    n = len(tokenizer(long)["input_ids"])
+    refused("sft", place, f"completion within {n}", dataset=folder, max_length=n)
     folder, place = broken_data(tmp_path / "ppo", "ppo", {"prompt": long, "fruit": "figs"})
     refused("ppo", place, dataset=folder)
     refused("ppo", "response", response_length=128)
@@ -273,8 +264,8 @@ def short(tmp_path) -> str:
 def test_a_response_that_overflows_the_reward_model(refused, reward_model, data, short, tmp_path):
     """Prompt, response and EOS must fit into its context too, which may be the shorter one."""
     judge = reward_model(tmp_path / "judge", model=short, max_length=48)
-    place = f"{data.prompts}/train.jsonl:"
-    refused("ppo", place, reward_model=str(judge), response_length=45)
+    where = f"{data.prompts}/train.jsonl:"
+    refused("ppo", where, reward_model=str(judge), response_length=45)
 
 
 def test_ptx_data_are_checked_before_training(refused, ppo, rewards, short, tmp_path):
@@ -298,22 +289,13 @@ def test_pairs_that_are_all_too_long(refused, tmp_path):
 def test_demonstrations_for_the_normalization_are_read_before_training(
     refused, data, monkeypatch, tmp_path
 ):
-    """They are checked like the rest, and are not the embedded task's for data of one's own."""
+    """They are checked like the rest, and are not the embedded task's for one's own data."""
     refused("reward_model", "nowhere", normalize_with=str(tmp_path / "nowhere"))
     place = f"{data.chat_sft}/train.jsonl:1"
     refused("reward_model", place, "chat template", normalize_with=data.chat_sft)
     monkeypatch.chdir(ROOT)
     refused("reward_model", "--normalize-with", normalize_with="data/support/sft")
     refused("reward_model", "--normalize-std", normalize_std=True, normalize_with="none")
-
-
-def test_windows_text_files_are_accepted(sft, tmp_path):
-    """A byte order mark and line ends of two bytes change nothing."""
-    write_data(tmp_path / "data", sft_rows()[:40], 4)
-    plain = sft(tmp_path / "plain", dataset=str(tmp_path / "data"))
-    for path in (tmp_path / "data").iterdir():
-        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
-    assert_same_run(plain, sft(tmp_path / "windows", dataset=str(tmp_path / "data")))
 
 
 # ---- models
@@ -336,7 +318,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("name", STAGES)
+@each_stage
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_folder_that_holds_no_model(refused, name, damage, base, tmp_path):
     """A model's folder with a part missing or broken."""
@@ -345,7 +327,7 @@ def test_a_folder_that_holds_no_model(refused, name, damage, base, tmp_path):
     refused(name, str(folder), model=str(folder))
 
 
-@pytest.mark.parametrize("name", STAGES)
+@each_stage
 def test_a_name_that_is_no_model(refused, name, base):
     """A path that is not there or is a file, or what no hub has."""
     file = f"{base.plain}/model.safetensors"
@@ -353,16 +335,12 @@ def test_a_name_that_is_no_model(refused, name, base):
         refused(name, model, model=model)
 
 
-def test_a_tokenizer_without_eos(refused, tmp_path):
-    """Nothing could end a completion."""
+def test_models_that_do_not_fit(refused, base, tmp_path):
+    """Without EOS nothing could end a completion; a value model reads the policy's tokens."""
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     tokenizer.eos_token = None
     refused("sft", "EOS", model=save_pair(tmp_path / "model", model, tokenizer))
-
-
-def test_a_value_model_with_another_tokenizer(refused, base):
-    """It has to read the policy's tokens."""
     refused("ppo", "--value-model", "another tokenizer", value_model=base.other)
 
 
@@ -383,82 +361,53 @@ def test_a_reward_model_that_is_none(refused, models, tmp_path):
 # ---- flags
 
 
-def spelled(flags: dict) -> str:
-    """The first of some flags as on the command line."""
-    return "--" + next(iter(flags)).replace("_", "-")
+def each(names: str, *values: object) -> list[dict]:
+    """Each of some flags with each of some values."""
+    return [{name: value} for name in names.split() for value in values]
 
 
-@pytest.mark.parametrize("name", STAGES)
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {"batch_size": 6, "micro_batch_size": 4},
-        *({"batch_size": x} for x in (0, -16)),
-        {"micro_batch_size": 0},
-        *({"learning_rate": x} for x in (0.0, NAN)),
-        {"max_grad_norm": -1.0},
-        {"save_every": -1},
-        {"eval_every": -1},
-        *({"seed": x} for x in (-1, 2**64)),
-        *({"device": x} for x in ("abacus", "meta", "cuda:77")),
-    ],
-    ids=str,
-)
-def test_flags_of_all_stages(refused, name, flags):
-    """Numbers out of range, a device that is not there or cannot compute."""
-    refused(name, spelled(flags), **flags)
-
-
-@pytest.mark.parametrize("name", ["sft", "reward_model"])
-@pytest.mark.parametrize(
-    "flags",
-    [
-        *({"epochs": x} for x in (0, -1)),
-        *({"warmup_ratio": x} for x in (1.1, -0.1)),
-        {"max_length": 0},
-    ],
-    ids=str,
-)
-def test_flags_of_the_first_two_stages(refused, name, flags):
-    """Out of range."""
-    refused(name, spelled(flags), **flags)
-
-
+ALL = [
+    {"batch_size": 6, "micro_batch_size": 4},
+    *each("batch_size micro_batch_size learning_rate", 0),
+    *each("batch_size max_grad_norm save_every eval_every seed", -1),
+    *each("learning_rate", NAN),
+    *each("seed", 2**64),
+    *each("device", "abacus", "meta", "cuda:77"),
+]
+FIRST_TWO = [*each("epochs", 0, -1), *each("warmup_ratio", 1.1, -0.1), *each("max_length", 0)]
 NOT_0 = "total_episodes num_mini_batches num_ppo_epochs samples_per_prompt response_length "
 NOT_0 += "kl_horizon eval_prompts temperature cliprange cliprange_value kl_target reward_clip "
 NOT_0 += "target_kl top_p"
 MAY_BE_0 = "top_k critic_warmup_updates save_rollouts missing_eos_penalty kl_coef vf_coef "
 MAY_BE_0 += "entropy_coef ptx_coef"
+PPO = [
+    *each(NOT_0, 0),
+    *each(MAY_BE_0, -1),
+    *each("kl_coef temperature gamma top_p reward_clip", NAN),
+    *each("temperature cliprange missing_eos_penalty", INF),
+    *each("gamma lam top_p", 1.5),
+    *each("stop_token", "two words", ""),
+    {"kl_horizon": 1, "kl_target": 6.0},
+    {"total_episodes": 7},
+    {"num_mini_batches": 3},
+    {"samples_per_prompt": 3},
+    *({"samples_per_prompt": 1, "advantage": x} for x in ("rloo", "grpo")),
+    {"critic_warmup_updates": 1, "advantage": "batch_mean"},
+    {"critic_warmup_updates": 1, "samples_per_prompt": 2, "advantage": "rloo"},
+    {"value_model": "x", "advantage": "batch_mean"},
+    {"ptx_coef": 1.0},
+    {"ptx_coef": 0.0, "ptx_dataset": "x"},
+    {"kl_target": 6.0, "kl_coef": 0.0},
+]
+OF_STAGE = {"sft": ALL + FIRST_TWO, "reward_model": ALL + FIRST_TWO, "ppo": ALL + PPO}
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [
-        *({name: 0} for name in NOT_0.split()),
-        *({name: -1} for name in MAY_BE_0.split()),
-        *({name: NAN} for name in ("kl_coef", "temperature", "gamma", "top_p", "reward_clip")),
-        *({name: INF} for name in ("temperature", "cliprange", "missing_eos_penalty")),
-        *({name: 1.5} for name in ("gamma", "lam", "top_p")),
-        {"kl_horizon": 1, "kl_target": 6.0},
-        {"total_episodes": 7},
-        {"num_mini_batches": 3},
-        {"samples_per_prompt": 3},
-        {"samples_per_prompt": 1, "advantage": "rloo"},
-        {"samples_per_prompt": 1, "advantage": "grpo"},
-        {"critic_warmup_updates": 1, "advantage": "batch_mean"},
-        {"critic_warmup_updates": 1, "samples_per_prompt": 2, "advantage": "rloo"},
-        {"value_model": "x", "advantage": "batch_mean"},
-        {"ptx_coef": 1.0},
-        {"ptx_coef": 0.0, "ptx_dataset": "x"},
-        {"kl_target": 6.0, "kl_coef": 0.0},
-        {"stop_token": "two words"},
-        {"stop_token": ""},
-    ],
-    ids=str,
+    ("name", "flags"), [(name, flags) for name in STAGES for flags in OF_STAGE[name]], ids=str
 )
-def test_flags_of_ppo(refused, flags):
+def test_flags_that_are_wrong(refused, name, flags):
     """Out of range, or at odds with one another; the first is the one to be named."""
-    refused("ppo", spelled(flags), **flags)
+    refused(name, "--" + next(iter(flags)).replace("_", "-"), **flags)
 
 
 @pytest.mark.parametrize(
@@ -498,16 +447,11 @@ FUNCTIONS = """
 value = 3
 def raises(prompts, completions, **columns):
     raise ValueError("no luck\\nat all")
-def one(prompts, completions, **columns):
-    return [1.0]
-def nan(prompts, completions, **columns):
-    return [float("nan")] * len(prompts)
-def text(prompts, completions, **columns):
-    return ["good"] * len(prompts)
-def none(prompts, completions, **columns):
-    pass
-def narrow(prompts, completions):
-    return [1.0] * len(prompts)
+def one(prompts, completions, **columns): return [1.0]
+def nan(prompts, completions, **columns): return [float("nan")] * len(prompts)
+def text(prompts, completions, **columns): return ["good"] * len(prompts)
+def none(prompts, completions, **columns): pass
+def narrow(prompts, completions): return [1.0] * len(prompts)
 """
 
 
@@ -539,7 +483,7 @@ def test_a_reward_function_that_fails(refused, flag, spec, what, tmp_path):
 # ---- output folders
 
 
-@pytest.mark.parametrize("name", STAGES)
+@each_stage
 def test_a_folder_that_holds_a_run_stays_as_it_is(refused, request, name, tmp_path):
     """Without --resume or --overwrite, which the line names; or with flags of another run."""
     request.getfixturevalue(name)(tmp_path / "out", save_every=1)
@@ -549,32 +493,30 @@ def test_a_folder_that_holds_a_run_stays_as_it_is(refused, request, name, tmp_pa
     refused(name, "--overwrite", resume=True, overwrite=True)
 
 
-@pytest.mark.parametrize("name", STAGES)
+@each_stage
 def test_a_folder_that_holds_something_else_stays_as_it_is(refused, name, chain, tmp_path):
     """With --overwrite or --resume too: a run of another stage, or files that are none of a run."""
     other = {"sft": chain.ppo, "reward_model": chain.sft, "ppo": chain.reward_model}[name]
-    shutil.copytree(other, tmp_path / "out")
-    for flags in ({}, {"overwrite": True}, {"resume": True}):
-        refused(name, "holds no run", **flags)
-    shutil.rmtree(tmp_path / "out")
-    write_jsonl(tmp_path / "out" / "thesis.txt", ["x"])
-    for flags in ({}, {"overwrite": True}, {"resume": True}):
-        refused(name, "holds no run", **flags)
+    shutil.copytree(other, tmp_path / "run")
+    write_jsonl(tmp_path / "files" / "thesis.txt", ["x"])
+    for folder in ("run", "files"):
+        (tmp_path / folder).rename(tmp_path / "out")
+        for flags in ({}, {"overwrite": True}, {"resume": True}):
+            refused(name, "holds no run", **flags)
+        shutil.rmtree(tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_the_model_stays_where_it_is(error_of, request, name, chain, tmp_path):
+@each_stage
+def test_the_model_stays_where_it_is(refused, name, chain, tmp_path):
     """A run does not go into the folder that it starts from, also if that is a run of its own."""
-    own = {"sft": chain.sft, "reward_model": chain.reward_model, "ppo": chain.ppo}[name]
-    out = Path(shutil.copytree(own, tmp_path / "out"))
-    flags = {"model": f"{tmp_path}/link/../out", "overwrite": True}
+    shutil.copytree(getattr(chain, name), tmp_path / "out")
     (tmp_path / "deeper").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "deeper")
-    assert "--output-dir" in error_of(request.getfixturevalue(name), out, **flags)
-    assert (out / "model.safetensors").is_file()
+    refused(name, "--output-dir", model=f"{tmp_path}/link/../out", overwrite=True)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", STAGES)
+@each_stage
 def test_an_output_that_cannot_be_a_folder(refused, error_of, request, name, tmp_path):
     """A file, a folder within a file, or where not even root may write."""
     (tmp_path / "out").write_text("x")

@@ -211,7 +211,7 @@ def test_a_chat_that_the_template_refuses(refused, base, tmp_path):
 
 
 PAIR = preference_rows()[2]
-EQUAL = PAIR | {"rejected": PAIR["chosen"]}
+EQUAL, MIXED = PAIR | {"rejected": PAIR["chosen"]}, PAIR | {"rejected": [ASSISTANT]}
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ EQUAL = PAIR | {"rejected": PAIR["chosen"]}
     [
         ("reward_model", EQUAL, "equal"),
         ("reward_model", as_chat(EQUAL), "equal"),
-        ("reward_model", PAIR | {"rejected": [ASSISTANT]}, "one answer is a text, the other a"),
+        ("reward_model", MIXED, "one answer is a text, the other a chat"),
         ("sft", {"prompt": "two figs?", "completion": [ASSISTANT]}, "write both alike"),
     ],
 )

@@ -622,16 +622,16 @@ def test_a_lora_folder_is_merged(refused, models, ppo, tmp_path):
     peft = pytest.importorskip("peft")
     folders = {}
     for kind, source in (("CAUSAL_LM", models.sft), ("SEQ_CLS", models.reward_model)):
-        load = utils.load_causal_lm if kind == "CAUSAL_LM" else utils.load_classifier
+        load_model = utils.load_causal_lm if kind == "CAUSAL_LM" else utils.load_classifier
         config = peft.LoraConfig(r=2, target_modules="all-linear", task_type=kind)
-        adapted = peft.get_peft_model(load(str(source), CPU), config)
+        adapted = peft.get_peft_model(load_model(str(source), CPU), config)
         for name, p in adapted.named_parameters():
             if "lora_B" in name or "score" in name:
                 torch.nn.init.normal_(p, std=0.3)
         adapted.save_pretrained(tmp_path / kind)
         merged = adapted.merge_and_unload()
         folders[kind] = str(tmp_path / kind)
-        loaded = load(folders[kind], CPU)
+        loaded = load_model(folders[kind], CPU)
         for a, b in zip(merged.parameters(), loaded.parameters(), strict=True):
             assert torch.equal(a, b)
     ppo(tmp_path / "run", model=folders["CAUSAL_LM"], reward_model=folders["SEQ_CLS"])

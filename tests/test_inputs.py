@@ -142,6 +142,8 @@ def test_b26_a_column_that_matters_is_never_ignored(tmp_path, error_of):
     assert only(read(tmp_path, rows, columns=["question="])[0], "text") == {"text": "a"}
     found = read(tmp_path, rows, columns=["prompt=question", "completion=text"])[0]
     assert only(found, "prompt", "completion") == {"prompt": "Q", "completion": "a"}
+    swapped = read(tmp_path, rows, columns=["question=text", "text=question"])[0]
+    assert swapped == {"question": "a", "text": "Q"}  # all are read before any is written
     assert "--columns" in error_of(read, tmp_path, rows, columns=["prompt=nowhere"])
     rows = [{"question": [USER], "chosen": "a", "rejected": "b"}]  # a chat, where Orca has text
     assert "question ignored" in error_of(read, tmp_path, rows, PAIRS)
@@ -258,13 +260,6 @@ def test_b26_more_columns_that_matter(tmp_path, error_of, row, formats, columns,
 def test_b26_a_later_row_has_a_column_that_matters(tmp_path, error_of):
     rows = [{"text": "a"}, {"text": "b", "system": "s"}]
     assert "system ignored" in error_of(read, tmp_path, rows)
-
-
-def test_columns_are_read_before_any_is_written(tmp_path):
-    """So that two can change places."""
-    rows = [{"prompt": "P", "completion": "C"}]
-    swapped = read(tmp_path, rows, columns=["prompt=completion", "completion=prompt"])
-    assert swapped == [{"prompt": "C", "completion": "P"}]
 
 
 def test_ppo_keeps_its_prompt_and_columns(tmp_path):
@@ -505,8 +500,8 @@ def test_parts_tool_calls_and_a_last_word_of_the_user(tmp_path):
     assert read(tmp_path, [{"messages": talk}])[0]["messages"] == [USER, call, result, GOOD]
 
 
-def test_an_answer_that_the_reward_models_template_refuses():
-    """An empty one, say: it is put where another one stood, and the run goes on."""
+def test_an_answer_that_the_reward_models_template_cannot_render():
+    """An empty one, say, is put where another stood; without a template, after the policy's text."""
     tokenizer = chatty(
         "{% for m in messages %}{% if not m.content %}{{ raise_exception('empty') }}{% endif %}"
         "<|{{ m.role }}|>{{ 'final: ' if m.role == 'assistant' }}{{ m.content }}<|end|>"
@@ -517,10 +512,6 @@ def test_an_answer_that_the_reward_models_template_refuses():
     assert pieces == ["<|user|>two figs?<|end|><|assistant|>", "final: <|end|>"]
     [prompt] = dataset.encode_prompts(tokenizer, [row], 999, (tokenizer, 999))
     assert tokenizer.decode(prompt.end) == "<|end|><eos>"
-
-
-def test_a_reward_model_without_a_chat_template_reads_the_policys_text():
-    row = dataset.Row({"prompt": [USER]}, "f:1")
     given = ["<|user|>two figs?", "Yes."]
     assert dataset.answered(make_tokenizer(), row, *given).pieces == given
 

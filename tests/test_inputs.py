@@ -501,7 +501,7 @@ def test_parts_tool_calls_and_a_last_word_of_the_user(tmp_path):
 
 
 def test_an_answer_that_the_reward_models_template_cannot_render():
-    """An empty one, say, is put where another stood; without a template, after the policy's text."""
+    """An empty one, say, is put where another stood; without a template, the policy's text."""
     tokenizer = chatty(
         "{% for m in messages %}{% if not m.content %}{{ raise_exception('empty') }}{% endif %}"
         "<|{{ m.role }}|>{{ 'final: ' if m.role == 'assistant' }}{{ m.content }}<|end|>"

@@ -369,7 +369,8 @@ def each(names: str, *values: object) -> list[dict]:
 ALL = [
     {"batch_size": 6, "micro_batch_size": 4},
     *each("batch_size micro_batch_size learning_rate", 0),
-    *each("batch_size max_grad_norm save_every eval_every seed", -1),
+    *each("max_grad_norm save_every eval_every seed", -1),
+    *each("batch_size", -16),  # a multiple of --micro-batch-size
     *each("learning_rate", NAN),
     *each("seed", 2**64),
     *each("device", "abacus", "meta", "cuda:77"),

@@ -1,7 +1,4 @@
-"""One test for each bug that others shipped, B1 to B22 in docs/details.md.
-
-It fails with the bug put in (mutations.py).
-"""
+"""One test for each bug that others shipped, B1 to B22 in docs/details.md (mutations.py)."""
 
 import json
 
@@ -107,8 +104,8 @@ def test_b05_chats_go_through_the_reward_models_own_template(
     other = save_pair(tmp_path / "other", make_model(tokenizer), tokenizer)
     flags = {"dataset": data.chat_preferences, "normalize_with": data.chat_sft}
     judge = reward_model(tmp_path / "rm", model=other, **flags)
-    flags = {"model": base.chat, "dataset": data.chat_prompts, "reward_model": str(judge)}
-    out = ppo(tmp_path / "out", eval_prompts=12, **flags)
+    flags = {"model": base.chat, "dataset": data.chat_prompts, "eval_prompts": 12}
+    out = ppo(tmp_path / "out", reward_model=str(judge), **flags)
     users = [row["prompt"][0]["content"] for row in rows_of(data.chat_prompts)]
     texts = [(f"[user] {user}<|end|>[assistant] ", "<|end|>") for user in users]
     check_scores_of_texts(out, judge, texts, tokenizer)
@@ -175,10 +172,7 @@ def test_b11_samples_come_from_the_distribution_that_is_scored(model):
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("name", ["sft", "reward_model", "ppo"])
 def test_b12_accumulation_is_exact(request, name, size, tmp_path):
-    """huggingface/trl#2596, huggingface/transformers#34191: micro-batches' means were averaged.
-
-    The epoch's smaller last batch is among those compared (D9, B22).
-    """
+    """huggingface/trl#2596, huggingface/transformers#34191: micro-batches' means were averaged."""
     stage, flags = request.getfixturevalue(name), {"batch_size": 8, "learning_rate": 1e-3}
     flags["max_grad_norm"] = 1e-3  # a wrong scale of the gradient would else be hidden by Adam
     a = stage(tmp_path / "a", micro_batch_size=8, **flags)
@@ -219,15 +213,11 @@ def test_b17_one_token_can_be_whitened(ppo, tmp_path):
 def test_b18_a_saved_reward_model_keeps_head_and_normalization(reward_model, data, tmp_path):
     """Value-head wrappers lost them, and the reward model scored at random."""
     out = reward_model(tmp_path / "out", normalize_std=True)
-    rows = [(row["prompt"], row["completion"]) for row in rows_of(data.sft, "train")]
-    texts = sequences_of(out, rows)
-    scores = plain_scores(out, texts)
-    assert scores.mean() == pytest.approx(0, abs=1e-4)
-    assert scores.std() == pytest.approx(1, abs=1e-3)
+    texts = sequences_of(out, [(row["prompt"], row["completion"]) for row in rows_of(data.sft)])
     model = utils.load_classifier(str(out), CPU, trained=True)
-    raw = utils.last_token_scores(model, *dataset.pad(texts[:5], 0, "right", CPU))
-    got = utils.normalize_scores(model, raw).detach()
-    np.testing.assert_allclose(got.numpy(), scores[:5], atol=1e-4)
+    raw = utils.last_token_scores(model, *dataset.pad(texts, 0, "right", CPU))
+    got = utils.normalize_scores(model, raw).detach().numpy()
+    np.testing.assert_allclose(got, plain_scores(out, texts), atol=1e-4)  # 0 on average: D13
 
 
 def test_b18_a_reward_model_without_a_head_is_refused(refused, models):
@@ -287,7 +277,6 @@ def test_b22_a_smaller_last_batch_counts_by_its_own_size(name, request, tmp_path
 def test_b22_ppo_has_full_batches_only(ppo, error_of, tmp_path):
     """Episodes that do not fill a batch are not sampled, and batches divide evenly."""
     assert len(metrics_of(ppo(tmp_path / "out", total_episodes=23))) == 2
-    line = error_of(ppo, tmp_path / "uneven", batch_size=8, num_mini_batches=3)
-    assert "--num-mini-batches" in line
-    line = error_of(ppo, tmp_path / "uneven", batch_size=8, micro_batch_size=3)
-    assert "--batch-size" in line
+    out = tmp_path / "uneven"
+    assert "--num-mini-batches" in error_of(ppo, out, batch_size=8, num_mini_batches=3)
+    assert "--batch-size" in error_of(ppo, out, batch_size=8, micro_batch_size=3)

@@ -3,8 +3,10 @@
 import ast
 import html
 import importlib
+import inspect
 import json
 import math
+import re
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    MODULES,
     ROOT,
     STAGES,
     args_of,
@@ -26,6 +29,7 @@ from conftest import (
     prompt_rows,
     rollouts_of,
     rows_of,
+    save_pair,
     sft_rows,
     summary_of,
     weights_of,
@@ -33,7 +37,6 @@ from conftest import (
     write_jsonl,
 )
 from rich.cells import cell_len
-from transformers import AutoTokenizer
 
 import utils
 
@@ -85,20 +88,12 @@ def assert_board_has_metrics(out: Path, unit: str) -> dict[str, str]:
     return {name.removesuffix("/text_summary"): text.decode() for name, text in last.items()}
 
 
-# ---- what every run leaves
-
-
-@pytest.mark.parametrize("name", ["sft", "reward_model", "ppo_rlhf"])
+@pytest.mark.parametrize("name", MODULES.values())
 def test_every_flag_is_explained_and_recorded(chain, name):
     """Each has the docstring that `--help` shows, and args.json holds its value."""
     module = importlib.import_module(name)
-    names = [field.name for field in fields(module.Args)]
-    body = next(
-        node.body
-        for node in ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ClassDef) and node.name == "Args"
-    )
-    assert [node.target.id for node in body[::2]] == names
+    body = ast.parse(inspect.getsource(module.Args)).body[0].body
+    assert [node.target.id for node in body[::2]] == [field.name for field in fields(module.Args)]
     assert all(isinstance(node, ast.Expr) and node.value.value.strip() for node in body[1::2])
     out = getattr(chain, name.removesuffix("_rlhf"))
     saved = args_of(out)
@@ -114,20 +109,23 @@ def test_every_stage_leaves_the_documented_files(chain):
         assert all((out / name).is_file() for name in names.split())
         assert len(list(out.glob("events.out.tfevents.*"))) == 1
         assert not list(out.rglob("*.part"))
-    rollouts = sorted(p.name for p in (chain.ppo / "rollouts").iterdir())
-    assert rollouts == ["000001.safetensors", "000002.safetensors"]
+    assert sorted(p.stem for p in (chain.ppo / "rollouts").iterdir()) == ["000001", "000002"]
     assert [p.name for p in (chain.ppo / "checkpoint").iterdir()] == ["000001"]
 
 
-def test_summaries_have_the_documented_keys(chain):
-    """No key more, no key less."""
+def test_summaries_have_the_documented_keys_and_the_first_stages_learn(chain):
+    """No key more, no key less; and sft.py and reward_model.py have learned."""
     summary = summary_of(chain.sft)
     assert summary.keys() == {"eval_loss", "perplexity", "seconds"}
     assert summary["perplexity"] == pytest.approx(math.exp(summary["eval_loss"]))
+    rows = metrics_of(chain.sft)
+    assert rows[-1]["loss"] < 0.4 * rows[0]["loss"]
     summary = summary_of(chain.reward_model)
     names = "accuracy accuracy_interval pairs mean_margin score_length_correlation seconds"
     assert summary.keys() == {*names.split()}
     assert summary["pairs"] == 12
+    assert summary["accuracy"] > 0.9
+    assert summary["mean_margin"] > 1
     summary = summary_of(chain.ppo)
     assert summary.keys() == {"updates", "episodes", "seconds", "eval"}
     assert (summary["updates"], summary["episodes"]) == (2, 16)
@@ -154,10 +152,7 @@ def test_metrics_have_the_documented_names(chain):
 
 
 def test_samples_agree_with_the_summary(chain, data):
-    """samples.jsonl has the held-out prompts in order; means and win rate follow from it.
-
-    TensorBoard holds the same texts.
-    """
+    """The held-out prompts in order, as on TensorBoard; means and win rate follow from them."""
     samples, evaluation = samples_of(chain.ppo), summary_of(chain.ppo)["eval"]
     assert [s["prompt"] for s in samples] == [row["prompt"] for row in rows_of(data.prompts)[:4]]
     old, new = ([s[f"{name}_score"] for s in samples] for name in ("reference", "policy"))
@@ -177,33 +172,14 @@ def test_samples_on_the_terminal(ppo, monkeypatch, capsys, tmp_path):
     rows = [{"prompt": f"Q: {', '.join(row['prompt'][3:-4] for row in prompt_rows()[1:6])}?\nA:"}]
     flags = {"response_length": 20, "total_episodes": 8}
     out = ppo(tmp_path / "out", dataset=write_data(tmp_path / "data", rows * 20, 2), **flags)
-    lines = capsys.readouterr().out.splitlines()
-    start = next(i for i, line in enumerate(lines) if "update 1" in line)
-    lines = lines[
-        start : next(i for i, line in enumerate(lines) if line.startswith("ppo_rlhf: wins"))
-    ]
-    assert max(map(cell_len, lines)) <= 80
-    sample, text = samples_of(out)[0], "\n".join(lines)
-    places = [
-        text.index(caption) for caption in ("\nprompt\n", "\nbefore: score ", "\nafter: score ")
-    ]
-    assert places == sorted(places)
-    shown = [text[a:b].split("\n", 2)[2] for a, b in zip(places, [*places[1:], None], strict=True)]
-    for part, name in zip(shown, ("prompt", "reference", "policy"), strict=True):
-        wanted, got = (("".join(text.split())) for text in (utils.visible(sample[name]), part))
-        assert got.startswith(wanted)
-
-
-def test_models_load_with_plain_transformers(chain):
-    """No class of this project is needed; the reward's normalization is in the config (B18)."""
-    for out in (chain.sft, chain.ppo):
-        ids = AutoTokenizer.from_pretrained(out)("Q: two ripe figs?\nA:", return_tensors="pt")
-        text = plain_lm(out).generate(**ids, max_new_tokens=4, do_sample=False)
-        assert text.shape[1] > ids["input_ids"].shape[1]
-    classifier = plain_classifier(chain.reward_model)
-    assert classifier.config.num_labels == classifier.config.reward_std == 1
-    assert classifier.config.reward_mean != 0
-    assert {w.dtype for w in weights_of(chain.ppo).values()} == {torch.float32}
+    pattern = (
+        r"update 1.*?\nprompt\n(.*?)\nbefore: score .*?\n(.*?)\nafter: score .*?\n(.*?)(?=\nppo)"
+    )
+    shown = re.search("[^\n]*" + pattern, capsys.readouterr().out, re.DOTALL)
+    assert max(map(cell_len, shown[0].splitlines())) <= 80
+    for part, name in zip(shown.groups(), ("prompt", "reference", "policy"), strict=True):
+        wanted = utils.visible(samples_of(out)[0][name])
+        assert "".join(part.split()).startswith("".join(wanted.split()))
 
 
 # ---- what must not change the result
@@ -227,19 +203,15 @@ def test_a_batch_smaller_than_the_default_micro_batch(request, name, tmp_path):
     assert_same_run(a, b)
 
 
-@pytest.mark.slow
-@each_stage
-def test_compiling_changes_rounding_only(stage, tmp_path):
-    """--compile: the same numbers in float32; the saved model is an ordinary one."""
-    a, b = stage(tmp_path / "a"), stage(tmp_path / "b", compile=True)
-    assert_same_run(a, b, tolerance=1e-4)
+COMPILE = pytest.param("compile", 1e-4, marks=pytest.mark.slow)
 
 
 @each_stage
-def test_gradient_checkpointing_changes_nothing(stage, tmp_path):
-    """Less memory, the same numbers."""
-    a, b = stage(tmp_path / "a"), stage(tmp_path / "b", gradient_checkpointing=True)
-    assert_same_run(a, b, tolerance=1e-6)
+@pytest.mark.parametrize(("flag", "tolerance"), [("gradient_checkpointing", 1e-6), COMPILE])
+def test_saving_memory_or_time_changes_rounding_only(stage, flag, tolerance, tmp_path):
+    """The same numbers in float32; the saved model is an ordinary one."""
+    a, b = stage(tmp_path / "a"), stage(tmp_path / "b", **{flag: True})
+    assert_same_run(a, b, tolerance=tolerance)
 
 
 @each_stage
@@ -292,9 +264,6 @@ def test_bfloat16_ends_at_the_logits(ppo, tmp_path, monkeypatch):
     assert max(errors) < 1e-4
 
 
-# ---- the data
-
-
 def test_chats_in_all_three_stages(sft, reward_model, ppo, base, data, tmp_path):
     """Messages go through the chat template; turns end in EOS, also in the prompts (B3)."""
     out = sft(tmp_path / "sft", model=base.chat, dataset=data.chat_sft, epochs=2)
@@ -333,9 +302,6 @@ def test_an_implicit_prompt_is_the_same_preference(reward_model, base, data, cha
     assert same_weights(a, reward_model(tmp_path / "b", dataset=explicit, **flags))
 
 
-# ---- sft and reward model
-
-
 def test_sft_cuts_long_completions(sft, tmp_path, capsys):
     """At --max-length a completion loses its end, EOS included; the run says how many do."""
     rows = [{"prompt": "Q:", "completion": " two ripe figs" * n} for n in (1, 30)] * 4
@@ -357,19 +323,8 @@ def test_sft_makes_a_tiny_model(sft, data, tmp_path):
     assert summary_of(out)["eval_loss"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_sft_and_reward_model_learn(chain):
-    """The loss falls; nearly every held-out pair is ranked right, with a margin."""
-    rows, summary = metrics_of(chain.sft), summary_of(chain.reward_model)
-    assert rows[-1]["loss"] < 0.4 * rows[0]["loss"]
-    assert summary["accuracy"] > 0.9
-    assert summary["mean_margin"] > 1
-
-
 def test_reward_model_leaves_out_long_pairs(reward_model, tmp_path, capsys):
-    """B19: a text cut at --max-length would have no EOS, so such pairs are left out and counted.
-
-    And --normalize-with none leaves the scores as they are.
-    """
+    """B19: cut, they would have no EOS. --normalize-with none leaves the scores as they are."""
     rows = preference_rows()[:24]
     rows[6]["rejected"] = " No," + " figs" * 100
     folder = write_data(tmp_path / "data", rows, 4)
@@ -398,9 +353,9 @@ LEARN |= {"learning_rate": 5e-3, "kl_coef": 0.0, "missing_eos_penalty": 0.0, "ev
 @pytest.mark.parametrize("advantage", ["gae", "batch_mean", "rloo", "grpo"])
 def test_ppo_learns_a_rule(ppo, rewards, advantage, tmp_path):
     """Rewarded for the letter e, the policy comes to write it, on held-out prompts too."""
-    flags = {"samples_per_prompt": 4 if advantage in ("rloo", "grpo") else 1}
-    flags |= {"reward_fn": f"{rewards}:letter", "advantage": advantage}
-    out = ppo(tmp_path / "out", **LEARN, **flags)
+    flags = LEARN | {"reward_fn": f"{rewards}:letter", "advantage": advantage}
+    flags["samples_per_prompt"] = 4 if advantage in ("rloo", "grpo") else 1
+    out = ppo(tmp_path / "out", **flags)
     scores = [row["objective/scores"] for row in metrics_of(out)]
     assert np.mean(scores[-3:]) > 2 * np.mean(scores[:2])
     evaluation = summary_of(out)["eval"]
@@ -436,29 +391,25 @@ def test_ppo_prompts_are_permutations_of_the_data(ppo, tmp_path):
 
 
 def test_the_entropy_bonus_bears_probabilities_of_zero(ppo, tmp_path):
-    """D33: tokens whose probability underflows add nothing to the entropy, nor its gradient."""
+    """D33: where a probability underflows, neither the entropy nor its gradient is NaN."""
     flags = {"temperature": 1e-3, "entropy_coef": 0.01, "learning_rate": 1e-6}
     rows = metrics_of(ppo(tmp_path / "out", **flags))
     assert all(math.isfinite(row["grad_norm"]) for row in rows)
 
 
 def test_the_saved_policy_generates_as_it_was_trained(ppo, models, tmp_path):
-    """Plain transformers samples at the run's temperature and stops at its stop tokens.
-
-    What the start's own settings were is gone.
-    """
+    """At the run's temperature, to its stop tokens; the start's own settings are gone."""
     start, folder = plain_lm(models.sft), tmp_path / "start"
     start.generation_config.update(repetition_penalty=5.0, num_beams=4)
-    start.save_pretrained(folder)
-    utils.load_tokenizer(str(models.sft)).save_pretrained(folder)
+    save_pair(folder, start, utils.load_tokenizer(str(models.sft)))
     path = folder / "generation_config.json"  # which transformers loads, but would not save
     path.write_text(json.dumps(json.loads(path.read_text()) | {"output_scores": True}))
     flags = {"temperature": 0.6, "top_p": 0.9, "stop_token": "."}
     out = ppo(tmp_path / "out", model=str(folder), **flags)
     model, tokenizer = plain_lm(out), utils.load_tokenizer(str(out))
     config = model.generation_config
-    assert config.max_new_tokens == 10
-    assert (config.do_sample, config.temperature, config.top_k, config.top_p) == (True, 0.6, 0, 0.9)
+    expected = {"do_sample": True, "temperature": 0.6, "top_k": 0, "top_p": 0.9}
+    assert config.to_dict().items() >= (expected | {"max_new_tokens": 10}).items()
     assert not (config.repetition_penalty or config.num_beams or config.output_scores)
     ids = tokenizer(["Q: two ripe plums?\nA:"] * 20, return_tensors="pt")
     responses = model.generate(**ids, max_new_tokens=20)[:, ids["input_ids"].shape[1] :].tolist()
@@ -472,23 +423,21 @@ def test_reward_functions_get_texts_and_columns(ppo, tmp_path):
     """Texts without special tokens, the other columns by name; the judge gets the same."""
     path = tmp_path / "f.py"
     path.write_text(
-        "import json, pathlib\n"
+        "import pathlib\n"
         "def f(prompts, completions, fruit):\n"
-        "    with open(pathlib.Path(__file__).with_name('seen.jsonl'), 'a') as file:\n"
-        "        for row in zip(prompts, completions, fruit, strict=True):\n"
-        "            file.write(json.dumps(row) + '\\n')\n"
+        "    with open(pathlib.Path(__file__).with_name('seen'), 'a') as file:\n"
+        "        print(*zip(prompts, completions, fruit, strict=True), sep='\\n', file=file)\n"
         "    return [float(len(c)) for c in completions]\n"
         "def judge(prompts, completions, fruit):\n"
         "    return [-float(len(c)) for c in completions]\n"
     )
     out = ppo(tmp_path / "out", reward_fn=f"{path}:f", eval_reward_fn=f"{path}:judge")
     fruits = {row["prompt"]: row["fruit"] for row in prompt_rows()}
-    seen = [json.loads(line) for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
+    seen = [ast.literal_eval(line) for line in (tmp_path / "seen").read_text().splitlines()]
     assert len(seen) >= 16
     for prompt, completion, fruit in seen:
         assert fruits[prompt] == fruit
-        assert "<eos>" not in completion
-        assert "<pad>" not in completion
+        assert not re.search("<eos>|<pad>", completion)
     evaluation = summary_of(out)["eval"]
     assert evaluation["win_rate_by"] == "judge"
     for name in ("reference", "policy"):
@@ -508,10 +457,7 @@ def test_ptx_pulls_the_policy_to_the_demonstrations(ppo, data, rewards, tmp_path
 @pytest.mark.slow
 def test_the_embedded_task_end_to_end(monkeypatch, tmp_path):
     """The default flags on rows of the embedded task, judged by its labeler; fewer for speed."""
-    import ppo_rlhf
-    import reward_model
-    import sft
-
+    sft, reward_model, ppo_rlhf = map(importlib.import_module, MODULES.values())
     monkeypatch.chdir(ROOT)
     for kind in ("sft", "preferences"):
         for split, count in (("train", 640), ("validation", 64)):

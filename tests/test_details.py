@@ -135,9 +135,6 @@ def test_d29_gradients_are_clipped_by_their_norm(request, name, tmp_path):
     assert all(row["grad_norm"] > 1e-3 for row in metrics_of(clipped))
 
 
-# ---- sft and reward model
-
-
 def test_d08_the_loss_is_on_the_completion_and_its_eos(chain, data):
     """Nats per token of completion and EOS, over the held-out rows."""
     expected = eval_loss_of(chain.sft, rows_of(data.sft))
@@ -209,9 +206,6 @@ def test_d14_accuracy_comes_with_interval_and_length(chain, data):
     assert summary["accuracy_interval"] == pytest.approx(expected)
 
 
-# ---- PPO
-
-
 def test_d15_values_start_from_the_reward_model(runs, models, ppo, rewards, tmp_path):
     """In a network of its own; without a reward model from the policy with a head of zeros."""
     recomputed.check_values(runs("default"), models)
@@ -266,10 +260,7 @@ def test_d22_advantages_are_whitened(runs, name):
 
 @pytest.fixture(scope="module")
 def redone(ppo, models, tmp_path_factory):
-    """Three passes over a batch, so large that both kinds of clipping bite, and redone.
-
-    What was logged, what was expected, and the weights of both policies.
-    """
+    """Three passes over a batch in large steps: metrics, those expected, weights of both."""
     flags = {"cliprange": 0.1, "cliprange_value": 0.15, "vf_coef": 0.5, "learning_rate": 3e-3}
     flags |= {"entropy_coef": 0.02, "num_ppo_epochs": 3, "total_episodes": 8, "save_rollouts": 1}
     out = ppo(tmp_path_factory.mktemp("redone") / "out", **flags, micro_batch_size=2, kl_coef=0.3)

@@ -96,10 +96,7 @@ def flags(models, base, tmp_path_factory) -> dict[str, tuple[str, dict]]:
 
 @pytest.fixture(scope="module")
 def two(flags, tmp_path_factory):
-    """The folders of the runs by two processes, which start once for all of them.
-
-    All end well, though the late process finds a folder that the main process has made.
-    """
+    """The runs by two processes; the late one finds a folder that the main one has made."""
     folder = tmp_path_factory.mktemp("two")
     runs = [(kind, f | {"output_dir": str(folder / name)}) for name, (kind, f) in flags.items()]
     (folder / "driver.py").write_text(DRIVER)

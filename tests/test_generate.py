@@ -90,9 +90,6 @@ def test_the_same_generator_gives_the_same_tokens(model):
     assert not torch.equal(a, decode(model, seed=6)[0])
 
 
-# ---- keys and values
-
-
 def test_keys_and_values_are_written_in_place(model, monkeypatch):
     """One tensor a layer with room for the whole sequence; a growing one would be copied."""
     made, places = [], set()
@@ -126,9 +123,6 @@ def test_keys_and_values_go_when_decoding_ends(model, monkeypatch):
         assert [cache() for cache in caches] == [None]
     finally:
         gc.enable()
-
-
-# ---- sampling
 
 
 def p_value(counts, probabilities):

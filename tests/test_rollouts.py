@@ -1,7 +1,6 @@
 """Saved rollouts, recomputed in numpy and plain transformers, against what PPO trained on.
 
-The `check_...` functions take the folder of a run. The tests of details and known bugs that are
-about scores, rewards, advantages, returns or whitening call them too, on runs where these matter.
+The `check_...` functions take the folder of a run; tests of details and known bugs use them too.
 """
 
 from pathlib import Path
@@ -280,10 +279,7 @@ def test_rollouts_follow_from_the_models_and_the_flags(runs, models, name):
 
 
 def redone(out: Path, models) -> tuple[dict[str, float], torch.nn.Module]:
-    """The passes over the only batch of a run, by autograd on plain models: metrics and policy.
-
-    One sequence at a time, without padding.
-    """
+    """Metrics and policy of a run of one batch, redone by autograd on plain models, unpadded."""
     (rollout,), args = rollouts_of(out), args_of(out)
     eps, eps_v = args["cliprange"], args["cliprange_value"]
     policy, value_model = plain_lm(models.sft), plain_classifier(models.reward_model)

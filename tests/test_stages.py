@@ -172,10 +172,8 @@ def test_samples_on_the_terminal(ppo, monkeypatch, capsys, tmp_path):
     rows = [{"prompt": f"Q: {', '.join(row['prompt'][3:-4] for row in prompt_rows()[1:6])}?\nA:"}]
     flags = {"response_length": 20, "total_episodes": 8}
     out = ppo(tmp_path / "out", dataset=write_data(tmp_path / "data", rows * 20, 2), **flags)
-    pattern = (
-        r"update 1.*?\nprompt\n(.*?)\nbefore: score .*?\n(.*?)\nafter: score .*?\n(.*?)(?=\nppo)"
-    )
-    shown = re.search("[^\n]*" + pattern, capsys.readouterr().out, re.DOTALL)
+    pattern = "[^\n]*update 1.*?\nprompt\n(.*?)\nbefore: score .*?\n(.*?)\nafter: score .*?\n(.*?)"
+    shown = re.search(pattern + "(?=\nppo_rlhf: wins)", capsys.readouterr().out, re.DOTALL)
     assert max(map(cell_len, shown[0].splitlines())) <= 80
     for part, name in zip(shown.groups(), ("prompt", "reference", "policy"), strict=True):
         wanted = utils.visible(samples_of(out)[0][name])
@@ -343,8 +341,6 @@ def test_wilson_interval():
     assert wilson_interval(0 / 20, 20) == pytest.approx((0, 0.1611), abs=1e-4)
     assert wilson_interval(1.0, 20) == pytest.approx((1 - 0.1611, 1), abs=1e-4)
 
-
-# ---- ppo
 
 LEARN = {"total_episodes": 32 * 20, "batch_size": 32, "micro_batch_size": 32, "eval_every": 0}
 LEARN |= {"learning_rate": 5e-3, "kl_coef": 0.0, "missing_eos_penalty": 0.0, "eval_prompts": 12}

@@ -5,6 +5,7 @@ it. Models have 2 layers of width 32, the tokenizer is a byte-level BPE with abo
 stage takes about a second.
 """
 
+import importlib
 import itertools
 import json
 import os
@@ -220,10 +221,7 @@ def model(tokenizer):
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> SimpleNamespace:
-    """Folders of untrained models.
-
-    They are `plain`, `chat` (turns end in EOS) and `other` (another tokenizer and width).
-    """
+    """Folders of untrained models: plain, chat (turns end in EOS), other (tokenizer and width)."""
     folder, made = tmp_path_factory.mktemp("base"), SimpleNamespace()
     kinds = {"plain": {}, "chat": {"eos": "<|end|>", "chat": True}}
     kinds["other"] = {"size": 300, "bos": "<bos>", "pad": "<eos>", "eos": "<|end|>"}
@@ -247,34 +245,34 @@ def typed(flags: dict) -> dict:
     return flags | ({"dataset": (flags["dataset"],)} if one else {})
 
 
-@pytest.fixture(scope="session")
-def sft(base, data) -> Stage:
-    """sft.py on the small data: `sft(out, **flags)` runs it and returns `out`."""
-    import sft
+def stage(name: str, **defaults) -> Stage:
+    """`run(out, **flags)` runs the stage with these flags or the defaults, and returns `out`."""
+    module = importlib.import_module(MODULES[name])
+    defaults |= {"device": "cpu", "dtype": "float32"}
 
     def run(out: Path, **flags) -> Path:
-        defaults = {"model": base.plain, "dataset": data.sft, "device": "cpu", "dtype": "float32"}
-        defaults |= {"batch_size": 16, "micro_batch_size": 16, "epochs": 1, "max_length": 64}
-        defaults |= {"learning_rate": 1e-2}
-        sft.main(sft.Args(**typed(defaults | flags), output_dir=str(out)))
+        module.main(module.Args(**typed(defaults | flags), output_dir=str(out)))
         return out
 
     return run
+
+
+# of the first two stages
+SMALL = {"batch_size": 16, "micro_batch_size": 16, "max_length": 64}
+
+
+@pytest.fixture(scope="session")
+def sft(base, data) -> Stage:
+    """sft.py on the small data."""
+    flags = {"model": base.plain, "dataset": data.sft, "epochs": 1, "learning_rate": 1e-2}
+    return stage("sft", **SMALL | flags)
 
 
 @pytest.fixture(scope="session")
 def reward_model(base, data) -> Stage:
-    """reward_model.py on the small data: `reward_model(out, **flags)` returns `out`."""
-    import reward_model
-
-    def run(out: Path, **flags) -> Path:
-        defaults = {"model": base.plain, "dataset": data.preferences, "normalize_with": data.sft}
-        defaults |= {"device": "cpu", "dtype": "float32", "learning_rate": 3e-3, "max_length": 64}
-        defaults |= {"batch_size": 16, "micro_batch_size": 16}
-        reward_model.main(reward_model.Args(**typed(defaults | flags), output_dir=str(out)))
-        return out
-
-    return run
+    """reward_model.py on the small data."""
+    flags = {"model": base.plain, "dataset": data.preferences, "normalize_with": data.sft}
+    return stage("reward_model", **SMALL | flags, learning_rate=3e-3)
 
 
 @pytest.fixture(scope="session")
@@ -289,18 +287,11 @@ def models(sft, reward_model, tmp_path_factory) -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def ppo(models, data) -> Stage:
     """ppo_rlhf.py, two updates of 8 short responses if not told otherwise."""
-    import ppo_rlhf
-
-    def run(out: Path, **flags) -> Path:
-        defaults = {"model": str(models.sft), "reward_model": str(models.reward_model)}
-        defaults |= {"dataset": data.prompts, "device": "cpu", "dtype": "float32"}
-        defaults |= {"total_episodes": 16, "batch_size": 8, "micro_batch_size": 4}
-        defaults |= {"num_ppo_epochs": 2, "response_length": 10, "eval_prompts": 4}
-        defaults |= {"learning_rate": 1e-3, "temperature": 1.0, "kl_coef": 0.05}
-        ppo_rlhf.main(ppo_rlhf.Args(**typed(defaults | flags), output_dir=str(out)))
-        return out
-
-    return run
+    flags = {"model": str(models.sft), "reward_model": str(models.reward_model)}
+    flags |= {"dataset": data.prompts, "total_episodes": 16, "batch_size": 8}
+    flags |= {"micro_batch_size": 4, "num_ppo_epochs": 2, "response_length": 10}
+    flags |= {"learning_rate": 1e-3, "temperature": 1.0, "kl_coef": 0.05, "eval_prompts": 4}
+    return stage("ppo", **flags)
 
 
 @pytest.fixture(scope="session")
@@ -314,8 +305,12 @@ def chain(models, ppo, tmp_path_factory) -> SimpleNamespace:
 # ---- reading results
 
 
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def metrics_of(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return read_jsonl(out / "metrics.jsonl")
 
 
 def summary_of(out: Path) -> dict:
@@ -363,13 +358,8 @@ def plain_classifier(folder: Path | str):
 
 
 @torch.no_grad()
-def plain_logprobs(
-    model, prompt: list[int], response: list[int], temperature: float = 1.0
-) -> np.ndarray:
-    """log pi of each response token in nats by teacher forcing.
-
-    One sequence without padding or mask, float64 softmax.
-    """
+def plain_logprobs(model, prompt: list, response: list, temperature: float = 1.0) -> np.ndarray:
+    """log pi of each response token in nats: one sequence without padding, float64 softmax."""
     ids = torch.tensor([[*prompt, *response]])
     logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].double() / temperature
     return logits.log_softmax(-1)[torch.arange(len(response)), response].numpy()
@@ -420,7 +410,7 @@ def rollouts_of(out) -> list[Rollout]:
 
 
 def rows_of(folder: str, split: str = "validation") -> list[dict]:
-    return [json.loads(line) for line in (Path(folder) / f"{split}.jsonl").read_text().splitlines()]
+    return read_jsonl(Path(folder) / f"{split}.jsonl")
 
 
 def eval_loss_of(folder: Path, rows: list[dict]) -> float:
@@ -437,10 +427,6 @@ def eval_loss_of(folder: Path, rows: list[dict]) -> float:
 def sequences_of(out: Path, pairs: list[tuple[str, str]]) -> list[list[int]]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     return [tokenizer(a + b)["input_ids"] + [tokenizer.eos_token_id] for a, b in pairs]
-
-
-def scores_of(out: Path, update: int = 1) -> torch.Tensor:
-    return load_file(out / "rollouts" / f"{update:06d}.safetensors")["scores"]
 
 
 # ---- errors

@@ -12,17 +12,13 @@ import safetensors.torch
 import torch
 import torch.utils.tensorboard
 from conftest import STAGES, args_of, assert_same_run, command, metrics_of
+from test_resume import in_step
 from transformers import PreTrainedModel
-
-import utils
 
 
 @pytest.fixture(params=STAGES)
 def run(request, tmp_path):
-    """`run(out, **flags)`: a stage with a checkpoint at every step; `run.unit` is what it counts.
-
-    Of at least four steps, or updates.
-    """
+    """`run(out, **flags)`: a stage of four steps or more, called `run.unit`, each saved."""
     stage = request.getfixturevalue(request.param)
     flags = {"save_every": 1} | ({"total_episodes": 32} if request.param == "ppo" else {})
 
@@ -33,99 +29,63 @@ def run(request, tmp_path):
     return call
 
 
-@pytest.fixture
-def in_step_3(monkeypatch, error_of):
-    """`in_step_3(run, name, spoil)`: the run's error line, where utils.NAME's result is spoiled.
-
-    From the third step on, and in training only; before that, the function does what it does.
-    """
-
-    def call(run, name, spoil) -> str:
-        logged, log, function = [], utils.Logger.log, getattr(utils, name)
-
-        def logging(self, step, metrics):
-            logged.append(step)
-            log(self, step, metrics)
-
-        def spoiled(*args):
-            result = function(*args)
-            return spoil(result) if logged[-1:] == [2] and torch.is_grad_enabled() else result
-
-        with monkeypatch.context() as patch:
-            patch.setattr(utils.Logger, "log", logging)
-            patch.setattr(utils, name, spoiled)
-            return error_of(run, code=1)
-
-    return call
-
-
 def assert_it_resumes(run, tmp_path: Path) -> None:
     """From the second step's checkpoint, as if nothing had been."""
-    out = tmp_path / "out"
-    assert len(metrics_of(out)) == 2
-    assert sorted(p.name for p in (out / "checkpoint").iterdir()) == ["000001", "000002"]
-    assert not (out / "summary.json").exists()
+    saved = (tmp_path / "out" / "checkpoint").glob("*[0-9]")
+    assert sorted(p.name for p in saved) == ["000001", "000002"]
+    assert not (tmp_path / "out" / "summary.json").exists()
     assert_same_run(run(resume=True), run("whole"))
 
 
-def test_nan_stops_the_run_and_the_checkpoint_stands(run, in_step_3, tmp_path):
-    """Step 3 meets NaN: it is named, and its step is not made."""
-    line = in_step_3(run, "hidden_states", lambda x: x * float("nan"))
-    assert line.startswith(f"error: {run.unit} 3: nan in ")
-    assert_it_resumes(run, tmp_path)
+def raising(error: Exception):
+    """A function that raises the error, whatever it is given."""
 
-
-OUT_OF_MEMORY = [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:9] DefaultCPUAllocator: can't allocate memory"),
-]
-
-
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "cpu"])
-def test_out_of_memory_names_the_step_and_the_flag_to_lower(run, in_step_3, error, tmp_path):
-    """Micro-batches may be smaller when the run is resumed; they change rounding only."""
-
-    def fail(result):
+    def fail(*args, **kwargs):
         raise error
 
-    line = in_step_3(run, "hidden_states", fail)
+    return fail
+
+
+CUDA_IS_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee docs")
+CPU_IS_FULL = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+full = raising(OSError(28, "No space left on device"))
+
+
+@pytest.mark.parametrize("error", [CUDA_IS_FULL, CPU_IS_FULL], ids=["cuda", "cpu"])
+def test_out_of_memory_names_the_step_and_the_flag_to_lower(
+    run, error, monkeypatch, error_of, tmp_path
+):
+    """Micro-batches may be smaller when the run is resumed; they change rounding only."""
+    with monkeypatch.context() as patch:
+        in_step(patch, 3, torch.Tensor, "backward", raising(error))
+        line = error_of(run, code=1)
     assert line.startswith(f"error: {run.unit} 3: ")
     assert "--micro-batch-size" in line
     assert "memory" in line.partition(";")[0]
+    assert len(metrics_of(tmp_path / "out")) == 2
     assert_it_resumes(run, tmp_path)
     assert metrics_of(run(resume=True, micro_batch_size=2))
 
 
 def test_out_of_memory_at_the_start(run, error_of, monkeypatch):
     """When the models are loaded."""
-
-    def fail(*args, **kwargs):
-        raise OUT_OF_MEMORY[0]
-
-    monkeypatch.setattr(torch.nn.Module, "to", fail)
+    monkeypatch.setattr(torch.nn.Module, "to", raising(CUDA_IS_FULL))
     line = error_of(run, code=1)
     assert line.startswith("error: start: ")
     assert "--micro-batch-size" in line
 
 
-def test_a_bug_keeps_its_traceback(run, in_step_3):
+def test_a_bug_keeps_its_traceback(run, monkeypatch):
     """What is neither of these is no line, but an exception with the place where it was raised."""
-
-    def fail(result):
-        raise RuntimeError("shapes do not match")
-
+    in_step(monkeypatch, 3, torch.Tensor, "backward", raising(RuntimeError("shapes do not match")))
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        in_step_3(run, "hidden_states", fail)
+        run()
 
 
 def test_an_absurd_learning_rate_ends_in_one_line(run, error_of):
     """Weights that run away to infinity, with no help from the test."""
     line = error_of(run, code=1, learning_rate=1e18)
     assert re.match(rf"error: {run.unit} \d+: (nan|inf|-inf) in ", line)
-
-
-def full(*args, **kwargs):
-    raise OSError(28, "No space left on device")
 
 
 def test_no_space_for_a_checkpoint(run, error_of, monkeypatch, tmp_path):
@@ -139,9 +99,7 @@ def test_no_space_for_a_checkpoint(run, error_of, monkeypatch, tmp_path):
         patch.setattr(safetensors.torch, "save_file", save_file)
         line = error_of(run, code=1)
     assert re.search(rf"{run.unit} \d: .*No space left", line)
-    out = tmp_path / "out"
-    assert sorted(p.name for p in (out / "checkpoint").glob("*[0-9]")) == ["000001", "000002"]
-    assert_same_run(run(resume=True), run("whole"))
+    assert_it_resumes(run, tmp_path)
 
 
 @pytest.mark.parametrize("file", ["model", "summary.json", "metrics.jsonl"])

@@ -127,13 +127,10 @@ def write_data(folder: Path, rows: list, validation: int = 12) -> str:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> SimpleNamespace:
     """Folders of the three stages' data, as text and as chat messages."""
-    folder, made = tmp_path_factory.mktemp("data"), SimpleNamespace()
+    folder = tmp_path_factory.mktemp("data")
     kinds = {"sft": sft_rows(), "preferences": preference_rows(), "prompts": prompt_rows()}
-    for name, rows in kinds.items():
-        chats = [as_chat(row) for row in rows]
-        setattr(made, name, write_data(folder / name, rows))
-        setattr(made, f"chat_{name}", write_data(folder / f"chat_{name}", chats))
-    return made
+    kinds |= {f"chat_{name}": [as_chat(row) for row in rows] for name, rows in kinds.items()}
+    return SimpleNamespace(**{name: write_data(folder / name, kinds[name]) for name in kinds})
 
 
 @pytest.fixture(scope="session")
@@ -345,16 +342,14 @@ def assert_same_run(a: Path, b: Path, tolerance: float = 0.0) -> None:
         assert x == y
 
 
-def plain_lm(folder: Path | str):
+def plain_lm(folder: Path | str, auto=transformers.AutoModelForCausalLM):
     """A language model as any program would load it."""
-    auto = transformers.AutoModelForCausalLM
     return auto.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def plain_classifier(folder: Path | str):
     """A sequence classifier as any program would load it."""
-    auto = transformers.AutoModelForSequenceClassification
-    return auto.from_pretrained(folder, dtype=torch.float32).eval()
+    return plain_lm(folder, transformers.AutoModelForSequenceClassification)
 
 
 @torch.no_grad()
@@ -467,11 +462,11 @@ def refused(request, error_of, tmp_path):
 
     def check(name: str, *parts: str, **flags) -> None:
         out = tmp_path / "out"
-        before = snapshot(out) if out.is_dir() else out.exists()
+        before = out.exists(), snapshot(out)
         line = error_of(request.getfixturevalue(name), out, **flags)
         for part in parts:
             assert part in line, line
-        assert (snapshot(out) if out.is_dir() else out.exists()) == before
+        assert (out.exists(), snapshot(out)) == before
 
     return check
 

@@ -48,7 +48,6 @@ def raising(error: Exception):
 
 CUDA_IS_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee docs")
 CPU_IS_FULL = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-full = raising(OSError(28, "No space left on device"))
 
 
 @pytest.mark.parametrize("error", [CUDA_IS_FULL, CPU_IS_FULL], ids=["cuda", "cpu"])
@@ -88,33 +87,32 @@ def test_an_absurd_learning_rate_ends_in_one_line(run, error_of):
     assert re.match(rf"error: {run.unit} \d+: (nan|inf|-inf) in ", line)
 
 
-def test_no_space_for_a_checkpoint(run, error_of, monkeypatch, tmp_path):
-    """The third checkpoint does not fit: the line says so, and the second one stands."""
-    save = safetensors.torch.save_file
+FULL = {  # what there is no space for by a part of its name, and the function that finds out
+    "000003.part": (safetensors.torch, "save_file"),
+    "model.part": (PreTrainedModel, "save_pretrained"),
+    "summary.json": (os, "replace"),
+    "grad_norm": (torch.utils.tensorboard.SummaryWriter, "add_scalar"),
+}
 
-    def save_file(tensors, path, *args, **kwargs):
-        (full if "000003" in str(path) else save)(tensors, path, *args, **kwargs)
+
+@pytest.mark.parametrize("name", FULL)
+def test_no_space(run, name, error_of, monkeypatch, tmp_path):
+    """For a checkpoint, the model, the summary, metrics: a line; older checkpoints stand."""
+    module, written = FULL[name]
+    write = getattr(module, written)
+
+    def full(*args, **kwargs):
+        if name in str(args[1]):
+            raise OSError(28, "No space left on device")
+        return write(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors.torch, "save_file", save_file)
+        patch.setattr(module, written, full)
         line = error_of(run, code=1)
-    assert re.search(rf"{run.unit} \d: .*No space left", line)
-    assert_it_resumes(run, tmp_path)
-
-
-@pytest.mark.parametrize("file", ["model", "summary.json", "metrics.jsonl"])
-def test_no_space_for_the_results(run, error_of, file, monkeypatch, tmp_path):
-    """The model, the summary or a line of metrics."""
-    replace = os.replace
-    if file == "model":
-        monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-    elif file == "summary.json":
-        named = lambda a, b: full() if Path(b).name == file else replace(a, b)  # noqa: E731
-        monkeypatch.setattr(os, "replace", named)
-    else:
-        monkeypatch.setattr(torch.utils.tensorboard.SummaryWriter, "add_scalar", full)
-    assert "No space left" in error_of(run, code=1)
+    assert re.search(rf"{run.unit} \d+: .*No space left", line)
     assert not (tmp_path / "out" / "summary.json").exists()
+    if name == "000003.part":
+        assert_it_resumes(run, tmp_path)
 
 
 TIRED = """

@@ -1,5 +1,6 @@
 """What strangers' models, data and texts can do here: nothing but be read."""
 
+import importlib
 import json
 import pickle
 import re
@@ -8,11 +9,14 @@ import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 from conftest import (
+    MODULES,
     STAGES,
+    as_chat,
     make_model,
     make_tokenizer,
     metrics_of,
@@ -28,9 +32,6 @@ from tensorboard.plugin_util import markdown_to_safe_html
 
 import dataset
 import distributed
-import ppo_rlhf
-import reward_model as reward_model_stage
-import sft as sft_stage
 import utils
 
 # ---- code that comes with a model
@@ -80,13 +81,6 @@ def odd(base, mark, tmp_path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_a_models_code_is_not_run(refused, name, odd, mark):
-    """The line names the flag that would allow it."""
-    refused(name, odd, "--trust-remote-code", model=odd)
-    assert not mark.exists()
-
-
 def test_a_tokenizers_code_is_not_run(refused, base, odd, mark, tmp_path):
     """The model beside it may be an ordinary one."""
     folder = Path(shutil.copytree(base.plain, tmp_path / "model"))
@@ -98,8 +92,11 @@ def test_a_tokenizers_code_is_not_run(refused, base, odd, mark, tmp_path):
     assert not mark.exists()
 
 
-def test_a_models_code_is_run_when_told(sft, reward_model, ppo, refused, odd, mark, tmp_path):
-    """All three stages take the flag; what they save needs it again."""
+def test_a_models_code_is_run_when_told_only(sft, reward_model, ppo, refused, odd, mark, tmp_path):
+    """All three stages name the flag that allows it; what they save needs it again."""
+    for name in STAGES:
+        refused(name, odd, "--trust-remote-code", model=odd)
+    assert not mark.exists()
     trust = {"trust_remote_code": True}
     trained = str(sft(tmp_path / "sft", model=odd, **trust))
     assert mark.exists()
@@ -113,8 +110,8 @@ def test_a_models_code_is_run_when_told(sft, reward_model, ppo, refused, odd, ma
 
 def test_trust_is_off_by_default_and_ends_with_the_run(sft, tmp_path):
     """A later run in the same process starts without it; --resume may add it or leave it."""
-    stages = (ppo_rlhf, reward_model_stage, sft_stage)
-    assert not any(module.Args.trust_remote_code for module in stages)
+    modules = [importlib.import_module(name) for name in MODULES.values()]
+    assert not any(module.Args.trust_remote_code for module in modules)
     sft(tmp_path / "out", trust_remote_code=True, save_every=1)
     assert utils.remote_code
     sft(tmp_path / "out", resume=True)
@@ -124,11 +121,10 @@ def test_trust_is_off_by_default_and_ends_with_the_run(sft, tmp_path):
 # ---- pickles
 
 
-class Bomb:
+class Bomb(NamedTuple):
     """Runs code when it is unpickled."""
 
-    def __init__(self, mark: Path):
-        self.mark = mark
+    mark: Path
 
     def __reduce__(self):
         return Path.touch, (self.mark,)
@@ -136,13 +132,11 @@ class Bomb:
 
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
-def test_pickled_weights_are_not_read(request, refused, name, file, base, monkeypatch, tmp_path):
-    """A folder with no others is refused, also if its configuration names the file.
-
-    Where there are safetensors, these are what is read. Nothing is given to torch.load, which may
-    unpickle.
-    """
-    mark, load, loaded = tmp_path / "mark", torch.load, []
+def test_pickled_weights_are_not_read(
+    request, refused, name, file, base, mark, monkeypatch, tmp_path
+):
+    """Safetensors are, where there are some; a folder without them is refused, whatever it says."""
+    load, loaded = torch.load, []
     monkeypatch.setattr(torch, "load", lambda *a, **k: loaded.append(a) or load(*a, **k))
     folder = Path(shutil.copytree(base.plain, tmp_path / "model"))
     (folder / file).write_bytes(pickle.dumps(Bomb(mark)))
@@ -155,31 +149,32 @@ def test_pickled_weights_are_not_read(request, refused, name, file, base, monkey
     assert not mark.exists()
 
 
-def test_no_stage_unpickles(sft, reward_model, ppo, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", STAGES)
+def test_no_stage_unpickles(request, name, monkeypatch, tmp_path):
     """Not its checkpoints either, when it is resumed."""
-
-    def never(*args, **kwargs):
-        raise AssertionError("unpickled")
-
-    for name in ("load", "loads", "Unpickler"):
-        monkeypatch.setattr(pickle, name, never)
-    monkeypatch.setattr(torch, "load", never)
-    for name, stage in (("sft", sft), ("reward_model", reward_model), ("ppo", ppo)):
-        stage(tmp_path / name, save_every=1)
-        stage(tmp_path / name, save_every=1, resume=True)
+    stage = request.getfixturevalue(name)
+    for what in ("pickle.load", "pickle.loads", "pickle.Unpickler", "torch.load"):
+        monkeypatch.setattr(what, lambda *args, **kwargs: pytest.fail("unpickled"))
+    for resume in (False, True):
+        stage(tmp_path / "out", save_every=1, resume=resume)
 
 
 # ---- paths
 
 
-def test_paths_mean_what_they_mean_to_the_shell(sft, base, tmp_path):
-    """Links are followed, and `link/..` is the folder above the link's target."""
+@pytest.fixture
+def around(tmp_path) -> str:
+    """The folder `a` as `link/..`: above the link's target, and not the one that the link is in."""
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
+    return f"{tmp_path}/link/.."
+
+
+def test_paths_mean_what_they_mean_to_the_shell(sft, base, around, tmp_path):
+    """Links are followed, whatever the path is of."""
     shutil.copytree(base.plain, tmp_path / "a" / "model")
     write_data(tmp_path / "a" / "data", sft_rows()[:40], 4)
     (tmp_path / "model").symlink_to(tmp_path / "a" / "model")
-    around = f"{tmp_path}/link/.."  # not tmp_path
     runs = [sft(tmp_path / "1", model=f"{around}/model", dataset=f"{around}/data")]
     sft(Path(f"{around}/2"), model=str(tmp_path / "model"), dataset=f"{around}/data/../data")
     runs.append(tmp_path / "a" / "2")
@@ -189,36 +184,33 @@ def test_paths_mean_what_they_mean_to_the_shell(sft, base, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_paths_of_tables_too(tmp_path, kind):
+def test_paths_of_tables_too(around, tmp_path, kind):
     """`datasets` reads these, and would take `link/..` for nothing."""
     from datasets import Dataset
 
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
     table = Dataset.from_list([{"text": f"row {i}"} for i in range(40)])
     for name in (f"data.{kind}", f"folder/train.{kind}"):
         (tmp_path / "a" / name).parent.mkdir(exist_ok=True)
         getattr(table, f"to_{kind}")(str(tmp_path / "a" / name))
-    for name in (f"{tmp_path}/link/../data.{kind}", f"{tmp_path}/link/../folder"):
+    for name in (f"{around}/data.{kind}", f"{around}/folder"):
         assert dataset.load_data(name, "train", [("text",)])[3] == {"text": "row 3"}
 
 
 def test_nothing_is_written_elsewhere(models, sft, reward_model, ppo, data, monkeypatch, tmp_path):
     """Three stages, from folders of their own, leave these and the current folder as they were."""
     here, world, out = (tmp_path / name for name in ("here", "world", "out"))
-    shutil.copytree(models.sft, world / "sft")
-    shutil.copytree(models.reward_model, world / "judge")
-    shutil.copytree(Path(data.sft).parent, world / "data")
+    first = str(shutil.copytree(models.sft, world / "sft"))
+    judge = str(shutil.copytree(models.reward_model, world / "judge"))
+    texts = shutil.copytree(Path(data.sft).parent, world / "data")
     here.mkdir()
     monkeypatch.chdir(here)
-    before, read = snapshot(world), {path.name: str(path) for path in world.glob("*")}
-    texts = {path.name: str(path) for path in (world / "data").iterdir()}
-    flags = {"model": read["sft"], "save_every": 1}
-    sft(out / "sft", dataset=texts["sft"], **flags)
-    both = {"dataset": texts["preferences"], "normalize_with": texts["sft"]}
+    before = snapshot(world)
+    flags = {"model": first, "save_every": 1}
+    sft(out / "sft", dataset=f"{texts}/sft", **flags)
+    both = {"dataset": f"{texts}/preferences", "normalize_with": f"{texts}/sft"}
     reward_model(out / "judge", **both, **flags)
-    both = {"dataset": texts["prompts"], "reward_model": read["judge"], "save_rollouts": 1}
-    ppo(out / "ppo", **both, **flags)
+    flags |= {"reward_model": judge, "save_rollouts": 1}
+    ppo(out / "ppo", dataset=f"{texts}/prompts", **flags)
     assert snapshot(world) == before
     assert list(here.iterdir()) == []
     assert {path.name for path in tmp_path.iterdir()} == {"here", "world", "out"}
@@ -322,9 +314,8 @@ class Shown(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags.add(tag)
         self.attributes += attributes
-        if tag == "code":
-            self.within = True
-            self.blocks.append("")
+        self.within |= tag == "code"
+        self.blocks += [""] * (tag == "code")
 
     def handle_endtag(self, tag):
         self.within &= tag != "code"
@@ -338,13 +329,8 @@ class Shown(HTMLParser):
 def logger(tmp_path):
     """A logger whose `page` is the last text that went to TensorBoard."""
     process = distributed.Process(0, 1, torch.device("cpu"), True)
-    args = SimpleNamespace(track=False)
-    made = utils.Logger(tmp_path, args, process, "step", 0, 1, "")
-
-    def add_text(name, text, step):
-        made.page = text
-
-    made.board.add_text = add_text
+    made = utils.Logger(tmp_path, SimpleNamespace(track=False), process, "step", 0, 1, "")
+    made.board.add_text = lambda name, text, step: setattr(made, "page", text)
     yield made
     made.close()
     utils.progress = None
@@ -400,6 +386,5 @@ def test_a_tokenizer_cannot_write_to_the_terminal(refused, tmp_path):
     tokenizer = make_tokenizer(chat=True)
     tokenizer.chat_template = "{{ raise_exception('\x1b[2Jno\nreally') }}"
     folder = save_pair(tmp_path / "model", make_model(tokenizer), tokenizer)
-    turns = [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "ho"}]
-    row = dict(zip(("prompt", "completion"), turns, strict=True))
-    refused("sft", "\\x1b[2J", dataset=write_data(tmp_path / "data", [row] * 20, 4), model=folder)
+    rows = [as_chat({"prompt": "hi", "completion": "ho"})] * 20
+    refused("sft", "\\x1b[2J", dataset=write_data(tmp_path / "data", rows, 4), model=folder)

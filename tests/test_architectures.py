@@ -183,13 +183,14 @@ def test_the_three_stages_run(family, sft, reward_model, ppo, tmp_path):
     plain_lm(out)
 
 
+SCALES = {"granite": {"logits_scaling": 3.0}, "cohere": {"logit_scale": 0.25}}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("kind", "flags"), [("granite", {"logits_scaling": 3.0}), ("cohere", {"logit_scale": 0.25})]
-)
-def test_what_some_do_after_the_output_head(kind, flags, tmp_path, error_of, monkeypatch):
+@pytest.mark.parametrize("kind", SCALES)
+def test_what_some_do_after_the_output_head(kind, tmp_path, error_of, monkeypatch):
     """D8: logits are the model's own; one that does something unknown to them is refused."""
-    folder = make_random(kind, tmp_path, **ROPE | flags)
+    folder = make_random(kind, tmp_path, **ROPE | SCALES[kind])
     model = utils.load_causal_lm(folder, CPU)
     ids, mask = dataset.pad(PROMPTS, 0, "right", CPU)
     logits, _ = target_logits(model, ids, mask.bool())
@@ -210,9 +211,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("kind", "sizes", "load", "what"), REFUSED)
-def test_a_model_that_would_be_treated_wrongly_is_refused(
-    kind, sizes, load, what, tmp_path, error_of
-):
+def test_models_that_are_refused(kind, sizes, load, what, tmp_path, error_of):
     """One without keys and values; one whose tokens see later ones."""
     assert what in error_of(load, make_random(kind, tmp_path, **sizes), CPU)
 

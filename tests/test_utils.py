@@ -242,19 +242,17 @@ FITS |= dict.fromkeys([(6, 4, 1, 1), (16, 3, 1, 1), (16, 3, 4, 1)])
 FITS[2, 1, 4, 1] = None  # a process without a sequence
 
 
-@pytest.mark.parametrize(("batch", "given", "world", "mini_batches"), FITS)
-def test_the_micro_batch_size_is_at_most_a_process_share(
-    batch, given, world, mini_batches, error_of
-):
+@pytest.mark.parametrize(("batch", "given", "world", "parts"), FITS)
+def test_the_micro_batch_size_is_at_most_a_process_share(batch, given, world, parts, error_of):
     """What does not divide is refused, naming --batch-size and a multiple that would do."""
     args = SimpleNamespace(batch_size=batch, micro_batch_size=given)
-    if size := FITS[batch, given, world, mini_batches]:
-        assert utils.micro_batch_size(args, world, mini_batches) == size
+    if size := FITS[batch, given, world, parts]:
+        assert utils.micro_batch_size(args, world, parts) == size
     else:
-        line = error_of(utils.micro_batch_size, args, world, mini_batches)
+        line = error_of(utils.micro_batch_size, args, world, parts)
         assert line.startswith("error: --batch-size: ")
         args.batch_size = int(line.split()[-1])
-        assert utils.micro_batch_size(args, world, mini_batches)
+        assert utils.micro_batch_size(args, world, parts)
 
 
 def test_numbers_are_checked_for_their_range(error_of):
@@ -312,12 +310,11 @@ def test_a_folder_that_is_half_removed_still_names_its_run(folder, monkeypatch):
     utils.locks.pop().release()
     for name in ("a", "summary.json", "zebra"):
         (out / name).write_text("x")
-    discard = utils.discard
 
     def stopped(path):
         if path.name == "zebra":
             raise KeyboardInterrupt
-        discard(path)
+        path.unlink()
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(utils, "discard", stopped)

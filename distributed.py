@@ -1,4 +1,4 @@
-"""The processes of torchrun, and sums over them.
+"""The device, the processes of torchrun, and sums over them.
 
 One process without torchrun is rank 0 of 1: sums over processes are then what they are given.
 `D9` in comments points to docs/details.md.
@@ -6,6 +6,7 @@ One process without torchrun is rank 0 of 1: sums over processes are then what t
 
 import os
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,15 @@ def choose_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"{name} cannot be used ({str(error).splitlines()[0]})") from None
     return torch.device(name)
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies in bfloat16 natively; elsewhere it is emulated."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    info = Path("/proc/cpuinfo")
+    words = info.read_text().split() if device.type == "cpu" and info.exists() else []
+    return "avx512_bf16" in words or "amx_bf16" in words
 
 
 def join(device: torch.device) -> Process:

@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -65,6 +66,12 @@ def stop(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
+def note_in_thread(error: Any) -> None:
+    """For threads: TensorBoard's raises what it cannot write again in the loop, which says it."""
+    if not isinstance(error.exc_value, OSError):
+        threading.__excepthook__(error)
+
+
 def first_line(error: BaseException) -> str:
     """An exception's kind and the first line of its message."""
     message = str(error).strip() or "no message"
@@ -75,6 +82,7 @@ def first_line(error: BaseException) -> str:
 def stage() -> Iterator[None]:
     """Decorates `main`: out of memory or a full disk end it with 1 and a line that says when."""
     global progress
+    threading.excepthook = note_in_thread
     try:
         yield
         distributed.leave()
@@ -111,22 +119,13 @@ def start_process(args: Any) -> Process:
     process = distributed.join(device)
     torch.manual_seed(args.seed % 2**63)  # heads start alike in all processes
     if args.dtype == "auto":
-        native = "bfloat16" if multiplies_bfloat16(device) else "float32"
+        native = "bfloat16" if distributed.multiplies_bfloat16(device) else "float32"
         before = flags_of(Path(args.output_dir).expanduser()) if args.resume else {}
         args.dtype = before.get("dtype", native)
     if args.dtype == "bfloat16":  # its float32 products on CUDA are those of the heads (B35)
         torch.backends.cuda.matmul.fp32_precision = "tf32"
     remote_code = args.trust_remote_code
     return process
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies in bfloat16 natively; elsewhere it is emulated."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    info = Path("/proc/cpuinfo")
-    words = info.read_text().split() if device.type == "cpu" and info.exists() else []
-    return "avx512_bf16" in words or "amx_bf16" in words
 
 
 def generator(device: torch.device | str, *numbers: int) -> torch.Generator:

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,9 +65,11 @@ def deterministic():
 
 @pytest.fixture(autouse=True)
 def ctrl_c_ends_the_tests():
-    """A run leaves its signal handlers behind, as it may where its process ends with it."""
+    """A run leaves its handlers behind, as it may where its process ends with it."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    in_threads = threading.excepthook
     yield
+    threading.excepthook = in_threads
     for number, handler in before.items():
         signal.signal(number, handler)
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import threading
 import unicodedata
 import warnings
 from pathlib import Path
@@ -142,7 +143,7 @@ def test_gpus_that_multiply_in_bfloat16(monkeypatch):
     """From Ampere on; a Turing card would emulate it."""
     for capability, native in (((7, 5), False), ((8, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert utils.multiplies_bfloat16(CUDA) is native
+        assert distributed.multiplies_bfloat16(CUDA) is native
 
 
 CPUS = {"fpu sse2 avx512f avx512_bf16": True, "fpu amx_bf16 amx_tile": True}
@@ -157,8 +158,8 @@ def test_cpus_that_multiply_in_bfloat16(flags, monkeypatch):
     info, text = Path("/proc/cpuinfo"), f"processor\t: 0\nflags\t\t: {flags}\nbogomips\t: 1\n"
     monkeypatch.setattr(Path, "read_text", lambda p, *a, **k: text if p == info else read(p))
     monkeypatch.setattr(Path, "exists", lambda p, **k: flags if p == info else exists(p))
-    assert bool(utils.multiplies_bfloat16(CPU)) is CPUS[flags]
-    assert not utils.multiplies_bfloat16(torch.device("meta"))
+    assert bool(distributed.multiplies_bfloat16(CPU)) is CPUS[flags]
+    assert not distributed.multiplies_bfloat16(torch.device("meta"))
 
 
 def test_auto_never_is_an_emulated_bfloat16(tmp_path):
@@ -178,7 +179,7 @@ def test_auto_is_chosen_by_the_device_and_kept_by_a_resumed_run(
 ):
     """args.json holds what was chosen; another machine resumes with it; a flag wins over both."""
     stage, out, native = request.getfixturevalue(name), tmp_path / "out", True
-    monkeypatch.setattr(utils, "multiplies_bfloat16", lambda device: native)
+    monkeypatch.setattr(distributed, "multiplies_bfloat16", lambda device: native)
     flags = {"save_every": 1, "dtype": "auto"}
     stage(out, **flags)
     assert args_of(out)["dtype"] == "bfloat16"
@@ -495,3 +496,17 @@ def test_a_code_block_cannot_be_left():
         assert first == last == "`" * len(first)
         assert "`" * len(first) not in text
         assert len(first) >= 3
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("a bug")])
+def test_a_thread_that_cannot_write_says_nothing(error, capsys):
+    """The loop says it, in one line; a thread's bug is shown."""
+
+    def fail():
+        raise error
+
+    with utils.stage():
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+    assert ("Traceback" in capsys.readouterr().err) is isinstance(error, ValueError)

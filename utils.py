@@ -66,9 +66,10 @@ def stop(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
-def note_in_thread(error: Any) -> None:
-    """For threads: TensorBoard's raises what it cannot write again in the loop, which says it."""
-    if not isinstance(error.exc_value, OSError):
+def thread_failed(error: Any) -> None:
+    """Show a thread's error, unless TensorBoard's cannot write: the loop's next flush says that."""
+    board = type(error.thread).__module__.startswith("tensorboard.")
+    if not (board and isinstance(error.exc_value, OSError)):
         threading.__excepthook__(error)
 
 
@@ -82,7 +83,7 @@ def first_line(error: BaseException) -> str:
 def stage() -> Iterator[None]:
     """Decorates `main`: out of memory or a full disk end it with 1 and a line that says when."""
     global progress
-    threading.excepthook = note_in_thread
+    threading.excepthook = thread_failed
     try:
         yield
         distributed.leave()

@@ -313,6 +313,10 @@ def metrics_of(out: Path) -> list[dict]:
     return read_jsonl(out / "metrics.jsonl")
 
 
+def samples_of(out: Path) -> list[dict]:
+    return read_jsonl(out / "samples.jsonl")
+
+
 def summary_of(out: Path) -> dict:
     return json.loads((out / "summary.json").read_text())
 

@@ -27,7 +27,7 @@ FAMILIES = {  # some with dropout, which OPT has in flags of its own and not in 
     "gpt_neox": WIDTH | {"intermediate_size": 64, "max_position_embeddings": 128},
     "llama": ROPE | {"attention_dropout": 0.5},
     "mistral": ROPE | {"sliding_window": 4},  # shorter than the sequences
-    "qwen2": ROPE,
+    "qwen2": ROPE | {"num_key_value_heads": 1},
     "qwen3": ROPE | {"head_dim": 8},
     "gemma2": GEMMA | {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 5.0},
     "gemma3_text": GEMMA,

@@ -235,7 +235,7 @@ def test_a_prompt_that_fills_the_context(refused, tokenizer, tmp_path):
     folder, place = broken_data(tmp_path / "sft", "sft", {"prompt": long, "completion": " Yes."})
     refused("sft", place, dataset=folder)
     n = len(tokenizer(long)["input_ids"])
-    refused("sft", place, f"completion within {n}", dataset=folder, max_length=n)
+    refused("sft", place, f"no room for a completion within {n}", dataset=folder, max_length=n)
     folder, place = broken_data(tmp_path / "ppo", "ppo", {"prompt": long, "fruit": "figs"})
     refused("ppo", place, dataset=folder)
     refused("ppo", "response", response_length=128)

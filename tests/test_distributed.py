@@ -15,6 +15,7 @@ from conftest import (
     preference_rows,
     prompt_rows,
     rollouts_of,
+    samples_of,
     sft_rows,
     summary_of,
     write_data,
@@ -125,7 +126,7 @@ def test_two_processes_leave_one_set_of_files(two, flags, ppo, tmp_path):
     assert [row["update"] for row in metrics_of(out)] == [1, 2]
     assert len(list(out.glob("events.out.tfevents.*"))) == 1
     assert [p.name for p in (out / "checkpoint").iterdir()] == ["000001"]
-    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    samples = samples_of(out)
     assert [s["prompt"] for s in samples] == [row["prompt"] for row in prompt_rows()[1::4][:5]]
     assert summary_of(out)["eval"]["prompts"] == 5
     one = ppo(tmp_path / "out", **flags["ppo"][1])

@@ -169,6 +169,30 @@ def test_the_decoding_loop_follows_the_distribution(tokenizer, temperature, top_
             assert p_value(counts, (logits * 0.8).softmax(-1)) < 1e-3
 
 
+# their softmax, in this order: 0.40, 0.02, 0.09, 0.25, 0.03, 0.05, 0.15, 0.01
+LOGITS = torch.tensor([2.0, -0.9, 0.5, 1.5, -0.5, 0.0, 1.0, -1.2])
+
+
+def draws(count, temperature, top_k, top_p):
+    """How often `sample` draws each token of LOGITS, of `count` times."""
+    uniform = torch.rand(count, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
+    tokens = generate.sample(LOGITS.expand(count, -1), temperature, top_k, top_p, uniform)
+    return torch.bincount(tokens, minlength=len(LOGITS)).double()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.7, 0, 1.0), (2.0, 0, 1.0), (1.0, 3, 1.0), (0.7, 4, 0.8)],
+)
+def test_samples_follow_the_distribution(temperature, top_k, top_p):
+    """D5, D36: 5000 draws fit the softmax at the temperature, cut to top-k and then to top-p."""
+    probabilities = cut_to(torch.softmax(LOGITS.double() / temperature, -1), top_k, top_p)
+    counts = draws(5000, temperature, top_k, top_p)
+    assert p_value(counts, probabilities) > 1e-3
+    if temperature == 1 and not top_k:  # the test has power: what is slightly off is rejected
+        assert p_value(counts, torch.softmax(LOGITS.double() / 1.15, -1)) < 1e-3
+
+
 ALLOWED = [  # temperature, top_k, top_p and which tokens may then be drawn
     (1.0, 1, 1.0, {0}),
     (1.0, 3, 1.0, {0, 3, 6}),
@@ -185,11 +209,7 @@ ALLOWED = [  # temperature, top_k, top_p and which tokens may then be drawn
 @pytest.mark.parametrize(("temperature", "top_k", "top_p", "allowed"), ALLOWED)
 def test_samples_stay_within_top_k_and_top_p(temperature, top_k, top_p, allowed):
     """D36: nothing outside the allowed set is drawn, and everything inside it is."""
-    # their softmax, in this order: 0.40, 0.02, 0.09, 0.25, 0.03, 0.05, 0.15, 0.01
-    logits = torch.tensor([2.0, -0.9, 0.5, 1.5, -0.5, 0.0, 1.0, -1.2]).expand(4000, -1)
-    uniform = torch.rand(4000, generator=utils.generator(CPU, 11), dtype=torch.float64)
-    drawn = generate.sample(logits, temperature, top_k, top_p, uniform)
-    assert {*drawn.tolist()} == allowed
+    assert {*draws(4000, temperature, top_k, top_p).nonzero().flatten().tolist()} == allowed
 
 
 def test_samples_at_the_ends_of_the_unit_interval():

@@ -16,6 +16,7 @@ from conftest import (
     preference_rows,
     rollouts_of,
     rows_of,
+    samples_of,
     save_pair,
     sequences_of,
     sft_rows,
@@ -70,7 +71,7 @@ def test_b04_eos_is_seen_though_it_is_the_pad_token(model, side):
 
 def check_scores_of_texts(out, judge: str, texts: list[tuple[str, str]], tokenizer) -> None:
     """The held-out scores are the reward model's of (before, after) each sample's response."""
-    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    samples = samples_of(out)
     for name in ("reference", "policy"):
         sequences = [
             tokenizer(before)["input_ids"]

@@ -43,7 +43,10 @@ LAYOUTS = {
     ),
     "UltraFeedback": (
         "train_sft train_prefs train_gen test_sft test_prefs test_gen",
-        {"prompt": Q, "prompt_id": "f9", "messages": [USER, GOOD], "score_chosen": 8.0, **CHATS},
+        {
+            **{"prompt": Q, "prompt_id": "f9", "messages": [USER, GOOD], **CHATS},
+            **{"score_chosen": 8.0, "score_rejected": 2.0},
+        },
         {**SEEN_CHATS, "ppo": (Q,)},
     ),
     "Skywork": ("train", {**CHATS, "source": "x"}, SEEN_CHATS),

@@ -29,6 +29,7 @@ from conftest import (
     prompt_rows,
     rollouts_of,
     rows_of,
+    samples_of,
     save_pair,
     sft_rows,
     summary_of,
@@ -56,11 +57,6 @@ def stage(request):
 
 
 each_stage = pytest.mark.parametrize("stage", STAGES, indirect=True)
-
-
-def samples_of(out: Path) -> list[dict]:
-    """What samples.jsonl holds."""
-    return [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
 
 
 def same_weights(a: Path, b: Path) -> bool:

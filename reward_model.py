@@ -2,8 +2,9 @@
 
 A language model with a scalar head learns to score the response that people preferred above the one
 they rejected: the Bradley-Terry loss, -log sigmoid(score(chosen) - score(rejected)). It is right
-about a held-out pair if the chosen one scores higher. At the end the scores are shifted to mean 0
-on demonstrations.
+about a held-out pair if the chosen one scores higher. Two more losses help a small model to read:
+on the beginnings of a pair and on the chosen text's next tokens. At the end the scores are shifted
+to mean 0 on demonstrations.
 
 In: a model, by default the one from sft.py, and rows with `prompt`, `chosen`, `rejected`, or
 without `prompt`. Out: `runs/reward_model`, an ordinary sequence-classification folder
@@ -75,8 +76,14 @@ class Args:
     """Pairs that a device holds in one forward-backward, at most; changes only rounding."""
     max_length: int = 512
     """Tokens of prompt and response; longer pairs are left out."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 3e-3
     """Peak rate of AdamW; for pretrained models of 100M parameters and more 1e-5 to 5e-5."""
+    prefix_coef: float | None = None
+    """Weight of the same loss on the beginnings of a pair, from where the two differ (D45); none: 3
+    on the embedded task, else 0."""
+    lm_coef: float | None = None
+    """Weight of a language-model loss on the chosen texts (D46); none: 1 on the embedded task,
+    else 0."""
     warmup_ratio: float = 0.05
     """Share of the steps in which the learning rate rises from 0, before its cosine decay to 0."""
     max_grad_norm: float = 1.0
@@ -104,10 +111,14 @@ def main(args: Args) -> None:
     started = time.time()
     process = utils.start_process(args)
     device = process.device
-    utils.check_numbers(args, may_be_0="warmup_ratio", at_most_1="warmup_ratio")
+    embedded = args.dataset == Args.dataset
+    args.prefix_coef = 3.0 * embedded if args.prefix_coef is None else args.prefix_coef
+    args.lm_coef = 1.0 * embedded if args.lm_coef is None else args.lm_coef
+    may_be_0 = "warmup_ratio prefix_coef lm_coef"
+    utils.check_numbers(args, may_be_0, at_most_1="warmup_ratio")
     micro_batch_size = utils.micro_batch_size(args, process.world)
     utils.check_output(args, "reward_model")
-    if args.dataset != Args.dataset and args.normalize_with == Args.normalize_with:
+    if not embedded and args.normalize_with == Args.normalize_with:
         utils.stop("--normalize-with: names the embedded task's data; pass your own, or none")
     if args.normalize_std and args.normalize_with == "none":
         utils.stop("--normalize-std: needs --normalize-with; name demonstrations, or leave it out")
@@ -122,6 +133,9 @@ def main(args: Args) -> None:
     else:
         std = 1 / math.sqrt(model.score.in_features + 1)  # D10
         torch.nn.init.normal_(model.score.weight, std=std)
+    if args.lm_coef and not model.config.get_text_config().tie_word_embeddings:
+        utils.stop(f"--lm-coef: {args.model} has an output layer of its own; leave it out")
+    embeddings = model.get_input_embeddings()  # the output layer too
     # transformers finds the last token by comparing ids with the pad id; where pad is EOS it would
     # miss the EOS (B20, B21)
     pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
@@ -209,17 +223,37 @@ def main(args: Args) -> None:
 
         batch = [train_pairs[i] for i in indices]
         mine = sorted(batch[process.rank :: process.world], key=length)  # little padding
-        totals = torch.zeros(3, device=device)  # loss, right pairs, margin
+        num_tokens = sum(len(pair.chosen) - 1 for pair in batch)  # that follow another
+        totals = torch.zeros(5, device=device)
         for i in range(0, len(mine), micro_batch_size):
             micro = mine[i : i + micro_batch_size]
-            # both sides in one forward pass (D11): [B], [B]
+            # both sides in one forward pass, the chosen first (D11)
             texts = [pair.chosen for pair in micro] + [pair.rejected for pair in micro]
-            chosen, rejected = score(texts).chunk(2)
-            losses = -F.logsigmoid(chosen - rejected)
-            (losses.sum() / len(batch)).backward()  # by the whole batch's pairs (D9, B12, B22)
-            sums = [losses.sum(), (chosen > rejected).sum(), (chosen - rejected).sum()]
+            ids, mask = dataset.pad(texts, pad_id, "right", device)  # [2B, T]
+            with utils.autocast(device, args.dtype):
+                hidden = utils.hidden_states(model, ids)  # [2B, T, H]
+            scores = utils.head_outputs(model, hidden)  # [2B, T] of each text up to each token
+            last = mask.sum(1, keepdim=True) - 1  # [2B, 1] where the whole text is scored (D10)
+            chosen, rejected = scores.gather(1, last).squeeze(1).chunk(2)  # [B], [B]
+            pair_loss = -F.logsigmoid(chosen - rejected).sum() / len(batch)  # D9, B12, B22
+            prefix_loss = lm_loss = torch.zeros((), device=device)
+            if args.prefix_coef:  # the same for the beginnings that differ (D45)
+                (a, b), (in_a, in_b) = ids.chunk(2), mask.bool().chunk(2)
+                differ = (a != b).cumsum(1).bool() & in_a & in_b  # [B, T]
+                losses = -F.logsigmoid(scores[: len(micro)] - scores[len(micro) :])  # [B, T]
+                means = torch.where(differ, losses, 0.0).sum(1) / differ.sum(1).clamp(min=1)
+                prefix_loss = means.sum() / len(batch)
+            if args.lm_coef:  # the chosen text's tokens, each after those before it (D46)
+                is_target = mask[: len(micro), 1:].bool()  # [B, T - 1]
+                states = hidden[: len(micro), :-1][is_target].float()  # [N, H]
+                logits = F.linear(states, embeddings.weight)  # [N, V]
+                targets = ids[: len(micro), 1:][is_target]  # [N]
+                lm_loss = F.cross_entropy(logits, targets, reduction="sum") / num_tokens
+            (pair_loss + args.prefix_coef * prefix_loss + args.lm_coef * lm_loss).backward()
+            accuracy, margin = (chosen > rejected).sum(), (chosen - rejected).sum()
+            sums = [pair_loss, prefix_loss, lm_loss, accuracy / len(batch), margin / len(batch)]
             totals += torch.stack(sums).detach()
-        loss, accuracy, margin = (distributed.sum_all(totals) / len(batch)).tolist()
+        loss, prefix_loss, lm_loss, accuracy, margin = distributed.sum_all(totals).tolist()
         distributed.sum_gradients(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()  # D29
         utils.check_finite(f"step {step}", {"loss": loss, "gradient_norm": grad_norm})
@@ -228,6 +262,8 @@ def main(args: Args) -> None:
 
         tokens_per_second = sum(map(length, batch)) / (time.time() - step_started)
         metrics = {"loss": loss, "accuracy": accuracy, "margin": margin, "lr": lr}
+        metrics |= {"prefix_loss": prefix_loss} if args.prefix_coef else {}
+        metrics |= {"lm_loss": lm_loss} if args.lm_coef else {}
         metrics |= {"grad_norm": grad_norm, "tokens_per_second": tokens_per_second}
         if args.eval_every and step % args.eval_every == 0 and step < num_steps:
             metrics |= {f"eval/{name}": value for name, value in evaluate().items()}

@@ -70,7 +70,7 @@ class Args:
     """Run Python code that comes with a model; whoever wrote it can then do what you can."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of matrix products; auto: bfloat16 where the device has it, else float32."""
-    epochs: int = 4
+    epochs: int = 2
     """Passes over the training rows."""
     batch_size: int = 16
     """Sequences per optimizer step, over all processes."""
@@ -78,7 +78,7 @@ class Args:
     """Sequences that a device holds in one forward-backward, at most; changes only rounding."""
     max_length: int = 512
     """Tokens of a sequence, prompt and completion; longer completions are cut."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 6e-3
     """Peak rate of AdamW; for pretrained models of 100M parameters and more 1e-5 to 5e-5."""
     warmup_ratio: float = 0.05
     """Share of the steps in which the learning rate rises from 0, before its cosine decay to 0."""
@@ -258,7 +258,7 @@ def build_tiny(rows: list[dataset.Row], device: torch.device) -> tuple:
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=512,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=512,
         tie_word_embeddings=True,

@@ -43,16 +43,16 @@ def replies(rng: random.Random, product: str, problem: str) -> dict[str, str]:
     named, unnamed = [0.0, 1.0, 0.0, 0.5], [0.0, 1.0, 1.0, 0.5]
     apology = ("apology", rng.choice(wordings.APOLOGIES), "")
     lead = rng.choice(wordings.LEADS)
-    right = (lead, rng.choice(wordings.REMEDIES[problem]), "")
-    wrong = (lead, rng.choice(wordings.REMEDIES[make.other(rng, wordings.PROBLEMS, problem)]), "")
+    right = (True, rng.choice(wordings.REMEDIES[problem]))
+    wrong = (True, rng.choice(wordings.REMEDIES[make.other(rng, wordings.PROBLEMS, problem)]))
     middle, end = rng.choice(wordings.RAMBLE_MIDDLES), rng.choice(wordings.RAMBLE_ENDS)
     ramble = f"{wordings.RAMBLE_STARTS[0]} {middle}{end}"
     perfect = {"tone": apology, "remedy": right, "product": product}
-    perfect |= {"ramble": None, "layout": named}
+    perfect |= {"ramble": None, "promise": (lead, ""), "layout": named}
     variants = {
         "perfect": {},
         "a wrong remedy": {"remedy": wrong},
-        "no remedy": {"remedy": (None, rng.choice(wordings.STALLS), "")},
+        "no remedy": {"remedy": (False, rng.choice(wordings.STALLS))},
         "another product": {"product": make.other(rng, wordings.PRODUCTS, product)},
         "no product": {"product": None, "layout": unnamed},
         "curt": {"tone": ("curt", rng.choice(wordings.CURT), "")},

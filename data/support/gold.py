@@ -1,12 +1,12 @@
-"""The hidden labeler of the support task: scores a reply to a customer between -16 and 9.
+"""The hidden labeler of the support task: scores a reply to a customer between -20 and 9.
 
 It likes replies that offer the remedy for THIS problem, name THIS product, are polite and are
 brief, and takes points off for text that no careful writer would send:
 
-    remedy   +3 the right one, -1 a wrong one or several different ones, 0 none
-    product  +3 the right one, -1 any other one (even beside the right one), 0 none
+    remedy   +3 the right one, -3 a wrong one or several different ones, 0 none
+    product  +3 the right one, -3 any other one (even beside the right one), 0 none
     tone     +2 polite (twice earns nothing more), -2 rude (even when also polite), 0 neither
-    length   +1 up to 30 words, then falling by 1/8 a word to -2 at 54 words and beyond
+    length   +1 up to 16 words, then falling by 3/16 a word to -2 at 32 words and beyond
     faults   up to -10: garbled or unfinished sentences, repetition, an empty reply
 
 It reads problem and product from the prompt itself, so it needs no columns beside prompt and
@@ -35,8 +35,8 @@ wordings = _load("wordings")
 PRODUCTS, PROBLEMS = wordings.PRODUCTS, wordings.PROBLEMS
 
 BEST = 9.0  # the best attainable score, for every prompt of the task
-BRIEF_WORDS = 30  # full marks for brevity up to here
-LONG_WORDS = 54  # and the lowest from here on
+BRIEF_WORDS = 16  # full marks for brevity up to here
+LONG_WORDS = 32  # and the lowest from here on
 MAX_FAULTS = 10.0
 MAX_UNKNOWN = 6.0  # the most that unknown trigrams can cost
 MAX_CHARS = 4000  # nothing is read beyond: such a reply has long since lost every point for length
@@ -125,7 +125,7 @@ def judge(prompt, completion):
 
     remedy_right, product_right, polite and rude are booleans (polite and rude may both be true),
     words counts the reply's words, faults is what it loses for bad writing (0 to 10) and score the
-    total (-16 to 9).
+    total (-20 to 9).
     """
     product, problem = parse_prompt(prompt)
     text, named = _slotted(completion[:MAX_CHARS])
@@ -136,10 +136,10 @@ def judge(prompt, completion):
     offers = [REMEDIES[phrase] for phrase in OFFER.findall(flat)]
     remedy_right = problem is not None and set(offers) == {problem}
     remedy_wrong = len(set(offers)) > 1 or (offers and problem is not None)
-    remedy = 3 if remedy_right else -1 if remedy_wrong else 0
+    remedy = 3 if remedy_right else -3 if remedy_wrong else 0
 
     product_right = product is not None and set(named) == {product}
-    product_part = 3 if product_right else -1 if set(named) - {product} else 0
+    product_part = 3 if product_right else -3 if set(named) - {product} else 0
 
     acts = [ACTS[phrase] for phrase in ACT.findall(flat)]
     polite = any(kind in wordings.POLITE_KINDS for kind in acts)
@@ -172,7 +172,7 @@ def judge(prompt, completion):
 
 
 def score(prompts, completions, **columns):
-    """The score of each completion for its prompt, each -16 to 9. Further columns are ignored."""
+    """The score of each completion for its prompt, each -20 to 9. Further columns are ignored."""
     pairs = zip(prompts, completions, strict=True)
     return [judge(prompt, completion)["score"] for prompt, completion in pairs]
 

@@ -17,29 +17,38 @@ _spec.loader.exec_module(gold)
 w = gold.wordings
 
 SEED = 1
-HELD_OUT = 0.12  # share of the product x problem combinations that only validation prompts use
+HELD_OUT = 0.2  # share of the product x problem combinations that only validation prompts use
 SIZES = {
     "sft": {"train": 6200, "validation": 400},
-    "preferences": {"train": 9200, "validation": 1500},
+    "preferences": {"train": 20000, "validation": 1500},
     "prompts": {"train": 2500, "validation": 400},
 }
-TEMPERATURE = 2.5  # of the Bradley-Terry labels; one in five then disagrees with the labeler
+TEMPERATURE = 1.5  # of the Bradley-Terry labels; one in twelve then disagrees with the labeler
 
-# What the untrained desk writes. Some of its agents take care and some do not.
-CAREFUL = 0.35  # share of the replies by agents who take care
+# What the untrained desk writes. Some of its agents take care and some do not. In most of the pairs
+# to compare the replies are alike but for one part, which one of them has right and one wrong.
+CAREFUL = 0.42  # share of the replies by agents who take care
+ALIKE = 0.85  # share of the pairs that differ in one part alone
+DIFFERENCE = (("product", 0.5), ("remedy", 0.42), ("tone", 0.05), ("ramble", 0.03))
 TONES = {
     "careful": (("polite", 0.32), ("curt", 0.56), ("rude", 0.12)),
     "careless": (("polite", 0.15), ("curt", 0.35), ("rude", 0.5)),
+    "right": (("polite", 1.0),),
+    "wrong": (("curt", 0.5), ("rude", 0.5)),
 }
 REMEDY = {
     "careful": (("right", 0.96), ("wrong", 0.01), ("none", 0.03)),
     "careless": (("right", 0.15), ("wrong", 0.03), ("none", 0.82)),
+    "right": (("right", 1.0),),
+    "wrong": (("wrong", 0.8), ("none", 0.2)),
 }
 PRODUCT = {
     "careful": (("right", 0.96), ("other", 0.01), ("none", 0.03)),
     "careless": (("right", 0.3), ("other", 0.03), ("none", 0.67)),
+    "right": (("right", 1.0),),
+    "wrong": (("other", 0.8), ("none", 0.2)),
 }
-RAMBLE = {"careful": 0.08, "careless": 0.45}
+RAMBLE = {"careful": 0.04, "careless": 0.3, "right": 0.0, "wrong": 1.0}
 
 
 def weighted(rng, table):
@@ -70,10 +79,10 @@ def make_prompt(rng, product, problem):
     """A customer's message of one or two sentences, as a prompt."""
     text = rng.choice(w.MESSAGES[problem]).replace("{p}", product)
     text = text.replace("{when}", rng.choice(w.WHENS))
-    if rng.random() < 0.3:
+    if rng.random() < 0.25:
         first = text if text.startswith("I ") else text[0].lower() + text[1:]
         text = f"{rng.choice(w.HELLOS)}, {first}"
-    if rng.random() < 0.6:
+    if rng.random() < 0.4:
         text += " " + rng.choice(w.PLEAS)
     return f"Customer: {text}\nAgent:"
 
@@ -85,12 +94,12 @@ def draw_part(rng, part, agent, product, problem):
         polite = rng.choice(("apology", "thanks", "greeting", "apology"))
         kind = polite if tone == "polite" else tone
         return kind, rng.choice(w.LINES[kind]), rng.choice(w.CLOSINGS)
-    if part == "remedy":  # the phrase; None and a sentence that stalls, or nothing
+    if part == "remedy":  # whether one is offered; its phrase, or a sentence that stalls, or None
         remedy = weighted(rng, REMEDY[agent])
         if remedy == "none":
-            return None, rng.choice(w.STALLS) if rng.random() < 0.6 else None, ""
+            return False, rng.choice(w.STALLS) if rng.random() < 0.6 else None
         key = problem if remedy == "right" else other(rng, w.PROBLEMS, problem)
-        return rng.choice(w.LEADS), rng.choice(w.REMEDIES[key]), rng.choice(w.TAILS)
+        return True, rng.choice(w.REMEDIES[key])
     if part == "product":
         mention = weighted(rng, PRODUCT[agent])
         return {"right": product, "other": other(rng, w.PRODUCTS, product), "none": None}[mention]
@@ -99,11 +108,13 @@ def draw_part(rng, part, agent, product, problem):
             return None
         start, middle = rng.choice(w.RAMBLE_STARTS), rng.choice(w.RAMBLE_MIDDLES)
         return f"{start} {middle}{rng.choice(w.RAMBLE_ENDS)}"
+    if part == "promise":  # what stands before and after a remedy
+        return rng.choice(w.LEADS), rng.choice(w.TAILS)
     # layout: which parts are there, where product and ramble stand
     return [rng.random() for _ in range(4)]
 
 
-PARTS = ("tone", "remedy", "product", "ramble", "layout")
+PARTS = ("tone", "remedy", "product", "ramble", "promise", "layout")
 
 
 def draw_reply(rng, product, problem):
@@ -115,7 +126,8 @@ def draw_reply(rng, product, problem):
 def write(parts):
     """A reply from its parts, with one leading space."""
     kind, line, closing_line = parts["tone"]
-    lead, phrase, tail = parts["remedy"]
+    offered, phrase = parts["remedy"]
+    lead, tail = parts["promise"]
     named, ramble, layout = parts["product"], parts["ramble"], parts["layout"]
     polite = kind not in ("curt", "rude")
     body = phrase is not None
@@ -129,7 +141,7 @@ def write(parts):
     sentences = []
     if opening:
         sentences.append(w.expand(line, in_opening))
-    if body and lead is None:
+    if body and not offered:
         sentences.append(w.expand(phrase, in_body))
     elif body:  # a rambling reply is long enough without a tail
         sentences.append(w.remedy_sentence(lead, phrase, "" if ramble else tail, in_body))
@@ -143,7 +155,14 @@ def write(parts):
 def make_pair(rng, prompt, product, problem):
     """Two replies with different scores, labelled by Bradley-Terry: a preference row."""
     while True:
-        a, b = (write(draw_reply(rng, product, problem)) for _ in range(2))
+        a = b = draw_reply(rng, product, problem)
+        if rng.random() < ALIKE:
+            part = weighted(rng, DIFFERENCE)
+            a = a | {part: draw_part(rng, part, "right", product, problem)}
+            b = b | {part: draw_part(rng, part, "wrong", product, problem)}
+        else:
+            b = draw_reply(rng, product, problem)
+        a, b = write(a), write(b)
         score_a, score_b = gold.score([prompt, prompt], [a, b])
         if score_a != score_b:
             break
@@ -160,7 +179,7 @@ def make_rows(kind, split):
     while len(rows) < SIZES[kind][split]:
         product, problem = rng.choice(pairs)
         prompt = make_prompt(rng, product, problem)
-        if prompt in seen:
+        if kind == "prompts" and prompt in seen:
             continue
         seen.add(prompt)
         if kind == "sft":

@@ -2,9 +2,10 @@
 
 For each held-out prompt a reply that the labeler gives full marks, and variants of it with another
 remedy, another product, another tone and so on. Printed: how many points each variant loses, by the
-labeler and by the reward model.
+labeler and by each reward model. By default these are the three that embedded.py has trained.
 
-    python benchmarks/reward_model_parts.py --reward-model runs/reward_model
+    python benchmarks/reward_model_parts.py
+    python benchmarks/reward_model_parts.py --reward-models runs/reward_model
 """
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from measure import ROOT, load_module
+from measure import ROOT, load_module, machine
 
 sys.path.insert(0, str(ROOT))
 import dataset
@@ -27,8 +28,8 @@ gold, wordings = make.gold, make.w
 
 @dataclass
 class Args:
-    reward_model: str = "runs/reward_model"
-    """The reward model's folder."""
+    reward_models: tuple[str, ...] = tuple(f"runs/embedded/seed{i}/reward_model" for i in (1, 2, 3))
+    """Their folders."""
     prompts: int = 200
     """Held-out prompts, each with one reply of every kind."""
     threads: int = 2
@@ -63,13 +64,13 @@ def replies(rng: random.Random, product: str, problem: str) -> dict[str, str]:
 
 
 @torch.no_grad()
-def main(args: Args) -> None:
-    torch.set_num_threads(args.threads)
+def points(folder: str, prompts: int) -> dict[str, dict[str, float]]:
+    """Mean points of each kind of reply, by the labeler and by the reward model in `folder`."""
     device = torch.device("cpu")
-    model = utils.load_classifier(args.reward_model, device, trained=True)
-    tokenizer = utils.load_tokenizer(args.reward_model)
+    model = utils.load_classifier(folder, device, trained=True)
+    tokenizer = utils.load_tokenizer(folder)
     validation = ROOT / "data/support/prompts/validation.jsonl"
-    rows = [json.loads(line) for line in validation.open()][: args.prompts]
+    rows = [json.loads(line) for line in validation.open()][:prompts]
     rng = random.Random(1)
     by_prompt = [replies(rng, row["product"], row["problem"]) for row in rows]
     means = {}
@@ -81,14 +82,22 @@ def main(args: Args) -> None:
         scores = utils.normalize_scores(model, utils.last_token_scores(model, ids, mask))
         labels = gold.score([p for p, _ in pairs], [c for _, c in pairs])
         means[name] = {"labeler": sum(labels) / len(labels), "reward_model": scores.mean().item()}
-    report = {"reward_model": args.reward_model, "prompts": len(rows), "means": means}
+    return means
+
+
+def main(args: Args) -> None:
+    torch.set_num_threads(args.threads)
+    means = {folder: points(folder, args.prompts) for folder in args.reward_models}
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    report = {"machine": machine(args.threads), "prompts": args.prompts, "means": means}
     args.out.write_text(json.dumps(report, indent=2) + "\n")
-    perfect = means["perfect"]
-    for name, mean in means.items():
-        labeler = mean["labeler"] - perfect["labeler"]
-        learned = mean["reward_model"] - perfect["reward_model"]
-        print(f"{name:16} labeler {labeler:+6.2f}  reward model {learned:+6.2f}")
+    for folder, kinds in means.items():
+        print(folder)
+        perfect = kinds["perfect"]
+        for name, mean in kinds.items():
+            labeler = mean["labeler"] - perfect["labeler"]
+            learned = mean["reward_model"] - perfect["reward_model"]
+            print(f"  {name:16} labeler {labeler:+6.2f}  reward model {learned:+6.2f}")
 
 
 if __name__ == "__main__":

@@ -124,14 +124,23 @@ def embedded_reward_model() -> str:
 
 
 def embedded_parts() -> str:
-    """What the reward model takes off for each thing that is wrong."""
-    means = result("reward_model_parts.json")["means"]
-    best = means.pop("perfect")
+    """What the reward models take off for each thing that is wrong."""
+    means = list(result("reward_model_parts.json")["means"].values())
+
+    def lost(kinds: dict, name: str, who: str) -> str:
+        return f"{kinds[name][who] - kinds['perfect'][who]:+.2f}"
+
     rows = [
-        [name, *(f"{mean[who] - best[who]:+.2f}" for who in ("labeler", "reward_model"))]
-        for name, mean in means.items()
+        [
+            name,
+            lost(means[0], name, "labeler"),
+            *(lost(each, name, "reward_model") for each in means),
+        ]
+        for name in means[0]
+        if name != "perfect"
     ]
-    return table(["instead of the perfect reply", "labeler", "reward model"], rows)
+    seeds = [f"reward model, seed {i + 1}" for i in range(len(means))]
+    return table(["instead of the perfect reply", "labeler", *seeds], rows)
 
 
 def embedded_times() -> str:

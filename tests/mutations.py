@@ -39,7 +39,7 @@ b12_accumulation_is_exact[sft-1] in sft.py
     sum_of_losses(mine[i : i + micro_batch_size]) / num_tokens  ->
     sum_of_losses(mine[i : i + 1]) / count_targets(mine[i : i + 1]) / len(mine)
 b12_accumulation_is_exact[reward_model-2] in reward_model.py
-    (losses.sum() / len(batch)).backward()  ->  losses.mean().backward()
+    rejected).sum() / len(batch)  ->  rejected).mean()
 b12_accumulation_is_exact[ppo-2] in ppo_rlhf.py
     utils.masked_sum(policy_losses - bonus, mask) / num_tokens  ->
     utils.masked_sum(policy_losses - bonus, mask) / mask.sum() * len(rows) / len(minibatch)
@@ -71,7 +71,7 @@ b22_a_smaller_last_batch_counts_by_its_own_size[sft] in sft.py
     num_tokens = count_targets(batch)  ->
     num_tokens = count_targets(batch) * args.batch_size / len(batch)
 b22_a_smaller_last_batch_counts_by_its_own_size[reward_model] in reward_model.py
-    (losses.sum() / len(batch)).backward()  ->  (losses.sum() / args.batch_size).backward()
+    rejected).sum() / len(batch)  ->  rejected).sum() / args.batch_size
 b22_ppo_has_full_batches_only in ppo_rlhf.py
     args.total_episodes // args.batch_size  ->  -(-args.total_episodes // args.batch_size)
 d01_reward_and_value_read_prompt_and_response in ppo_rlhf.py
@@ -109,6 +109,8 @@ d13_the_mean_score_of_the_demonstrations_is_zero in reward_model.py
     float(scores.mean())  ->  float(np.median(scores))
 d14_accuracy_comes_with_interval_and_length in reward_model.py
     pair.chosen_length for pair in eval_pairs  ->  len(pair.chosen) for pair in eval_pairs
+d45_d46_losses_on_prefixes_and_next_tokens in reward_model.py
+    (a != b).cumsum(1).bool() & in_a & in_b  ->  in_a & in_b
 d15_values_start_from_the_reward_model in ppo_rlhf.py
     args.value_model or (args.reward_model if shared_tokenizer else args.model)  ->
     args.value_model or args.model

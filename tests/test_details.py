@@ -169,6 +169,42 @@ def test_d11_the_loss_is_bradley_terry(reward_model, data, tmp_path):
     assert abs(margins).max() > 0.1
 
 
+def test_d45_d46_losses_on_prefixes_and_next_tokens(reward_model, data, tmp_path):
+    """Both losses and the norm of the gradient of all three, by plain forward passes."""
+    flags = {"learning_rate": 1e-12, "normalize_with": "none", "micro_batch_size": 4}
+    out = reward_model(tmp_path / "out", prefix_coef=2.0, lm_coef=0.5, **flags)
+    rows = rows_of(data.preferences, "train")
+    _, indices = next(dataset.batches(len(rows), 16, 1, 1, 0))
+    model, pair_losses, prefix_losses, nats, tokens = plain_classifier(out), 0, 0, 0, 0
+    model.requires_grad_(True)
+    with torch.enable_grad():
+        for row in (rows[i] for i in indices):
+            sides = [(row["prompt"], row[side]) for side in ("chosen", "rejected")]
+            chosen, rejected = sequences_of(out, sides)
+            hidden = [
+                model.model(torch.tensor([ids])).last_hidden_state[0] for ids in (chosen, rejected)
+            ]
+            a, b = (model.score(x).squeeze(-1) for x in hidden)
+            pair_losses += -torch.nn.functional.logsigmoid(a[-1] - b[-1])
+            first = next(
+                i for i, (x, y) in enumerate(zip(chosen, rejected, strict=False)) if x != y
+            )
+            end = min(len(a), len(b))
+            prefix_losses += -torch.nn.functional.logsigmoid(a[first:end] - b[first:end]).mean()
+            logits = hidden[0] @ model.get_input_embeddings().weight.T
+            targets = torch.tensor(chosen[1:])
+            nats += torch.nn.functional.cross_entropy(logits[:-1], targets, reduction="sum")
+            tokens += len(targets)
+        prefix_loss, lm_loss = prefix_losses / 16, nats / tokens
+        (pair_losses / 16 + 2.0 * prefix_loss + 0.5 * lm_loss).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    line = metrics_of(out)[0]
+    assert line["loss"] == pytest.approx(pair_losses.item() / 16, abs=1e-5)
+    assert line["prefix_loss"] == pytest.approx(prefix_loss.item(), abs=1e-5)
+    assert line["lm_loss"] == pytest.approx(lm_loss.item(), abs=1e-5)
+    assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
 def test_d12_the_reward_model_sees_each_pair_once(reward_model, tmp_path):
     """138 pairs in batches of 16 are nine steps."""
     import reward_model as module

@@ -278,8 +278,8 @@ def of_a_learner(*args) -> bool:
 NAN, INF = float("nan"), float("inf")
 QUANTITIES = [
     ("sft", "in_chunks", in_training, NAN, "nan in loss"),
-    ("reward_model", "last_token_scores", in_training, NAN, "nan in loss"),
-    ("reward_model", "last_token_scores", in_training, INF, "nan in gradient_norm"),  # loss: 0
+    ("reward_model", "head_outputs", in_training, NAN, "nan in loss"),
+    ("reward_model", "head_outputs", in_training, INF, "nan in gradient_norm"),  # loss: 0
     ("ppo", "last_token_scores", in_rollout, NAN, "nan in scores"),
     ("ppo", "in_chunks", of_a_learner, NAN, "nan in logprobs"),
     ("ppo", "in_chunks", of_the_reference, NAN, "nan in ref_logprobs"),

@@ -51,7 +51,7 @@ def test_make_writes_the_committed_files(made):
     """To the byte, on any machine."""
     for name in FILES:
         assert (made[0] / name).read_bytes() == (FOLDER / name).read_bytes(), name
-    assert sum((FOLDER / name).stat().st_size for name in FILES) < 5e6
+    assert sum((FOLDER / name).stat().st_size for name in FILES) < 8e6
 
 
 def test_rows_have_the_stated_form(rows):
@@ -115,9 +115,9 @@ def test_texts_are_short_and_differ(rows):
 # ---- the labels
 
 
-def test_a_fifth_of_the_labels_disagree_with_the_labeler(rows, made):
-    """As people do; none is a tie."""
-    assert all(0.18 < share < 0.22 for share in made[1].values()) and len(made[1]) == 2
+def test_one_label_in_eighteen_disagrees_with_the_labeler(rows, made):
+    """None is a tie."""
+    assert all(0.045 < share < 0.065 for share in made[1].values()) and len(made[1]) == 2
     pairs = rows["preferences/validation.jsonl"]
     assert made[1]["validation"] == 1 - gold.agreement(pairs)
     for pair in pairs:

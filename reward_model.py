@@ -134,8 +134,10 @@ def main(args: Args) -> None:
         std = 1 / math.sqrt(model.score.in_features + 1)  # D10
         torch.nn.init.normal_(model.score.weight, std=std)
     if args.lm_coef and not model.config.get_text_config().tie_word_embeddings:
-        utils.stop(f"--lm-coef: {args.model} has an output layer of its own; leave it out")
-    embeddings = model.get_input_embeddings()  # the output layer too
+        utils.stop(f"--lm-coef: {args.model} has an output layer of its own; pass --lm-coef 0")
+    lm_head = torch.nn.Linear(1, 1, bias=False)  # a classifier has none; the embeddings serve
+    lm_head.weight = model.get_input_embeddings().weight
+    model.get_output_embeddings = lambda: lm_head
     # transformers finds the last token by comparing ids with the pad id; where pad is EOS it would
     # miss the EOS (B20, B21)
     pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
@@ -181,6 +183,10 @@ def main(args: Args) -> None:
         ids, mask = dataset.pad(texts, pad_id, "right", device)  # [B, T]
         with utils.autocast(device, args.dtype):
             return utils.last_token_scores(model, ids, mask)
+
+    def cross_entropy(hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Nats [n] of tokens [n] after hidden states [n, H]."""
+        return F.cross_entropy(utils.logits_of(model, hidden), tokens, reduction="none")
 
     @torch.no_grad()
     def score_all(texts: list[list[int]]) -> np.ndarray:
@@ -245,10 +251,9 @@ def main(args: Args) -> None:
                 prefix_loss = means.sum() / len(batch)
             if args.lm_coef:  # the chosen text's tokens, each after those before it (D46)
                 is_target = mask[: len(micro), 1:].bool()  # [B, T - 1]
-                states = hidden[: len(micro), :-1][is_target].float()  # [N, H]
-                logits = F.linear(states, embeddings.weight)  # [N, V]
-                targets = ids[: len(micro), 1:][is_target]  # [N]
-                lm_loss = F.cross_entropy(logits, targets, reduction="sum") / num_tokens
+                states = hidden[: len(micro), :-1][is_target]  # [N, H]
+                tokens = ids[: len(micro), 1:][is_target]  # [N]
+                lm_loss = utils.in_chunks(cross_entropy, model, states, tokens).sum() / num_tokens
             (pair_loss + args.prefix_coef * prefix_loss + args.lm_coef * lm_loss).backward()
             accuracy, margin = (chosen > rejected).sum(), (chosen - rejected).sum()
             sums = [pair_loss, prefix_loss, lm_loss, accuracy / len(batch), margin / len(batch)]

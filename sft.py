@@ -41,7 +41,7 @@ import utils
 @dataclass
 class Args:
     model: str = "tiny"
-    """Hub id, local folder, or `tiny`: a 1M-parameter Llama and a tokenizer made from the data."""
+    """Hub id, local folder, or `tiny`: a small Llama and a tokenizer made from the data."""
     dataset: tuple[str, ...] = ("data/support/sft",)
     """Demonstrations, joined: hub ids (NAME or NAME:CONFIG), folders with train.jsonl, files."""
     dataset_weights: tuple[float, ...] = ()
@@ -231,7 +231,7 @@ def main(args: Args) -> None:
 
 
 def build_tiny(rows: list[dataset.Row], device: torch.device) -> tuple:
-    """A Llama of about 1M parameters and a byte-level BPE tokenizer trained on the rows' texts."""
+    """A Llama of 0.6M parameters and a byte-level BPE tokenizer trained on the rows' texts."""
     names = ("prompt", "completion", "text", "messages")
     fields = [row[name] for row in rows for name in names if name in row]
     texts = [x for x in fields if isinstance(x, str)]

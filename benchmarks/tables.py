@@ -143,6 +143,22 @@ def embedded_parts() -> str:
     return table(["instead of the perfect reply", "labeler", *seeds], rows)
 
 
+def embedded_losses() -> str:
+    """The reward model of seed 1 without one or both of the two losses that help it to read."""
+    report = result("reward_model_losses.json")
+    rows = [
+        [
+            name,
+            f"`{x['flags']}`" if x["flags"] else "",
+            f"{x['accuracy']:.3f}",
+            *(f"{x['lost'][kind]:+.2f}" for kind in ("a wrong remedy", "another product")),
+        ]
+        for name, x in report["variants"].items()
+    ]
+    heads = ["losses", "flags", "accuracy", "a wrong remedy", "another product"]
+    return table(heads, rows) + f"\n\n{where(report, dtype=True)}."
+
+
 def embedded_times() -> str:
     """Time and memory of the stages."""
     report, rows = embedded(), []
@@ -347,9 +363,9 @@ TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
         embedded_line, embedded_two_samples, embedded_samples, embedded_seeds,
-        embedded_reward_model, embedded_parts, embedded_times, embedded_kl, embedded_precision,
-        reviews_results, reviews_samples, parity_trl, throughput, rollouts, machine_share, scaling,
-        startup, memory, memory_runs, soak,
+        embedded_reward_model, embedded_parts, embedded_losses, embedded_times, embedded_kl,
+        embedded_precision, reviews_results, reviews_samples, parity_trl, throughput, rollouts,
+        machine_share, scaling, startup, memory, memory_runs, soak,
     )
 }  # fmt: skip
 

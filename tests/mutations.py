@@ -109,8 +109,10 @@ d13_the_mean_score_of_the_demonstrations_is_zero in reward_model.py
     float(scores.mean())  ->  float(np.median(scores))
 d14_accuracy_comes_with_interval_and_length in reward_model.py
     pair.chosen_length for pair in eval_pairs  ->  len(pair.chosen) for pair in eval_pairs
-d45_d46_losses_on_prefixes_and_next_tokens in reward_model.py
+d45_the_pairwise_loss_on_beginnings in reward_model.py
     (a != b).cumsum(1).bool() & in_a & in_b  ->  in_a & in_b
+d46_the_language_model_loss_on_the_chosen_texts in reward_model.py
+    hidden[: len(micro), :-1][is_target]  ->  hidden[: len(micro), 1:][is_target]
 d15_values_start_from_the_reward_model in ppo_rlhf.py
     args.value_model or (args.reward_model if shared_tokenizer else args.model)  ->
     args.value_model or args.model

@@ -169,40 +169,53 @@ def test_d11_the_loss_is_bradley_terry(reward_model, data, tmp_path):
     assert abs(margins).max() > 0.1
 
 
-def test_d45_d46_losses_on_prefixes_and_next_tokens(reward_model, data, tmp_path):
-    """Both losses and the norm of the gradient of all three, by plain forward passes."""
+def run_with_more_losses(reward_model, data, out: Path, **coefs: float) -> tuple[dict, dict]:
+    """The first step's metrics, and what plain forward passes say: three losses, gradient norm."""
     flags = {"learning_rate": 1e-12, "normalize_with": "none", "micro_batch_size": 4}
-    out = reward_model(tmp_path / "out", prefix_coef=2.0, lm_coef=0.5, **flags)
+    reward_model(out, **coefs, **flags)
     rows = rows_of(data.preferences, "train")
     _, indices = next(dataset.batches(len(rows), 16, 1, 1, 0))
-    model, pair_losses, prefix_losses, nats, tokens = plain_classifier(out), 0, 0, 0, 0
+    model, loss, prefix_loss, nats, tokens = plain_classifier(out), 0, 0, 0, 0
     model.requires_grad_(True)
+    log_sigmoid, cross_entropy = torch.nn.functional.logsigmoid, torch.nn.functional.cross_entropy
     with torch.enable_grad():
         for row in (rows[i] for i in indices):
             sides = [(row["prompt"], row[side]) for side in ("chosen", "rejected")]
             chosen, rejected = sequences_of(out, sides)
-            hidden = [
-                model.model(torch.tensor([ids])).last_hidden_state[0] for ids in (chosen, rejected)
-            ]
-            a, b = (model.score(x).squeeze(-1) for x in hidden)
-            pair_losses += -torch.nn.functional.logsigmoid(a[-1] - b[-1])
-            first = next(
-                i for i, (x, y) in enumerate(zip(chosen, rejected, strict=False)) if x != y
-            )
-            end = min(len(a), len(b))
-            prefix_losses += -torch.nn.functional.logsigmoid(a[first:end] - b[first:end]).mean()
-            logits = hidden[0] @ model.get_input_embeddings().weight.T
-            targets = torch.tensor(chosen[1:])
-            nats += torch.nn.functional.cross_entropy(logits[:-1], targets, reduction="sum")
-            tokens += len(targets)
-        prefix_loss, lm_loss = prefix_losses / 16, nats / tokens
-        (pair_losses / 16 + 2.0 * prefix_loss + 0.5 * lm_loss).backward()
+            read = [model.model(torch.tensor([ids])) for ids in (chosen, rejected)]
+            hidden, other = (x.last_hidden_state[0] for x in read)
+            a, b = (model.score(x).squeeze(-1) for x in (hidden, other))
+            loss = loss - log_sigmoid(a[-1] - b[-1]) / 16
+            both = enumerate(zip(chosen, rejected, strict=False))
+            start, end = next(i for i, (x, y) in both if x != y), min(len(a), len(b))
+            prefix_loss = prefix_loss - log_sigmoid(a[start:end] - b[start:end]).mean() / 16
+            logits = hidden[:-1] @ model.get_input_embeddings().weight.T
+            nats = nats + cross_entropy(logits, torch.tensor(chosen[1:]), reduction="sum")
+            tokens += len(chosen) - 1
+        lm_loss = nats / tokens
+        whole = loss + coefs["prefix_coef"] * prefix_loss + coefs["lm_coef"] * lm_loss
+        whole.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-    line = metrics_of(out)[0]
-    assert line["loss"] == pytest.approx(pair_losses.item() / 16, abs=1e-5)
-    assert line["prefix_loss"] == pytest.approx(prefix_loss.item(), abs=1e-5)
-    assert line["lm_loss"] == pytest.approx(lm_loss.item(), abs=1e-5)
-    assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    expected = {"loss": loss, "prefix_loss": prefix_loss, "lm_loss": lm_loss, "grad_norm": norm}
+    return metrics_of(out)[0], {k: v.item() for k, v in expected.items()}
+
+
+def test_d45_the_pairwise_loss_on_beginnings(reward_model, data, tmp_path):
+    """A mean over tokens, from the first in which the two differ; its weight is the flag's."""
+    coefs = {"prefix_coef": 2.0, "lm_coef": 0.0}
+    line, expected = run_with_more_losses(reward_model, data, tmp_path / "out", **coefs)
+    for name in ("loss", "prefix_loss", "grad_norm"):
+        assert line[name] == pytest.approx(expected[name], rel=1e-4), name
+    assert "lm_loss" not in line
+
+
+def test_d46_the_language_model_loss_on_the_chosen_texts(reward_model, data, tmp_path):
+    """Every token of them but the first, with the embeddings as output layer."""
+    coefs = {"prefix_coef": 0.0, "lm_coef": 0.5}
+    line, expected = run_with_more_losses(reward_model, data, tmp_path / "out", **coefs)
+    for name in ("loss", "lm_loss", "grad_norm"):
+        assert line[name] == pytest.approx(expected[name], rel=1e-4), name
+    assert "prefix_loss" not in line
 
 
 def test_d12_the_reward_model_sees_each_pair_once(reward_model, tmp_path):

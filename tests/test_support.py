@@ -103,21 +103,19 @@ def test_texts_are_short_and_differ(rows):
     data = rows["sft/train.jsonl"]
     prompts = [len(row["prompt"].split()) - 2 for row in data]
     replies = [len(row["completion"].split()) for row in data]
-    assert 15 < sum(prompts) / len(prompts) < 22 and max(prompts) <= 28
-    assert 15 < sum(replies) / len(replies) < 23
-    assert sum(words > 40 for words in replies) < 0.03 * len(replies)
+    assert 8 < sum(prompts) / len(prompts) < 11 and max(prompts) <= 17
+    assert 10 < sum(replies) / len(replies) < 14
+    assert sum(words > 26 for words in replies) < 0.03 * len(replies)
     sample = random.Random(0).sample(data, 50)
-    assert (
-        len({row["completion"] for row in sample}) == len({row["prompt"] for row in sample}) == 50
-    )
+    assert min(len({row[side] for row in sample}) for side in ("prompt", "completion")) >= 45
 
 
 # ---- the labels
 
 
-def test_one_label_in_eighteen_disagrees_with_the_labeler(rows, made):
+def test_one_label_in_seventeen_disagrees_with_the_labeler(rows, made):
     """None is a tie."""
-    assert all(0.045 < share < 0.065 for share in made[1].values()) and len(made[1]) == 2
+    assert all(0.05 < share < 0.07 for share in made[1].values()) and len(made[1]) == 2
     pairs = rows["preferences/validation.jsonl"]
     assert made[1]["validation"] == 1 - gold.agreement(pairs)
     for pair in pairs:
@@ -139,7 +137,7 @@ def test_no_clean_reply_has_faults(rows):
     """Neither the demonstrations nor any sentence that they are made of."""
     for row in rows["sft/train.jsonl"]:
         assert gold.judge(row["prompt"], row["completion"])["faults"] == 0, row
-    for sentence in random.Random(0).sample(sorted(w.sentences()), 3000):
+    for sentence in sorted(set(w.sentences())):
         assert gold.judge(PROMPT, " " + sentence.replace("{p}", "kettle"))["faults"] == 0, sentence
 
 
@@ -177,7 +175,7 @@ ALL_PRODUCTS = " I'm so sorry about your " + ", ".join(w.PRODUCTS) + "."
 ALL_REMEDIES = " I'm so sorry about your kettle. " + " ".join(
     f"I will {w.expand(remedies[0], False)}." for remedies in w.REMEDIES.values()
 )
-WRONG_REMEDY = " I will cancel the order for the kettle. I will send you a free replacement."
+WRONG_REMEDY = " I will cancel the order for the kettle. I will send a free replacement."
 BAD = [
     ("", -2),
     ("   \n", -2),
@@ -193,11 +191,11 @@ BAD = [
     (GOOD * 2, 5),
     (GOOD * 5, -3),
     (" I'm so sorry about your kettle." * 4, 1),
-    (" I am not sorry about your kettle. I will not send you a free replacement.", 3),
-    (" I'm so sorry about your kettle I will send you a free replacement today", 6.5),
-    (" I'm so sorry about your kettle. I will send you a", 4),
+    (" I am not sorry about your kettle. I will not send a free replacement.", 3),
+    (" I'm so sorry about your kettle I will send a free replacement today", 6.5),
+    (" I'm so sorry about your kettle. I will send a", 4),
     (GOOD + " Nobody here cares.", 5),
-    (" I'm so sorry about your toaster. I will send you a free replacement kettle.", 5),
+    (" I'm so sorry about your toaster. I will send a free replacement kettle.", 5),
     (GOOD.upper(), 3),
     (GOOD + " " + "asdf qwer zxcv uiop " * 10, 1),
 ]
@@ -212,13 +210,13 @@ def test_bad_text_scores_low(completion, most):
 def test_the_parts_of_a_score():
     """Remedy, product, politeness (once) and brevity."""
     parts = {"remedy_right": True, "product_right": True, "polite": True, "rude": False}
-    assert gold.judge(PROMPT, GOOD) == parts | {"words": 14, "faults": 0.0, "score": 9.0}
-    assert gold_score(" We'll cancel the order.") == 0  # a wrong remedy, brief
-    assert gold_score(" I'm so sorry about your toaster.") == 2  # another product, polite, brief
+    assert gold.judge(PROMPT, GOOD) == parts | {"words": 13, "faults": 0.0, "score": 9.0}
+    assert gold_score(" We'll cancel the order.") == -2  # a wrong remedy, brief
+    assert gold_score(" I'm so sorry about your toaster.") == 0  # another product, polite, brief
     assert gold_score(" Stop whining.") == -1  # rude, brief
-    remedy = " I will send you a free replacement."
-    once = gold_score(" Thank you for getting in touch." + remedy)
-    thanks = " Thank you for getting in touch. Many thanks for letting us know. Thank you."
+    remedy = " I will send a free replacement."
+    once = gold_score(" Thank you for writing." + remedy)
+    thanks = " Thank you for writing. Thank you for telling us. Thanks for your note."
     assert once == 6 and gold_score(thanks + remedy) <= once
     assert gold_score(GOOD + " Have a lovely day.") == 9
 
@@ -231,5 +229,5 @@ def test_score_never_raises(text):
     """Whatever the prompt, the completion or the columns are."""
     columns = {"product": ["kettle", None, 3], "problem": None}
     values = gold.score([PROMPT, text, text], [text, GOOD, text], **columns)
-    assert all(-16 <= value <= 9 for value in values)
+    assert all(-20 <= value <= 9 for value in values)
     assert gold.best_score([text]) == [3.0]

@@ -6,7 +6,7 @@ brief, and takes points off for text that no careful writer would send:
     remedy   +3 the right one, -3 a wrong one or several different ones, 0 none
     product  +3 the right one, -3 any other one (even beside the right one), 0 none
     tone     +2 polite (twice earns nothing more), -2 rude (even when also polite), 0 neither
-    length   +1 up to 16 words, then falling by 3/16 a word to -2 at 32 words and beyond
+    length   +1 up to 18 words, then falling by 3/16 a word to -2 at 34 words and beyond
     faults   up to -10: garbled or unfinished sentences, repetition, an empty reply
 
 It reads problem and product from the prompt itself, so it needs no columns beside prompt and
@@ -35,8 +35,8 @@ wordings = _load("wordings")
 PRODUCTS, PROBLEMS = wordings.PRODUCTS, wordings.PROBLEMS
 
 BEST = 9.0  # the best attainable score, for every prompt of the task
-BRIEF_WORDS = 16  # full marks for brevity up to here
-LONG_WORDS = 32  # and the lowest from here on
+BRIEF_WORDS = 18  # full marks for brevity up to here
+LONG_WORDS = 34  # and the lowest from here on
 MAX_FAULTS = 10.0
 MAX_UNKNOWN = 6.0  # the most that unknown trigrams can cost
 MAX_CHARS = 4000  # nothing is read beyond: such a reply has long since lost every point for length

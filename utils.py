@@ -589,7 +589,7 @@ def call_reward_function(
     texts, row = [p.text for p in prompts], prompts[0].row
     columns = {k: [p.row.get(k) for p in prompts] for k in row if k != "prompt"}
     columns |= {"prompts": texts, "completions": completions}
-    signature = inspect.signature(function)
+    signature = inspect.signature(function)  # B32
     try:
         signature.bind(**columns)
     except TypeError as error:

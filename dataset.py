@@ -534,39 +534,42 @@ class Prompt(NamedTuple):
     ids: list[int]
     text: str
     row: Row
-    end: list[int]  # what ends an answer to it, in the tokens of the reward model
+    ends: list[list[int]]  # what ends an answer to it, in each reward model's tokens
 
 
 def encode_prompts(
-    tokenizer: Any, rows: list[Row], max_tokens: int, judge: tuple[Any, int] | None = None
+    tokenizer: Any, rows: list[Row], max_tokens: int, *judges: tuple[Any, int]
 ) -> list[Prompt]:
     """Prompts of 1 to `max_tokens` tokens.
 
-    `judge`, a reward model's tokenizer and its context, has room for an answer of one token and
-    what ends it (B31).
+    `judges`, each a reward model's tokenizer and its context, have room for an answer of one token
+    and what ends it (B31).
     """
 
-    def rendered(row: Row) -> tuple[Row, Rendered, Rendered]:
+    def rendered(row: Row) -> tuple[Any, ...]:
         text = render(tokenizer, row["prompt"])
-        return row, text, answered(judge[0], row, text.pieces[0], "a") if judge else text
+        return row, text, *(answered(judge, row, text.pieces[0], "a") for judge, _ in judges)
 
-    def fit(row: Row, text: Rendered, ids: list[int], judged: list[int]) -> Prompt:
+    def fit(row: Row, text: Rendered, ids: list[int], *judged: list[int]) -> Prompt:
         if not ids:
             raise Unusable("prompt: has no token that the tokenizer knows; drop the row")
-        if len(ids) > max_tokens or (judge and len(judged) > judge[1]):
+        limits = [limit for _, limit in judges]
+        if len(ids) > max_tokens or any(len(x) > y for x, y in zip(judged, limits, strict=True)):
             what = f"its {len(ids)} tokens leave the response no room in a model's context"
             raise Unusable(f"prompt: {what}; shorten it or lower --response-length")
         return Prompt(ids, text.pieces[0], row, ends[text.is_chat])
 
-    rows, texts, asked = zip(*usable(rendered, rows), strict=True)
-    judged = encoded = [ids for ids, _ in encode(tokenizer, texts)]
-    ends = {False: [], True: []}  # of texts and of chats: what answers "a" and "b" have in common
-    if judge:
-        judged = [ids for ids, _ in encode(judge[0], asked)]
+    rows, texts, *asked = zip(*usable(rendered, rows), strict=True)
+    encoded = [ids for ids, _ in encode(tokenizer, texts)]
+    judged: list[list[list[int]]] = []
+    ends: dict[bool, list[list[int]]] = {False: [], True: []}  # of texts and of chats
+    for (judge, _), both in zip(judges, asked, strict=True):
+        judged.append([ids for ids, _ in encode(judge, both)])
         for is_chat, i in {text.is_chat: i for i, text in enumerate(texts)}.items():
-            other = answered(judge[0], rows[i], texts[i].pieces[0], "b")
-            ends[is_chat] = common_end(judged[i], encode(judge[0], [other])[0][0])
-    return usable(fit, rows, texts, encoded, judged)
+            other = answered(judge, rows[i], texts[i].pieces[0], "b")
+            # what answers "a" and "b" have in common
+            ends[is_chat].append(common_end(judged[-1][i], encode(judge, [other])[0][0]))
+    return usable(fit, rows, texts, encoded, *judged)
 
 
 def answered(tokenizer: Any, row: Row, text: str, answer: str) -> Rendered:

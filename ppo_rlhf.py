@@ -52,12 +52,16 @@ EVALUATION, SAMPLING, SHUFFLING, PTX = 1, 2, 3, 4  # streams of random numbers, 
 class Args:
     model: str = "runs/sft"
     """Where the policy starts and what the frozen reference is: a hub id or a local folder."""
-    reward_model: str = "runs/reward_model"
-    """Reward model: a hub id or a local folder."""
+    reward_model: tuple[str, ...] | None = None
+    """Reward models, hub ids or folders; none: runs/reward_model, unless --reward-fn is given."""
+    reward_fn: tuple[str, ...] = ()
+    """Scoring functions, FILE.py:FUNCTION: f(prompts, completions, **columns) -> list[float]."""
+    reward_weights: tuple[float, ...] = ()
+    """Weights of the rewards, reward models first; none: 1 each."""
+    ensemble: Literal["sum", "min", "mean_minus_std"] = "sum"
+    """How the weighted scores of several reward models become one (D41); functions' are added."""
     value_model: str | None = None
-    """Start of the value function; none: the reward model, else --model."""
-    reward_fn: str | None = None
-    """FILE.py:FUNCTION that scores instead: f(prompts, completions, **columns) -> list[float]."""
+    """Start of the value function; none: the first reward model, else --model."""
     dataset: tuple[str, ...] = ("data/support/prompts",)
     """Prompts, joined: hub ids (NAME or NAME:CONFIG), folders with train.jsonl, files."""
     dataset_weights: tuple[float, ...] = ()
@@ -132,13 +136,19 @@ class Args:
     """Discount per token."""
     lam: float = 0.95
     """Lambda of generalized advantage estimation."""
+    value_lam: float | None = None
+    """Lambda of the returns, which values learn; none: --lam (D40)."""
     whiten_advantages: bool = True
     """Scale advantages to mean 0 and variance 1 over the batch's tokens (D22)."""
 
     learning_rate: float = 5e-4
     """First rate of AdamW, linear to 0; for pretrained models of 100M and more 1e-6 to 1e-5."""
+    value_learning_rate: float | None = None
+    """First rate of the value function; none: --learning-rate (D38)."""
     cliprange: float = 0.2
     """The ratio of new to old probability is clipped to 1 +- this."""
+    cliprange_high: float | None = None
+    """How far above 1 the ratio may rise; none: --cliprange (D39)."""
     cliprange_value: float = 0.2
     """A new value is clipped to the old one +- this."""
     vf_coef: float = 0.1
@@ -164,6 +174,8 @@ class Args:
     """Held-out prompts to compare policy and reference on."""
     eval_every: int = 25
     """Updates between evaluations; 0 evaluates only at the end."""
+    keep_best: bool = False
+    """Keep the policy of the best evaluation in best/, by the judge, else the score (D42)."""
     save_every: int = 20
     """Updates between checkpoints for --resume; 0 saves one only when interrupted."""
     keep_checkpoints: int = 2
@@ -185,6 +197,24 @@ class Batch(NamedTuple):
     is_response: Tensor  # [B, T] true on the tokens where response_mask is 1, in the same order
 
 
+class RewardModel(NamedTuple):
+    """A frozen reward model."""
+
+    model: Any
+    tokenizer: Any
+    shares_tokens: bool  # reads the policy's token ids
+
+
+class Scores(NamedTuple):
+    """What the rewards say of B responses."""
+
+    total: Tensor  # [B] weighted and combined
+    token_rewards: Tensor  # [B, R] the part of the total that belongs to single tokens
+    by_name: dict[str, Tensor]  # of each reward, [B]
+    texts: list[str]  # the responses
+    shortened: list[bool]  # to a reward model's context
+
+
 @utils.stage()
 def main(args: Args) -> None:
     started = time.time()
@@ -200,20 +230,21 @@ def main(args: Args) -> None:
     policy = utils.load_causal_lm(args.model, device, tokenizer)
     reference = utils.freeze(utils.load_causal_lm(args.model, device, tokenizer), args.dtype)
     stop_ids = generate.stop_token_ids(tokenizer, args.stop_token, policy.generation_config)
-    reward_fn = reward_model = value_model = judge = reads = None
-    shared_tokenizer = False  # whether the reward model reads the policy's tokens
-    if args.reward_fn:
-        reward_fn = utils.load_function(args.reward_fn, "--reward-fn")
-    else:
-        reward_model = utils.load_classifier(args.reward_model, device, trained=True)
-        reward_model = utils.freeze(reward_model, args.dtype)
-        reward_tokenizer = utils.load_tokenizer(args.reward_model)
-        reads = (reward_tokenizer, utils.context_length(reward_model))  # B31
-        shared_tokenizer = utils.same_tokenizer(tokenizer, reward_tokenizer)
-        if not shared_tokenizer:
-            utils.say(f"{args.reward_model}: another tokenizer: asked in text")
+    reward_models: list[RewardModel] = []
+    for name in args.reward_model:
+        model = utils.freeze(utils.load_classifier(name, device, trained=True), args.dtype)
+        reader = utils.load_tokenizer(name)
+        reads = RewardModel(model, reader, utils.same_tokenizer(tokenizer, reader))
+        reward_models.append(reads)
+        if not reads.shares_tokens:
+            utils.say(f"{name}: another tokenizer: asked in text")
+    reward_fns = [utils.load_function(file, "--reward-fn") for file in args.reward_fn]
+    names = utils.short_names(args.reward_model + args.reward_fn)
+    weights = args.reward_weights or (1.0,) * len(names)
+    value_model = judge = None
     if args.advantage == "gae":  # a network of its own; from a language model it starts at 0 (D15)
-        value_start = args.value_model or (args.reward_model if shared_tokenizer else args.model)
+        scored = reward_models and reward_models[0].shares_tokens
+        value_start = args.value_model or (args.reward_model[0] if scored else args.model)
         value_model = utils.load_classifier(value_start, device)
         if not utils.same_tokenizer(tokenizer, utils.load_tokenizer(value_start)):
             utils.stop(f"--value-model: {value_start} has another tokenizer; pass another")
@@ -221,12 +252,15 @@ def main(args: Args) -> None:
     if judge_file := args.eval_reward_fn or labeler:
         judge = utils.load_function(judge_file, "--eval-reward-fn")
 
+    value_lam = args.lam if args.value_lam is None else args.value_lam
+    cliprange_high = args.cliprange if args.cliprange_high is None else args.cliprange_high
     R = args.response_length
     max_prompt = utils.context_length(policy) - R
     if value_model is not None:
         max_prompt = min(max_prompt, utils.context_length(value_model) - R)
+    readers = [(r.tokenizer, utils.context_length(r.model)) for r in reward_models]  # B31
     train_prompts, eval_prompts = (
-        dataset.encode_prompts(tokenizer, rows, max_prompt, reads)
+        dataset.encode_prompts(tokenizer, rows, max_prompt, *readers)
         for rows in dataset.load_splits(args, dataset.PROMPT_FORMATS)
     )
     del eval_prompts[args.eval_prompts :]
@@ -239,7 +273,7 @@ def main(args: Args) -> None:
     trained = {"model": policy}
     if value_model is not None:
         trained["value_model"] = value_model
-    for model in (policy, reference, value_model, reward_model):
+    for model in (policy, reference, value_model, *(r.model for r in reward_models)):
         if args.compile and model is not None:
             utils.compile_model(model)
 
@@ -306,40 +340,69 @@ def main(args: Args) -> None:
         mask = torch.arange(R, device=device) < is_response.sum(1, keepdim=True)  # [b, R]
         return torch.zeros(mask.shape, device=device).masked_scatter(mask, x)
 
-    def score_responses(
-        prompts: list[dataset.Prompt], batch: Batch
-    ) -> tuple[Tensor, list[str], list[bool]]:
-        """Scores [B], responses as text, and which were shortened for the reward model (B31)."""
-        responses = real_tokens(batch)
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        if reward_fn is not None:
-            scores = utils.call_reward_function(reward_fn, args.reward_fn, prompts, texts, update)
-            return torch.tensor(scores, device=device), texts, [False] * len(texts)
-        if shared_tokenizer:
+    def ask(
+        number: int, prompts: list[dataset.Prompt], responses: list[list[int]], texts: list[str]
+    ) -> tuple[Tensor, list[bool]]:
+        """Scores [B] of a reward model, and which texts were shortened for it (B31)."""
+        model, reader, shares_tokens = reward_models[number]
+        ends = [p.ends[number] for p in prompts]
+        if shares_tokens:
             sequences = []
-            for p, response in zip(prompts, responses, strict=True):
-                while response and response[-1] in p.end:
-                    response.pop()
+            for p, response, end in zip(prompts, responses, ends, strict=True):
+                length = len(response)
+                while length and response[length - 1] in end:
+                    length -= 1
                 # ends as the reward model has learned (B19, B29)
-                sequences.append(p.ids + response + p.end)
+                sequences.append(p.ids + response[:length] + end)
         else:  # as text, by the reward model's own tokenizer and template (B5)
             both = zip(prompts, texts, strict=True)
-            asked = [dataset.answered(reward_tokenizer, p.row, p.text, text) for p, text in both]
-            sequences = [ids for ids, _ in dataset.encode(reward_tokenizer, asked)]
-        limit = utils.context_length(reward_model)
+            asked = [dataset.answered(reader, p.row, p.text, text) for p, text in both]
+            sequences = [ids for ids, _ in dataset.encode(reader, asked)]
+        limit = utils.context_length(model)
         shortened = [len(s) > limit for s in sequences]
-        for i, p in enumerate(prompts):
+        for i, end in enumerate(ends):
             if shortened[i]:
-                sequences[i] = sequences[i][: limit - len(p.end)] + p.end
+                sequences[i] = sequences[i][: limit - len(end)] + end
         scores = torch.zeros(len(sequences), device=device)
         order = torch.tensor([len(s) for s in sequences]).argsort(stable=True)  # little padding
         for part in order.split(micro_batch_size):
             some = [sequences[i] for i in part]
-            ids, mask = dataset.pad(some, reward_tokenizer.pad_token_id, "right", device)
+            ids, mask = dataset.pad(some, reader.pad_token_id, "right", device)
             with utils.autocast(device, args.dtype):
-                raw = utils.last_token_scores(reward_model, ids, mask)  # [b] D10
-            scores[part.to(device)] = utils.normalize_scores(reward_model, raw)  # D13
-        return scores, texts, shortened
+                raw = utils.last_token_scores(model, ids, mask)  # [b] D10
+            scores[part.to(device)] = utils.normalize_scores(model, raw)  # D13
+        return scores, shortened
+
+    def score_responses(prompts: list[dataset.Prompt], batch: Batch) -> Scores:
+        """What the rewards say of the responses, before penalty and clip."""
+        responses = real_tokens(batch)
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        token_rewards = torch.zeros(batch.response_mask.shape, device=device)  # [B, R]
+        total, shortened = torch.zeros(len(texts), device=device), [False] * len(texts)
+        by_name: dict[str, Tensor] = {}
+        if reward_models:
+            weighted = []
+            for i in range(len(reward_models)):
+                by_name[names[i]], cut = ask(i, prompts, responses, texts)
+                shortened = [a or b for a, b in zip(shortened, cut, strict=True)]
+                weighted.append(weights[i] * by_name[names[i]])
+            each = torch.stack(weighted)  # [M, B] of M reward models
+            if args.ensemble == "sum":
+                total = each.sum(0)
+            elif args.ensemble == "min":  # Coste et al. 2023 (D41)
+                total = each.min(0).values
+            elif args.ensemble == "mean_minus_std":
+                total = each.mean(0) - each.std(0, correction=0)
+        for i, function in enumerate(reward_fns, len(reward_models)):
+            values = utils.call_reward_function(
+                function, "--reward-fn", prompts, texts, responses, update
+            )
+            by_name[names[i]] = torch.tensor([sum(x) for x in values], device=device)
+            total = total + weights[i] * by_name[names[i]]
+            for row, x in zip(token_rewards, values, strict=True):
+                if len(x) > 1:  # a number per token
+                    row[: len(x)] += weights[i] * torch.tensor(x, device=device)
+        return Scores(total, token_rewards, by_name, texts, shortened)
 
     @torch.no_grad()
     def evaluate(model: Any) -> list[dict[str, Any]]:
@@ -351,10 +414,13 @@ def main(args: Args) -> None:
             prompts = mine[i : i + share]
             rng = utils.generator(device, args.seed, EVALUATION, i, process.rank)
             batch = sample_responses(model, prompts, 0, rng)
-            scores, texts, _ = score_responses(prompts, batch)
+            scores, _, _, texts, _ = score_responses(prompts, batch)
             judged = [None] * len(prompts)
             if judge is not None:
-                judged = utils.call_reward_function(judge, judge_file, prompts, texts, update)
+                values = utils.call_reward_function(
+                    judge, judge_file, prompts, texts, real_tokens(batch), update
+                )
+                judged = [sum(x) for x in values]
             kl = torch.zeros(len(prompts), device=device)
             for rows, ids, is_response in micro_batches(batch, torch.arange(len(prompts))):
                 logprobs, _ = policy_outputs(model, ids, is_response)
@@ -365,6 +431,13 @@ def main(args: Args) -> None:
                 result |= {"score": scores[j].item(), "kl": kl[j].item(), "length": len(response)}
                 results.append(result | {"eos_rate": response[-1] in stop_ids})
         return distributed.gather(results)
+
+    def keep_best(result: dict[str, Any]) -> float:
+        """The best mean of an evaluation so far; its policy is in best/ (D42)."""
+        mean = result["policy"][result["win_rate_by"]]
+        if args.keep_best and mean > best and process.is_main:
+            utils.save_model(policy, tokenizer, out / "best")
+        return max(best, mean)
 
     def ptx_backward(count: int, rng: torch.Generator) -> Tensor:
         """Add the gradient of ptx_coef times the loss, in nats per token, on `count` rows (D31)."""
@@ -394,14 +467,14 @@ def main(args: Args) -> None:
     before = evaluate(reference)
     out = utils.open_output(args, "ppo_rlhf", process)
     parameters = [p for model in trained.values() for p in model.parameters()]
-    # AdamW without weight decay, linear to 0 (D6)
-    optimizer = torch.optim.AdamW(
-        parameters, lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True
-    )
+    # AdamW without weight decay, linear to 0 (D6), each model at its own rate (D38)
+    rates = [args.learning_rate, args.value_learning_rate or args.learning_rate]
+    groups = [{"params": [*model.parameters()]} for model in trained.values()]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, eps=1e-5, weight_decay=0.0, fused=True)
     checkpoints = utils.Checkpoints(out, trained, tokenizer, optimizer, args.keep_checkpoints)
-    kl_coef, first_update = args.kl_coef, 1
+    kl_coef, best, first_update = args.kl_coef, -float("inf"), 1
     if args.resume and (state := checkpoints.load()):
-        kl_coef, first_update = state["kl_coef"], state["step"] + 1
+        kl_coef, best, first_update = state["kl_coef"], state["best"], state["step"] + 1
         if state["processes"] != process.world:  # each has random numbers of its own
             utils.stop(f"--resume: it had {state['processes']} processes; start as many")
     size = f"{sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M parameters"
@@ -410,6 +483,11 @@ def main(args: Args) -> None:
     utils.say(f"ppo_rlhf: {size}, {work}, on {device} in {args.dtype}; responses end with {ends}")
     dataset.show_example(tokenizer, train_prompts[0].row, train_prompts[0].ids)
     done, shown = first_update - 1, "objective/scores objective/kl response/length"
+    # `model.generate` of the saved policy samples as is done here (B11)
+    special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": pad_id}
+    policy.generation_config = transformers.GenerationConfig(
+        do_sample=True, max_new_tokens=R, eos_token_id=stop_ids, **sampling, **special
+    )
     logger = utils.Logger(out, args, process, "update", done, num_updates, shown)
     interruption = utils.Interruption(process)
     for update in range(first_update, num_updates + 1):
@@ -440,7 +518,7 @@ def main(args: Args) -> None:
         last_ids = batch.response_ids.gather(1, last[:, None]).squeeze(1)  # [B]
         ended = torch.isin(last_ids, torch.tensor(stop_ids, device=device))  # [B] by EOS or stop
         with torch.no_grad():
-            scores, _, shortened = score_responses(prompts, batch)  # [B]
+            scores, token_rewards, by_name, _, shortened = score_responses(prompts, batch)  # [B]
         # a response that was cut off loses a constant (D18, B2)
         scores = torch.where(ended, scores, scores - args.missing_eos_penalty)
         if args.reward_clip is not None:
@@ -456,20 +534,24 @@ def main(args: Args) -> None:
         elif args.kl_estimator == "k3":
             token_kl = torch.expm1(-ref_log_ratio) + ref_log_ratio
         non_score_rewards = -kl_coef * token_kl  # [B, R]
-        # the score goes to the last real token, EOS or where the response was cut off (D17)
-        rewards = non_score_rewards.scatter_add(1, last[:, None], scores[:, None])  # [B, R]
+        # the score goes to the last real token, EOS or where the response was cut off (D17), but
+        # for what a reward function gave to single tokens
+        at_end = scores - token_rewards.sum(1)  # [B]
+        rewards = non_score_rewards + token_rewards  # [B, R]
+        rewards = rewards.scatter_add(1, last[:, None], at_end[:, None])
         if args.whiten_rewards:
             rewards = utils.whiten(rewards, response_mask, shift_mean=False)  # D20
 
         # 5. advantages and returns
         if args.advantage == "gae":  # the sum over k of (gamma lambda)^k delta[t + k] (D21)
-            advantages, lastgaelam = torch.zeros_like(rewards), torch.zeros_like(scores)
+            lams = torch.tensor([[args.lam], [value_lam]], device=device)  # [2, 1] D40
+            both, lastgaelam = torch.zeros(2, *rewards.shape, device=device), 0.0
             for t in reversed(range(R)):
                 next_values = values[:, t + 1] if t + 1 < R else 0.0  # [B] 0 after the end
                 delta = rewards[:, t] + args.gamma * next_values - values[:, t]  # [B]
-                lastgaelam = delta + args.gamma * args.lam * lastgaelam
-                advantages[:, t] = lastgaelam
-            returns = advantages + values  # [B, R] B15
+                lastgaelam = delta + args.gamma * lams * lastgaelam  # [2, B]
+                both[:, :, t] = lastgaelam
+            advantages, returns = both[0], both[1] + values  # [B, R] B15
         else:  # one number per response: the sum of its rewards against a baseline
             episode_rewards = rewards.sum(1)  # [B]
             grouped_rewards = episode_rewards.view(-1, args.samples_per_prompt)
@@ -490,15 +572,15 @@ def main(args: Args) -> None:
             advantages = utils.whiten(advantages, response_mask)
         rollout = {"scores": scores, "logprobs": logprobs, "ref_logprobs": ref_logprobs}
         rollout |= {"values": values, "rewards": rewards, "returns": returns}
-        rollout |= {"advantages": advantages}
+        rollout |= {"advantages": advantages, "token_rewards": token_rewards}
 
         # 6. PPO update
         if interruption.came():  # nothing is changed yet: the models are the last update's
-            state = {"kl_coef": kl_coef, "processes": process.world}
+            state = {"kl_coef": kl_coef, "best": best, "processes": process.world}
             interruption.leave(checkpoints, update - 1, state)
-        lr = args.learning_rate * (1 - (update - 1) / num_updates)  # D6
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        left = 1 - (update - 1) / num_updates
+        for group, rate in zip(optimizer.param_groups, rates, strict=False):
+            group["lr"] = rate * left  # D6, D38
         policy.requires_grad_(update > args.critic_warmup_updates)  # D32
         for model in trained.values():
             utils.set_gradient_checkpointing(model, args.gradient_checkpointing)
@@ -520,7 +602,7 @@ def main(args: Args) -> None:
                     log_ratio = new_logprobs - logprobs[rows]  # [b, R]
                     ratio = log_ratio.exp()  # [b, R]
                     unclipped_losses = -advantages[rows] * ratio
-                    clipped_ratio = ratio.clamp(1 - args.cliprange, 1 + args.cliprange)
+                    clipped_ratio = ratio.clamp(1 - args.cliprange, 1 + cliprange_high)  # D39
                     # the larger of the two: clipping never makes a step more tempting (D23)
                     policy_losses = torch.max(unclipped_losses, -advantages[rows] * clipped_ratio)
                     bonus = args.entropy_coef * entropies  # D33
@@ -586,7 +668,7 @@ def main(args: Args) -> None:
         times = [end - start for start, end in zip(clock, clock[1:], strict=False)]
         metrics = {
             "episode": update * args.batch_size,
-            "lr": lr,
+            "lr": optimizer.param_groups[0]["lr"],
             "eps": args.batch_size / sum(times),  # episodes per second
             "objective/kl": episode_mean(ref_log_ratio.sum(1)),  # k1, whatever is trained on (B13)
             "objective/entropy": episode_mean(-logprobs.sum(1)),  # of the sampled tokens
@@ -595,6 +677,7 @@ def main(args: Args) -> None:
             "objective/rlhf_reward": episode_mean(scores + non_score_rewards.sum(1)),
             "objective/kl_coef": kl_coef,
         }
+        metrics |= {f"scores/{name}": episode_mean(x) for name, x in by_name.items()}
         for name in epoch_means[0]:
             metrics[name] = sum(means[name] for means in epoch_means) / len(epoch_means)
         metrics["val/ratio_var"] -= (metrics["val/ratio"] - 1) ** 2
@@ -619,16 +702,17 @@ def main(args: Args) -> None:
             evaluated = {f"eval/{k}": v for k, v in result["policy"].items() if v is not None}
             metrics |= evaluated | {"eval/win_rate": result["win_rate"]}
             show_samples(logger, update, before, after, shown=2)
+            best = keep_best(result)
         logger.log(update, metrics)
         if args.save_rollouts and update % args.save_rollouts == 0:
             fields = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
             tensors = rollout | {name: getattr(batch, name) for name in fields}
-            numbers = vars(args) | {"kl_coef": kl_coef, "update": update}
+            numbers = vars(args) | {"kl_coef": kl_coef, "update": update, "value_lam": value_lam}
             utils.save_rollout(out, process, tensors, numbers)
         if args.kl_target is not None:  # Ziegler et al. 2019, section 2.2 (D27)
             error = min(max(metrics["objective/kl"] / args.kl_target - 1, -0.2), 0.2)
             kl_coef *= 1 + error * args.batch_size / args.kl_horizon
-        state = {"kl_coef": kl_coef, "processes": process.world}
+        state = {"kl_coef": kl_coef, "best": best, "processes": process.world}
         if args.save_every and update % args.save_every == 0 and update < num_updates:
             if process.is_main:
                 checkpoints.save(update, state)
@@ -637,15 +721,11 @@ def main(args: Args) -> None:
 
     # ---- what it leaves
     if process.is_main:  # before the evaluation, in which a judge may fail
-        # `model.generate` of the saved policy samples as was done here (B11)
-        special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": pad_id}
-        policy.generation_config = transformers.GenerationConfig(
-            do_sample=True, max_new_tokens=R, eos_token_id=stop_ids, **sampling, **special
-        )
         utils.save_model(policy, tokenizer, out)
     after = evaluate(policy)
     show_samples(logger, num_updates, before, after, shown=4)
     result, seconds = compare(before, after), time.time() - started
+    keep_best(result)
     if process.is_main:
         lines = []
         for b, a in zip(before, after, strict=True):
@@ -713,9 +793,18 @@ def show_samples(
 
 def check_flags(args: Args, world: int) -> None:
     """Stop with exit code 2 on flags that cannot work or contradict each other."""
+    if args.reward_model is None:
+        args.reward_model = () if args.reward_fn else ("runs/reward_model",)
+    if not args.reward_model + args.reward_fn:
+        utils.stop("--reward-model: is empty; name one, or pass --reward-fn")
+    if len(args.reward_weights) not in (0, len(args.reward_model + args.reward_fn)):
+        utils.stop("--reward-weights: one for each reward; models come first")
+    if args.ensemble != "sum" and len(args.reward_model) < 2:
+        utils.stop(f"--ensemble: {args.ensemble} needs two reward models; leave it out")
     may_be_0 = "top_k missing_eos_penalty kl_coef vf_coef entropy_coef ptx_coef gamma lam "
+    may_be_0 += "value_lam "
     may_be_0 += "critic_warmup_updates save_rollouts"
-    utils.check_numbers(args, may_be_0, at_most_1="gamma lam top_p")
+    utils.check_numbers(args, may_be_0, at_most_1="gamma lam value_lam top_p")
     if args.batch_size % (args.num_mini_batches * world):
         utils.stop("--num-mini-batches: times processes must divide --batch-size; change it")
     if args.batch_size % (args.samples_per_prompt * world):
@@ -724,10 +813,9 @@ def check_flags(args: Args, world: int) -> None:
         utils.stop("--total-episodes: is below --batch-size; raise")
     if args.advantage in ("rloo", "grpo") and args.samples_per_prompt < 2:
         utils.stop(f"--samples-per-prompt: is 1; {args.advantage} needs 2 or more")
-    if args.advantage != "gae" and args.value_model:
-        utils.stop(f"--value-model: {args.advantage} has no value function; leave it out")
-    if args.advantage != "gae" and args.critic_warmup_updates:
-        utils.stop(f"--critic-warmup-updates: {args.advantage} has no critic; leave it out")
+    for name in ("value_model", "value_lam", "value_learning_rate", "critic_warmup_updates"):
+        if args.advantage != "gae" and getattr(args, name):
+            utils.stop(f"{utils.flag(name)}: {args.advantage} has no critic; leave it out")
     if args.kl_target is not None and not args.kl_coef:
         utils.stop("--kl-target: a --kl-coef of 0 cannot be steered; pass one above 0")
     if args.kl_target is not None and args.batch_size >= 5 * args.kl_horizon:

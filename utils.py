@@ -5,6 +5,7 @@ Shapes: B sequences, R response tokens, T tokens, H hidden size, V vocabulary, n
 `D17` and `B14` in comments point to docs/details.md.
 """
 
+import asyncio
 import contextlib
 import hashlib
 import importlib.util
@@ -578,32 +579,60 @@ def load_function(spec: str, where: str) -> Callable[..., list[float]]:
 
 
 def call_reward_function(
-    function: Callable, where: str, prompts: list[Any], completions: list[str], update: int = 0
-) -> list[float]:
+    function: Callable,
+    where: str,
+    prompts: list[Any],
+    completions: list[str],
+    completion_ids: list[list[int]],
+    update: int = 0,
+) -> list[list[float]]:
     """Scores of `function(prompts, completions, **columns)` for B dataset.Prompts.
 
-    The columns are the data set's others. Stop if it raises or does not return one finite number
-    each: with code 2, or 1 once training is at an update.
+    The columns are the data set's others; `completion_ids` is passed where the function names it,
+    and the function may be async. Each score is a list of one number, or of one per token. Stop if
+    it raises or returns anything else: with code 2, or 1 once training is at an update.
     """
     where, code = (f"update {update}: {where}", 1) if update else (where, 2)
     texts, row = [p.text for p in prompts], prompts[0].row
     columns = {k: [p.row.get(k) for p in prompts] for k in row if k != "prompt"}
     columns |= {"prompts": texts, "completions": completions}
     signature = inspect.signature(function)
+    if "completion_ids" in signature.parameters:
+        columns["completion_ids"] = completion_ids
     try:
         signature.bind(**columns)
     except TypeError as error:
         what = f"{signature} is called with {', '.join(f'{name}=…' for name in columns)}"
         stop(f"{where}: {what} ({error}); name all or add **columns", code)
     try:
-        scores = [float(score) for score in function(**columns)]
+        returned = function(**columns)
+        if inspect.isawaitable(returned):
+            returned = asyncio.run(wait_for(returned))
+        scores = [[float(x) for x in (s if isinstance(s, list | tuple) else [s])] for s in returned]
     except Exception as error:
         what = f"raised {first_line(error)} for {len(texts)} prompts, {texts[0]!r:.60} first"
         stop(f"{where}: {what}; call it with these to see where", code)
-    if len(scores) != len(texts) or not np.isfinite(scores).all():
-        what = f"returned {len(scores)} values for {len(texts)} prompts, {sum(scores)} in all"
-        stop(f"{where}: {what}; return one finite number each", code)
+    lengths = zip(scores, completion_ids, strict=False)
+    wrong = [len(s) for s, ids in lengths if len(s) not in (1, len(ids))]
+    if len(scores) != len(texts) or wrong or not np.isfinite(sum(scores, [])).all():
+        total = sum(map(sum, scores))
+        what = f"returned {len(scores)} values for {len(texts)} prompts, {total} in all"
+        stop(f"{where}: {what}; return one finite number each, or one for each token", code)
     return scores
+
+
+async def wait_for(awaitable: Any) -> Any:
+    """What an awaitable gives, of any kind."""
+    return await awaitable
+
+
+def short_names(names: tuple[str, ...]) -> list[str]:
+    """Names for metrics, each once: of a path its last part, of FILE.py:FUNCTION the function."""
+    short: list[str] = []
+    for name in names:
+        last = name.rstrip("/").replace(":", "/").split("/")[-1]
+        short.append(last if last not in short else f"{last}_{len(short)}")
+    return short
 
 
 # ---- checkpoints

@@ -584,6 +584,32 @@ def answered(tokenizer: Any, row: Row, text: str, answer: str) -> Rendered:
         return Rendered([start, a.removesuffix(f"a{end}") + answer + end], True)
 
 
+def as_judged(
+    judge: tuple[Any, int], number: int, prompts: list[Prompt], answers: list[Any]
+) -> tuple[list[list[int]], list[bool]]:
+    """Prompts and answers as a reward model reads them, and which are cut to its context (B31).
+
+    `judge` is its tokenizer and its context, and the `number` of `encode_prompts`' judges. Answers
+    are texts or, where it shares the policy's tokenizer, token ids.
+    """
+    (tokenizer, limit), ends = judge, [p.ends[number] for p in prompts]
+    if isinstance(answers[0], str):  # by its own tokenizer and template (B5)
+        both = zip(prompts, answers, strict=True)
+        texts = [answered(tokenizer, p.row, p.text, answer) for p, answer in both]
+        sequences = [ids for ids, _ in encode(tokenizer, texts)]
+    else:
+        sequences = []
+        for p, answer, end in zip(prompts, answers, ends, strict=True):
+            while answer and answer[-1] in end:
+                answer = answer[:-1]
+            sequences.append(p.ids + answer + end)  # ends as it has learned (B19, B29)
+    shortened = [len(ids) > limit for ids in sequences]
+    for i, end in enumerate(ends):
+        if shortened[i]:
+            sequences[i] = sequences[i][: limit - len(end)] + end
+    return sequences, shortened
+
+
 def common_end(a: Any, b: Any) -> Any:
     """The longest end that two texts or lists share."""
     return os.path.commonprefix([a[::-1], b[::-1]])[::-1]
@@ -603,6 +629,14 @@ def show_example(tokenizer: Any, row: Row, *parts: list[int]) -> None:
 def data_order(rows: int, epoch: int, seed: int) -> list[int]:
     """The order of the rows in an epoch, the same in every process (D7)."""
     return torch.randperm(rows, generator=utils.generator("cpu", seed, epoch)).tolist()
+
+
+def cycle(rows: list[Any], first: int, count: int, seed: int) -> list[Any]:
+    """Rows number `first` to `first + count` of endless shuffled passes (D7)."""
+    numbers = range(first, first + count)
+    epochs = {n // len(rows) for n in numbers}
+    orders = {epoch: data_order(len(rows), epoch, seed) for epoch in epochs}
+    return [rows[orders[n // len(rows)][n % len(rows)]] for n in numbers]
 
 
 def batches(

@@ -1,10 +1,10 @@
 """Stage 3 of RLHF: PPO against a reward model.
 
-The policy answers prompts; a reward model (or a function) scores the answers; a per-token KL
-penalty holds the policy to the model that it started from; PPO makes tokens that did better than
-the value function expected more probable.
+The policy answers prompts; reward models, or functions, score the answers; a per-token KL penalty
+holds the policy to the model that it started from; PPO makes tokens that did better than the value
+function expected more probable.
 
-In: the policy's start, a reward model or function, prompts. Out: `runs/ppo_rlhf`, an ordinary
+In: the policy's start, reward models or functions, prompts. Out: `runs/ppo_rlhf`, an ordinary
 Hugging Face folder, with metrics.jsonl, summary.json, samples.jsonl and TensorBoard events.
 
     python ppo_rlhf.py
@@ -197,22 +197,14 @@ class Batch(NamedTuple):
     is_response: Tensor  # [B, T] true on the tokens where response_mask is 1, in the same order
 
 
-class RewardModel(NamedTuple):
-    """A frozen reward model."""
-
-    model: Any
-    tokenizer: Any
-    shares_tokens: bool  # reads the policy's token ids
-
-
 class Scores(NamedTuple):
-    """What the rewards say of B responses."""
+    """What the rewards say of B responses, before penalty and clip."""
 
     total: Tensor  # [B] weighted and combined
-    token_rewards: Tensor  # [B, R] the part of the total that belongs to single tokens
+    token_rewards: Tensor  # [B, R] the part of the total that was given to single tokens
     by_name: dict[str, Tensor]  # of each reward, [B]
     texts: list[str]  # the responses
-    shortened: list[bool]  # to a reward model's context
+    shortened: Tensor  # [B] to a reward model's context
 
 
 @utils.stage()
@@ -230,21 +222,22 @@ def main(args: Args) -> None:
     policy = utils.load_causal_lm(args.model, device, tokenizer)
     reference = utils.freeze(utils.load_causal_lm(args.model, device, tokenizer), args.dtype)
     stop_ids = generate.stop_token_ids(tokenizer, args.stop_token, policy.generation_config)
-    reward_models: list[RewardModel] = []
+    reward_models, readers, shares_tokens = [], [], []  # readers: their tokenizers and contexts
     for name in args.reward_model:
         model = utils.freeze(utils.load_classifier(name, device, trained=True), args.dtype)
-        reader = utils.load_tokenizer(name)
-        reads = RewardModel(model, reader, utils.same_tokenizer(tokenizer, reader))
-        reward_models.append(reads)
-        if not reads.shares_tokens:
+        reward_models.append(model)
+        readers.append((utils.load_tokenizer(name), utils.context_length(model)))
+        shares_tokens.append(utils.same_tokenizer(tokenizer, readers[-1][0]))
+        if not shares_tokens[-1]:
             utils.say(f"{name}: another tokenizer: asked in text")
-    reward_fns = [utils.load_function(file, "--reward-fn") for file in args.reward_fn]
-    names = utils.short_names(args.reward_model + args.reward_fn)
-    weights = args.reward_weights or (1.0,) * len(names)
+    reward_fns = [(file, utils.load_function(file, "--reward-fn")) for file in args.reward_fn]
+    names = utils.short_names([*args.reward_model, *args.reward_fn])
+    M = len(reward_models)
+    weights = args.reward_weights or [1.0] * len(names)
     value_model = judge = None
     if args.advantage == "gae":  # a network of its own; from a language model it starts at 0 (D15)
-        scored = reward_models and reward_models[0].shares_tokens
-        value_start = args.value_model or (args.reward_model[0] if scored else args.model)
+        first = args.reward_model[0] if any(shares_tokens[:1]) else args.model
+        value_start = args.value_model or first
         value_model = utils.load_classifier(value_start, device)
         if not utils.same_tokenizer(tokenizer, utils.load_tokenizer(value_start)):
             utils.stop(f"--value-model: {value_start} has another tokenizer; pass another")
@@ -252,15 +245,12 @@ def main(args: Args) -> None:
     if judge_file := args.eval_reward_fn or labeler:
         judge = utils.load_function(judge_file, "--eval-reward-fn")
 
-    value_lam = args.lam if args.value_lam is None else args.value_lam
-    cliprange_high = args.cliprange if args.cliprange_high is None else args.cliprange_high
     R = args.response_length
     max_prompt = utils.context_length(policy) - R
     if value_model is not None:
         max_prompt = min(max_prompt, utils.context_length(value_model) - R)
-    readers = [(r.tokenizer, utils.context_length(r.model)) for r in reward_models]  # B31
     train_prompts, eval_prompts = (
-        dataset.encode_prompts(tokenizer, rows, max_prompt, *readers)
+        dataset.encode_prompts(tokenizer, rows, max_prompt, *readers)  # B31
         for rows in dataset.load_splits(args, dataset.PROMPT_FORMATS)
     )
     del eval_prompts[args.eval_prompts :]
@@ -273,7 +263,7 @@ def main(args: Args) -> None:
     trained = {"model": policy}
     if value_model is not None:
         trained["value_model"] = value_model
-    for model in (policy, reference, value_model, *(r.model for r in reward_models)):
+    for model in (policy, reference, value_model, *reward_models):
         if args.compile and model is not None:
             utils.compile_model(model)
 
@@ -340,68 +330,48 @@ def main(args: Args) -> None:
         mask = torch.arange(R, device=device) < is_response.sum(1, keepdim=True)  # [b, R]
         return torch.zeros(mask.shape, device=device).masked_scatter(mask, x)
 
-    def ask(
+    def ask_reward_model(
         number: int, prompts: list[dataset.Prompt], responses: list[list[int]], texts: list[str]
-    ) -> tuple[Tensor, list[bool]]:
-        """Scores [B] of a reward model, and which texts were shortened for it (B31)."""
-        model, reader, shares_tokens = reward_models[number]
-        ends = [p.ends[number] for p in prompts]
-        if shares_tokens:
-            sequences = []
-            for p, response, end in zip(prompts, responses, ends, strict=True):
-                length = len(response)
-                while length and response[length - 1] in end:
-                    length -= 1
-                # ends as the reward model has learned (B19, B29)
-                sequences.append(p.ids + response[:length] + end)
-        else:  # as text, by the reward model's own tokenizer and template (B5)
-            both = zip(prompts, texts, strict=True)
-            asked = [dataset.answered(reader, p.row, p.text, text) for p, text in both]
-            sequences = [ids for ids, _ in dataset.encode(reader, asked)]
-        limit = utils.context_length(model)
-        shortened = [len(s) > limit for s in sequences]
-        for i, end in enumerate(ends):
-            if shortened[i]:
-                sequences[i] = sequences[i][: limit - len(end)] + end
+    ) -> tuple[Tensor, Tensor]:
+        """Scores [B], and which responses were shortened to the model's context, [B] (B31)."""
+        model, reader = reward_models[number], readers[number]
+        answers = responses if shares_tokens[number] else texts  # B5
+        sequences, shortened = dataset.as_judged(reader, number, prompts, answers)  # D1
         scores = torch.zeros(len(sequences), device=device)
         order = torch.tensor([len(s) for s in sequences]).argsort(stable=True)  # little padding
         for part in order.split(micro_batch_size):
             some = [sequences[i] for i in part]
-            ids, mask = dataset.pad(some, reader.pad_token_id, "right", device)
+            ids, mask = dataset.pad(some, reader[0].pad_token_id, "right", device)
             with utils.autocast(device, args.dtype):
                 raw = utils.last_token_scores(model, ids, mask)  # [b] D10
             scores[part.to(device)] = utils.normalize_scores(model, raw)  # D13
-        return scores, shortened
+        return scores, torch.tensor(shortened, device=device)
 
     def score_responses(prompts: list[dataset.Prompt], batch: Batch) -> Scores:
-        """What the rewards say of the responses, before penalty and clip."""
+        """Ask each reward model, then each function, and combine what they say."""
         responses = real_tokens(batch)
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        token_rewards = torch.zeros(batch.response_mask.shape, device=device)  # [B, R]
-        total, shortened = torch.zeros(len(texts), device=device), [False] * len(texts)
         by_name: dict[str, Tensor] = {}
-        if reward_models:
-            weighted = []
-            for i in range(len(reward_models)):
-                by_name[names[i]], cut = ask(i, prompts, responses, texts)
-                shortened = [a or b for a, b in zip(shortened, cut, strict=True)]
-                weighted.append(weights[i] * by_name[names[i]])
-            each = torch.stack(weighted)  # [M, B] of M reward models
-            if args.ensemble == "sum":
-                total = each.sum(0)
-            elif args.ensemble == "min":  # Coste et al. 2023 (D41)
-                total = each.min(0).values
-            elif args.ensemble == "mean_minus_std":
-                total = each.mean(0) - each.std(0, correction=0)
-        for i, function in enumerate(reward_fns, len(reward_models)):
-            values = utils.call_reward_function(
-                function, "--reward-fn", prompts, texts, responses, update
+        token_rewards = torch.zeros(batch.response_mask.shape, device=device)  # [B, R]
+        shortened = torch.zeros(len(texts), dtype=torch.bool, device=device)
+        for i in range(M):
+            by_name[names[i]], cut = ask_reward_model(i, prompts, responses, texts)
+            shortened |= cut
+        for i, (file, function) in enumerate(reward_fns, M):
+            scores, per_token = utils.call_reward_function(
+                function, file, prompts, texts, responses, update=update
             )
-            by_name[names[i]] = torch.tensor([sum(x) for x in values], device=device)
-            total = total + weights[i] * by_name[names[i]]
-            for row, x in zip(token_rewards, values, strict=True):
-                if len(x) > 1:  # a number per token
-                    row[: len(x)] += weights[i] * torch.tensor(x, device=device)
+            by_name[names[i]] = torch.tensor(scores, device=device)
+            for row, x in zip(token_rewards, per_token, strict=True):
+                row[: len(x)] += weights[i] * torch.tensor(x, device=device)
+        weighted = torch.stack([w * x for w, x in zip(weights, by_name.values(), strict=True)])
+        of_models, of_functions = weighted[:M], weighted[M:].sum(0)  # [M, B], [B]
+        if args.ensemble == "sum":
+            total = of_models.sum(0) + of_functions
+        elif args.ensemble == "min":  # Coste et al. 2023 (D41)
+            total = of_models.amin(0) + of_functions
+        elif args.ensemble == "mean_minus_std":
+            total = of_models.mean(0) - of_models.std(0, correction=0) + of_functions
         return Scores(total, token_rewards, by_name, texts, shortened)
 
     @torch.no_grad()
@@ -414,30 +384,29 @@ def main(args: Args) -> None:
             prompts = mine[i : i + share]
             rng = utils.generator(device, args.seed, EVALUATION, i, process.rank)
             batch = sample_responses(model, prompts, 0, rng)
-            scores, _, _, texts, _ = score_responses(prompts, batch)
+            responses, scored = real_tokens(batch), score_responses(prompts, batch)
             judged = [None] * len(prompts)
             if judge is not None:
-                values = utils.call_reward_function(
-                    judge, judge_file, prompts, texts, real_tokens(batch), update
+                judged, _ = utils.call_reward_function(
+                    judge, judge_file, prompts, scored.texts, responses, update=update
                 )
-                judged = [sum(x) for x in values]
             kl = torch.zeros(len(prompts), device=device)
             for rows, ids, is_response in micro_batches(batch, torch.arange(len(prompts))):
                 logprobs, _ = policy_outputs(model, ids, is_response)
                 ref_logprobs, _ = policy_outputs(reference, ids, is_response)
                 kl[rows] = (logprobs - ref_logprobs).sum(1)
-            for j, response in enumerate(real_tokens(batch)):
-                result = {"prompt": prompts[j].text, "response": texts[j], "judge": judged[j]}
-                result |= {"score": scores[j].item(), "kl": kl[j].item(), "length": len(response)}
-                results.append(result | {"eos_rate": response[-1] in stop_ids})
+            for j, ids in enumerate(responses):
+                result = {"prompt": prompts[j].text, "response": scored.texts[j]}
+                result |= {"score": scored.total[j].item(), "judge": judged[j], "kl": kl[j].item()}
+                results.append(result | {"length": len(ids), "eos_rate": ids[-1] in stop_ids})
         return distributed.gather(results)
 
-    def keep_best(result: dict[str, Any]) -> float:
-        """The best mean of an evaluation so far; its policy is in best/ (D42)."""
+    def keep_best(result: dict[str, Any]) -> None:
+        """Note the best evaluation so far, and keep its policy in best/ (D42)."""
         mean = result["policy"][result["win_rate_by"]]
-        if args.keep_best and mean > best and process.is_main:
+        if args.keep_best and mean > state["best"] and process.is_main:
             utils.save_model(policy, tokenizer, out / "best")
-        return max(best, mean)
+        state["best"] = max(state["best"], mean)
 
     def ptx_backward(count: int, rng: torch.Generator) -> Tensor:
         """Add the gradient of ptx_coef times the loss, in nats per token, on `count` rows (D31)."""
@@ -468,21 +437,21 @@ def main(args: Args) -> None:
     out = utils.open_output(args, "ppo_rlhf", process)
     parameters = [p for model in trained.values() for p in model.parameters()]
     # AdamW without weight decay, linear to 0 (D6), each model at its own rate (D38)
-    rates = [args.learning_rate, args.value_learning_rate or args.learning_rate]
+    rates = [args.learning_rate, args.value_learning_rate]
     groups = [{"params": [*model.parameters()]} for model in trained.values()]
     optimizer = torch.optim.AdamW(groups, lr=0.0, eps=1e-5, weight_decay=0.0, fused=True)
     checkpoints = utils.Checkpoints(out, trained, tokenizer, optimizer, args.keep_checkpoints)
-    kl_coef, best, first_update = args.kl_coef, -float("inf"), 1
-    if args.resume and (state := checkpoints.load()):
-        kl_coef, best, first_update = state["kl_coef"], state["best"], state["step"] + 1
-        if state["processes"] != process.world:  # each has random numbers of its own
-            utils.stop(f"--resume: it had {state['processes']} processes; start as many")
+    state = {"step": 0, "processes": process.world, "kl_coef": args.kl_coef, "best": -float("inf")}
+    if args.resume:
+        state |= checkpoints.load() or {}
+    if state["processes"] != process.world:  # each has random numbers of its own
+        utils.stop(f"--resume: it had {state['processes']} processes; start as many")
     size = f"{sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M parameters"
     work = f"{len(train_prompts)} prompts, {num_updates} updates"
     ends = " or ".join(tokenizer.convert_ids_to_tokens(stop_ids))
     utils.say(f"ppo_rlhf: {size}, {work}, on {device} in {args.dtype}; responses end with {ends}")
     dataset.show_example(tokenizer, train_prompts[0].row, train_prompts[0].ids)
-    done, shown = first_update - 1, "objective/scores objective/kl response/length"
+    done, shown = state.pop("step"), "objective/scores objective/kl response/length"
     # `model.generate` of the saved policy samples as is done here (B11)
     special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": pad_id}
     policy.generation_config = transformers.GenerationConfig(
@@ -490,12 +459,12 @@ def main(args: Args) -> None:
     )
     logger = utils.Logger(out, args, process, "update", done, num_updates, shown)
     interruption = utils.Interruption(process)
-    for update in range(first_update, num_updates + 1):
-        clock = [utils.now(device)]
+    for update in range(done + 1, num_updates + 1):
+        clock, kl_coef = [utils.now(device)], state["kl_coef"]
 
         # 1. sample prompts: each process its share of the same order
         count = args.batch_size // args.samples_per_prompt
-        drawn = cycle(train_prompts, (update - 1) * count, count, args.seed)
+        drawn = dataset.cycle(train_prompts, (update - 1) * count, count, args.seed)
         width = max(len(p.ids) for p in drawn)  # P
         mine = drawn[process.rank :: process.world]
         prompts = [p for p in mine for _ in range(args.samples_per_prompt)]
@@ -518,9 +487,9 @@ def main(args: Args) -> None:
         last_ids = batch.response_ids.gather(1, last[:, None]).squeeze(1)  # [B]
         ended = torch.isin(last_ids, torch.tensor(stop_ids, device=device))  # [B] by EOS or stop
         with torch.no_grad():
-            scores, token_rewards, by_name, _, shortened = score_responses(prompts, batch)  # [B]
+            scored = score_responses(prompts, batch)
         # a response that was cut off loses a constant (D18, B2)
-        scores = torch.where(ended, scores, scores - args.missing_eos_penalty)
+        scores = torch.where(ended, scored.total, scored.total - args.missing_eos_penalty)  # [B]
         if args.reward_clip is not None:
             scores = scores.clamp(-args.reward_clip, args.reward_clip)  # D30
         clock.append(utils.now(device))
@@ -535,23 +504,24 @@ def main(args: Args) -> None:
             token_kl = torch.expm1(-ref_log_ratio) + ref_log_ratio
         non_score_rewards = -kl_coef * token_kl  # [B, R]
         # the score goes to the last real token, EOS or where the response was cut off (D17), but
-        # for what a reward function gave to single tokens
-        at_end = scores - token_rewards.sum(1)  # [B]
-        rewards = non_score_rewards + token_rewards  # [B, R]
+        # for what a reward function has given to single tokens
+        rewards = non_score_rewards + scored.token_rewards  # [B, R]
+        at_end = scores - scored.token_rewards.sum(1)  # [B]
         rewards = rewards.scatter_add(1, last[:, None], at_end[:, None])
         if args.whiten_rewards:
             rewards = utils.whiten(rewards, response_mask, shift_mean=False)  # D20
 
         # 5. advantages and returns
         if args.advantage == "gae":  # the sum over k of (gamma lambda)^k delta[t + k] (D21)
-            lams = torch.tensor([[args.lam], [value_lam]], device=device)  # [2, 1] D40
-            both, lastgaelam = torch.zeros(2, *rewards.shape, device=device), 0.0
+            advantages, returns = torch.zeros(2, *rewards.shape, device=device)  # [B, R] each
+            lastgaelam = lastvaluelam = torch.zeros_like(scores)  # [B]
             for t in reversed(range(R)):
                 next_values = values[:, t + 1] if t + 1 < R else 0.0  # [B] 0 after the end
                 delta = rewards[:, t] + args.gamma * next_values - values[:, t]  # [B]
-                lastgaelam = delta + args.gamma * lams * lastgaelam  # [2, B]
-                both[:, :, t] = lastgaelam
-            advantages, returns = both[0], both[1] + values  # [B, R] B15
+                lastgaelam = delta + args.gamma * args.lam * lastgaelam
+                advantages[:, t] = lastgaelam
+                lastvaluelam = delta + args.gamma * args.value_lam * lastvaluelam  # D40
+                returns[:, t] = lastvaluelam + values[:, t]  # B15
         else:  # one number per response: the sum of its rewards against a baseline
             episode_rewards = rewards.sum(1)  # [B]
             grouped_rewards = episode_rewards.view(-1, args.samples_per_prompt)
@@ -572,11 +542,10 @@ def main(args: Args) -> None:
             advantages = utils.whiten(advantages, response_mask)
         rollout = {"scores": scores, "logprobs": logprobs, "ref_logprobs": ref_logprobs}
         rollout |= {"values": values, "rewards": rewards, "returns": returns}
-        rollout |= {"advantages": advantages, "token_rewards": token_rewards}
+        rollout |= {"advantages": advantages, "token_rewards": scored.token_rewards}
 
         # 6. PPO update
         if interruption.came():  # nothing is changed yet: the models are the last update's
-            state = {"kl_coef": kl_coef, "best": best, "processes": process.world}
             interruption.leave(checkpoints, update - 1, state)
         left = 1 - (update - 1) / num_updates
         for group, rate in zip(optimizer.param_groups, rates, strict=False):
@@ -602,7 +571,7 @@ def main(args: Args) -> None:
                     log_ratio = new_logprobs - logprobs[rows]  # [b, R]
                     ratio = log_ratio.exp()  # [b, R]
                     unclipped_losses = -advantages[rows] * ratio
-                    clipped_ratio = ratio.clamp(1 - args.cliprange, 1 + cliprange_high)  # D39
+                    clipped_ratio = ratio.clamp(1 - args.cliprange, 1 + args.cliprange_high)  # D39
                     # the larger of the two: clipping never makes a step more tempting (D23)
                     policy_losses = torch.max(unclipped_losses, -advantages[rows] * clipped_ratio)
                     bonus = args.entropy_coef * entropies  # D33
@@ -677,7 +646,7 @@ def main(args: Args) -> None:
             "objective/rlhf_reward": episode_mean(scores + non_score_rewards.sum(1)),
             "objective/kl_coef": kl_coef,
         }
-        metrics |= {f"scores/{name}": episode_mean(x) for name, x in by_name.items()}
+        metrics |= {f"scores/{name}": episode_mean(x) for name, x in scored.by_name.items()}
         for name in epoch_means[0]:
             metrics[name] = sum(means[name] for means in epoch_means) / len(epoch_means)
         metrics["val/ratio_var"] -= (metrics["val/ratio"] - 1) ** 2
@@ -687,7 +656,7 @@ def main(args: Args) -> None:
             "val/explained_variance": explained,
             "response/length": batch_tokens.item() / args.batch_size,
             "response/eos_rate": episode_mean(ended),
-            "response/cut_rate": episode_mean(torch.tensor(shortened, device=device)),
+            "response/cut_rate": episode_mean(scored.shortened),
             "grad_norm": torch.stack(grad_norms).mean().item(),
             "time/rollout": times[0],
             "time/score": times[1],
@@ -702,17 +671,16 @@ def main(args: Args) -> None:
             evaluated = {f"eval/{k}": v for k, v in result["policy"].items() if v is not None}
             metrics |= evaluated | {"eval/win_rate": result["win_rate"]}
             show_samples(logger, update, before, after, shown=2)
-            best = keep_best(result)
+            keep_best(result)
         logger.log(update, metrics)
         if args.save_rollouts and update % args.save_rollouts == 0:
             fields = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
             tensors = rollout | {name: getattr(batch, name) for name in fields}
-            numbers = vars(args) | {"kl_coef": kl_coef, "update": update, "value_lam": value_lam}
+            numbers = vars(args) | {"kl_coef": kl_coef, "update": update}
             utils.save_rollout(out, process, tensors, numbers)
         if args.kl_target is not None:  # Ziegler et al. 2019, section 2.2 (D27)
             error = min(max(metrics["objective/kl"] / args.kl_target - 1, -0.2), 0.2)
-            kl_coef *= 1 + error * args.batch_size / args.kl_horizon
-        state = {"kl_coef": kl_coef, "best": best, "processes": process.world}
+            state["kl_coef"] *= 1 + error * args.batch_size / args.kl_horizon
         if args.save_every and update % args.save_every == 0 and update < num_updates:
             if process.is_main:
                 checkpoints.save(update, state)
@@ -744,14 +712,6 @@ def main(args: Args) -> None:
         f"mean {by} {old[by]:.2f} -> {new[by]:.2f}, KL {new['kl']:.1f} nats; "
         f"{seconds:.0f} s; model in {out}"
     )
-
-
-def cycle(rows: list[Any], first: int, count: int, seed: int) -> list[Any]:
-    """Rows number `first` to `first + count` of endless shuffled passes (D7)."""
-    numbers = range(first, first + count)
-    epochs = {n // len(rows) for n in numbers}
-    orders = {epoch: dataset.data_order(len(rows), epoch, seed) for epoch in epochs}
-    return [rows[orders[n // len(rows)][n % len(rows)]] for n in numbers]
 
 
 def real_tokens(batch: Batch) -> list[list[int]]:
@@ -795,15 +755,15 @@ def check_flags(args: Args, world: int) -> None:
     """Stop with exit code 2 on flags that cannot work or contradict each other."""
     if args.reward_model is None:
         args.reward_model = () if args.reward_fn else ("runs/reward_model",)
-    if not args.reward_model + args.reward_fn:
+    rewards = len(args.reward_model) + len(args.reward_fn)
+    if not rewards:
         utils.stop("--reward-model: is empty; name one, or pass --reward-fn")
-    if len(args.reward_weights) not in (0, len(args.reward_model + args.reward_fn)):
-        utils.stop("--reward-weights: one for each reward; models come first")
+    if len(args.reward_weights) not in (0, rewards):
+        utils.stop(f"--reward-weights: there are {rewards} rewards; pass as many, models first")
     if args.ensemble != "sum" and len(args.reward_model) < 2:
         utils.stop(f"--ensemble: {args.ensemble} needs two reward models; leave it out")
     may_be_0 = "top_k missing_eos_penalty kl_coef vf_coef entropy_coef ptx_coef gamma lam "
-    may_be_0 += "value_lam "
-    may_be_0 += "critic_warmup_updates save_rollouts"
+    may_be_0 += "value_lam critic_warmup_updates save_rollouts"
     utils.check_numbers(args, may_be_0, at_most_1="gamma lam value_lam top_p")
     if args.batch_size % (args.num_mini_batches * world):
         utils.stop("--num-mini-batches: times processes must divide --batch-size; change it")
@@ -816,6 +776,10 @@ def check_flags(args: Args, world: int) -> None:
     for name in ("value_model", "value_lam", "value_learning_rate", "critic_warmup_updates"):
         if args.advantage != "gae" and getattr(args, name):
             utils.stop(f"{utils.flag(name)}: {args.advantage} has no critic; leave it out")
+    if args.advantage == "gae":
+        args.value_learning_rate = args.value_learning_rate or args.learning_rate
+        args.value_lam = args.lam if args.value_lam is None else args.value_lam
+    args.cliprange_high = args.cliprange_high or args.cliprange
     if args.kl_target is not None and not args.kl_coef:
         utils.stop("--kl-target: a --kl-coef of 0 cannot be steered; pass one above 0")
     if args.kl_target is not None and args.batch_size >= 5 * args.kl_horizon:

@@ -585,12 +585,13 @@ def call_reward_function(
     completions: list[str],
     completion_ids: list[list[int]],
     update: int = 0,
-) -> list[list[float]]:
+) -> tuple[list[float], list[list[float]]]:
     """Scores of `function(prompts, completions, **columns)` for B dataset.Prompts.
 
-    The columns are the data set's others; `completion_ids` is passed where the function names it,
-    and the function may be async. Each score is a list of one number, or of one per token. Stop if
-    it raises or returns anything else: with code 2, or 1 once training is at an update.
+    The columns are the data set's others, and `completion_ids` where the function names it, which
+    may be async. Where it returns a number per token, these are the second list's entry, else
+    empty, and their sum is the score. Stop if it raises or returns anything else: with code 2, or
+    1 once training is at an update.
     """
     where, code = (f"update {update}: {where}", 1) if update else (where, 2)
     texts, row = [p.text for p in prompts], prompts[0].row
@@ -606,32 +607,31 @@ def call_reward_function(
         stop(f"{where}: {what} ({error}); name all or add **columns", code)
     try:
         returned = function(**columns)
-        if inspect.isawaitable(returned):
-            returned = asyncio.run(wait_for(returned))
-        scores = [[float(x) for x in (s if isinstance(s, list | tuple) else [s])] for s in returned]
+        if inspect.iscoroutine(returned):
+            returned = asyncio.run(returned)
+        numbers = [[float(x) for x in s] if np.ndim(s) else float(s) for s in returned]
     except Exception as error:
         what = f"raised {first_line(error)} for {len(texts)} prompts, {texts[0]!r:.60} first"
         stop(f"{where}: {what}; call it with these to see where", code)
-    lengths = zip(scores, completion_ids, strict=False)
-    wrong = [len(s) for s, ids in lengths if len(s) not in (1, len(ids))]
-    if len(scores) != len(texts) or wrong or not np.isfinite(sum(scores, [])).all():
-        total = sum(map(sum, scores))
-        what = f"returned {len(scores)} values for {len(texts)} prompts, {total} in all"
+    scores = [sum(x) if isinstance(x, list) else x for x in numbers]
+    of_tokens, fits = [], len(scores) == len(texts) and np.isfinite(scores).all()
+    for x, ids in zip(numbers, completion_ids, strict=False):
+        fits = fits and (not isinstance(x, list) or len(x) in (1, len(ids)))
+        of_tokens.append(x if isinstance(x, list) and len(x) == len(ids) else [])
+    if not fits:
+        what = f"returned {len(scores)} values for {len(texts)} prompts, {sum(scores)} in all"
         stop(f"{where}: {what}; return one finite number each, or one for each token", code)
-    return scores
+    return scores, of_tokens
 
 
-async def wait_for(awaitable: Any) -> Any:
-    """What an awaitable gives, of any kind."""
-    return await awaitable
-
-
-def short_names(names: tuple[str, ...]) -> list[str]:
+def short_names(names: list[str]) -> list[str]:
     """Names for metrics, each once: of a path its last part, of FILE.py:FUNCTION the function."""
     short: list[str] = []
     for name in names:
         last = name.rstrip("/").replace(":", "/").split("/")[-1]
-        short.append(last if last not in short else f"{last}_{len(short)}")
+        while last in short:
+            last += f"_{len(short)}"
+        short.append(last)
     return short
 
 

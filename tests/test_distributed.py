@@ -41,7 +41,8 @@ destroy = torch.distributed.destroy_process_group
 for i, (name, flags) in enumerate(runs, 1):
     # one group for all runs: torch reuses a group's keys when it is made again, and may hang
     torch.distributed.destroy_process_group = destroy if i == len(runs) else lambda: None
-    flags["dataset"] = [flags["dataset"]]
+    several = [name for name in ("dataset", "reward_model") if name in flags]
+    flags |= {name: (flags[name],) for name in several}
     modules[name].main(modules[name].Args(**flags))
 """
 

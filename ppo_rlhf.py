@@ -331,11 +331,10 @@ def main(args: Args) -> None:
         return torch.zeros(mask.shape, device=device).masked_scatter(mask, x)
 
     def ask_reward_model(
-        number: int, prompts: list[dataset.Prompt], responses: list[list[int]], texts: list[str]
+        number: int, prompts: list[dataset.Prompt], answers: list[Any]
     ) -> tuple[Tensor, Tensor]:
-        """Scores [B], and which responses were shortened to the model's context, [B] (B31)."""
+        """Scores [B] of ids or texts, and [B] which were cut to the model's context (B31)."""
         model, reader = reward_models[number], readers[number]
-        answers = responses if shares_tokens[number] else texts  # B5
         sequences, shortened = dataset.as_judged(reader, number, prompts, answers)  # D1
         scores = torch.zeros(len(sequences), device=device)
         order = torch.tensor([len(s) for s in sequences]).argsort(stable=True)  # little padding
@@ -347,6 +346,7 @@ def main(args: Args) -> None:
             scores[part.to(device)] = utils.normalize_scores(model, raw)  # D13
         return scores, torch.tensor(shortened, device=device)
 
+    @torch.no_grad()
     def score_responses(prompts: list[dataset.Prompt], batch: Batch) -> Scores:
         """Ask each reward model, then each function, and combine what they say."""
         responses = real_tokens(batch)
@@ -355,7 +355,8 @@ def main(args: Args) -> None:
         token_rewards = torch.zeros(batch.response_mask.shape, device=device)  # [B, R]
         shortened = torch.zeros(len(texts), dtype=torch.bool, device=device)
         for i in range(M):
-            by_name[names[i]], cut = ask_reward_model(i, prompts, responses, texts)
+            answers = responses if shares_tokens[i] else texts  # B5
+            by_name[names[i]], cut = ask_reward_model(i, prompts, answers)
             shortened |= cut
         for i, (file, function) in enumerate(reward_fns, M):
             scores, per_token = utils.call_reward_function(
@@ -486,8 +487,7 @@ def main(args: Args) -> None:
         last = response_mask.sum(1) - 1  # [B] where the last real token is, by length (D3, B1, B3)
         last_ids = batch.response_ids.gather(1, last[:, None]).squeeze(1)  # [B]
         ended = torch.isin(last_ids, torch.tensor(stop_ids, device=device))  # [B] by EOS or stop
-        with torch.no_grad():
-            scored = score_responses(prompts, batch)
+        scored = score_responses(prompts, batch)
         # a response that was cut off loses a constant (D18, B2)
         scores = torch.where(ended, scored.total, scored.total - args.missing_eos_penalty)  # [B]
         if args.reward_clip is not None:

@@ -59,7 +59,7 @@ def test_sentiment():
 
 def test_sentiment_without_its_package(monkeypatch, error_of):
     """The line says what to install."""
-    monkeypatch.setitem(sys.modules, "vaderSentiment", None)
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
     assert "pip install vaderSentiment" in error_of(scores, "sentiment", ["Good."])
 
 

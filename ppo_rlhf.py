@@ -16,7 +16,7 @@ On several GPUs each process takes its share of the prompts (training and held-o
 numbers of its own for sampling and shuffling. Gradients, token counts, means and the whitening's
 mean and variance are over all of them. Every process holds whole models.
 
-Left out: adapters, sharding, asynchronous rollouts, a KL loss (the KL is in the reward). The
+Left out: sharding, asynchronous rollouts, a KL loss (the KL is in the reward). The
 decoding loop is in generate.py. `D17` (a detail) and `B14` (a bug that others shipped) point to
 docs/details.md.
 
@@ -43,6 +43,7 @@ from torch import Tensor
 import dataset
 import distributed
 import generate
+import lora
 import utils
 
 EVALUATION, SAMPLING, SHUFFLING, PTX = 1, 2, 3, 4  # streams of random numbers, apart (D7)
@@ -165,6 +166,12 @@ class Args:
     """Demonstrations or plain text for the ptx loss, in a format of sft.py."""
     max_grad_norm: float = 1.0
     """Gradients of policy and value function together are scaled down to this norm."""
+    lora_rank: int = 0
+    """Rank of a LoRA adapter that is trained in place of the model's weights; 0: none (D43)."""
+    lora_alpha: float = 32.0
+    """The adapter's product is scaled by this / rank."""
+    lora_target: str = "all-linear"
+    """What it adapts: all-linear, or names of linear layers with commas between."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
@@ -219,8 +226,11 @@ def main(args: Args) -> None:
     tokenizer = utils.load_tokenizer(args.model)
     pad_id = tokenizer.pad_token_id
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    policy = utils.load_causal_lm(args.model, device, tokenizer)
     reference = utils.freeze(utils.load_causal_lm(args.model, device, tokenizer), args.dtype)
+    if args.lora_rank:  # one base for policy, reference and value function (D43)
+        policy = lora.adapt(reference, args)
+    else:
+        policy = utils.load_causal_lm(args.model, device, tokenizer)
     stop_ids = generate.stop_token_ids(tokenizer, args.stop_token, policy.generation_config)
     reward_models, readers, shares_tokens = [], [], []  # readers: their tokenizers and contexts
     for name in args.reward_model:
@@ -238,7 +248,10 @@ def main(args: Args) -> None:
     if args.advantage == "gae":  # a network of its own; from a language model it starts at 0 (D15)
         first = args.reward_model[0] if any(shares_tokens[:1]) else args.model
         value_start = args.value_model or first
-        value_model = utils.load_classifier(value_start, device)
+        if args.lora_rank:
+            value_model = lora.value_on(reference, args, value_start)
+        else:
+            value_model = utils.load_classifier(value_start, device)
         if not utils.same_tokenizer(tokenizer, utils.load_tokenizer(value_start)):
             utils.stop(f"--value-model: {value_start} has another tokenizer; pass another")
     labeler = "data/support/gold.py:score" if args.dataset == Args.dataset else None
@@ -436,10 +449,11 @@ def main(args: Args) -> None:
     update = 0  # read by score_responses: before the first update errors are wrong input
     before = evaluate(reference)
     out = utils.open_output(args, "ppo_rlhf", process)
-    parameters = [p for model in trained.values() for p in model.parameters()]
+    own = [[p for p in model.parameters() if p.requires_grad] for model in trained.values()]
+    parameters, policy_weights = sum(own, []), torch.nn.ParameterList(own[0])
     # AdamW without weight decay, linear to 0 (D6), each model at its own rate (D38)
     rates = [args.learning_rate, args.value_learning_rate]
-    groups = [{"params": [*model.parameters()]} for model in trained.values()]
+    groups = [{"params": some} for some in own]
     optimizer = torch.optim.AdamW(groups, lr=0.0, eps=1e-5, weight_decay=0.0, fused=True)
     checkpoints = utils.Checkpoints(out, trained, tokenizer, optimizer, args.keep_checkpoints)
     state = {"step": 0, "processes": process.world, "kl_coef": args.kl_coef, "best": -float("inf")}
@@ -550,7 +564,7 @@ def main(args: Args) -> None:
         left = 1 - (update - 1) / num_updates
         for group, rate in zip(optimizer.param_groups, rates, strict=False):
             group["lr"] = rate * left  # D6, D38
-        policy.requires_grad_(update > args.critic_warmup_updates)  # D32
+        policy_weights.requires_grad_(update > args.critic_warmup_updates)  # D32
         for model in trained.values():
             utils.set_gradient_checkpointing(model, args.gradient_checkpointing)
         shuffle = utils.generator("cpu", args.seed, SHUFFLING, update, process.rank)
@@ -622,7 +636,7 @@ def main(args: Args) -> None:
                 break  # D28
         for model in trained.values():
             utils.set_gradient_checkpointing(model, False)
-        policy.requires_grad_(True)  # autocast caches casts only of such weights
+        policy_weights.requires_grad_(True)  # autocast caches casts only of such weights
         clock.append(utils.now(device))
 
         # ---- records

@@ -188,7 +188,7 @@ def flag(name: str) -> str:
 
 def check_numbers(args: Any, may_be_0: str = "", at_most_1: str = "") -> None:
     """Stop unless a stage's numbers are above 0, but for the two lists of names."""
-    may_be_0 += " seed save_every eval_every"
+    may_be_0 += " seed save_every eval_every lora_rank"
     for name, value in vars(args).items():
         if type(value) in (int, float):
             zero, one = name in may_be_0.split(), name in at_most_1.split()
@@ -339,13 +339,14 @@ def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any)
     random ones: the scalar head becomes zero, any others stop the run. An adapter is merged.
     """
     kwargs |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-    base = base_of(model)
-    loaded, info = from_pretrained(auto_class, base, **kwargs)
-    for name in info["missing_keys"]:
-        if not name.startswith("score."):
-            stop(f"{model}: its files lack {name}; pass a whole model")
-        loaded.get_parameter(name).data.zero_()
-    if base != model:
+    if (base := base_of(model)) == model:
+        loaded, info = from_pretrained(auto_class, model, **kwargs)
+        for name in info["missing_keys"]:
+            if not name.startswith("score."):
+                stop(f"{model}: its files lack {name}; pass a whole model")
+            loaded.get_parameter(name).data.zero_()
+    else:
+        loaded = load_model(auto_class, base, torch.device("cpu"), **kwargs)
         try:
             import peft
 
@@ -642,6 +643,12 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write an ordinary Hugging Face folder: config.json last, without which it is no model."""
     part = folder / "model.part"
     discard(part)
+    if hasattr(model, "lora_config"):  # merged in float32
+        like, adapter = model, part / "adapter"
+        save_weights(like, adapter)
+        model = load_model(type(like), str(adapter), torch.device("cpu"), config=like.config)
+        if like.can_generate():
+            model.generation_config = like.generation_config
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     for path in sorted(part.iterdir(), key=lambda path: path.name == "config.json"):
@@ -650,10 +657,39 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     part.rmdir()
 
 
+def weights_of(model: Any, name: str) -> tuple[str, dict[str, Tensor]]:
+    """A model's file and what is in it; of an adapted one what is trained, by peft's names."""
+    if hasattr(model, "lora_config"):
+        named = [(k.replace(".default", ""), p) for k, p in model.named_parameters()]
+        weights = {f"base_model.model.{k}": p.data for k, p in named if p.requires_grad}
+        return f"adapter_{name}.safetensors", weights
+    # transformers looks for a shared tensor by its first name
+    tied, state = model.all_tied_weights_keys, model.state_dict()
+    return f"{name}.safetensors", {k: v for k, v in state.items() if k not in tied}
+
+
+def save_weights(model: Any, folder: Path, name: str = "model") -> None:
+    """Write that file, with the configuration of the one named "model"."""
+    if name == "model":
+        getattr(model, "lora_config", model.config).save_pretrained(folder)
+    file, weights = weights_of(model, name)
+    safetensors.torch.save_file(weights, folder / file, {"format": "pt"})
+
+
+def load_weights(model: Any, folder: Path, name: str = "model") -> None:
+    """Take over what is in that file."""
+    file, weights = weights_of(model, name)
+    saved = safetensors.torch.load_file(folder / file)
+    if weights.keys() != saved.keys():
+        stop(f"{folder / file}: fits another model; pass another")
+    for key, weight in weights.items():
+        weight.copy_(saved[key])
+
+
 class Checkpoints(NamedTuple):
     """Checkpoints of a run: `models` and optimizer in safetensors, a few numbers, checksums.
 
-    As a folder each is an ordinary model, that of the name "model".
+    As a folder each is a model, that of the name "model", or its adapter.
     """
 
     out: Path
@@ -672,11 +708,7 @@ class Checkpoints(NamedTuple):
         discard(part)
         part.mkdir(parents=True)
         for name, model in self.models.items():
-            # transformers looks for a shared tensor by its first name
-            tied, file = model.all_tied_weights_keys, part / f"{name}.safetensors"
-            weights = {k: v for k, v in model.state_dict().items() if k not in tied}
-            safetensors.torch.save_file(weights, file, {"format": "pt"})
-        self.models["model"].config.save_pretrained(part)
+            save_weights(model, part, name)
         self.tokenizer.save_pretrained(part)
         moments = self.optimizer.state_dict()["state"]
         flat = {f"{i}.{name}": x for i, of_i in moments.items() for name, x in of_i.items()}
@@ -699,7 +731,7 @@ class Checkpoints(NamedTuple):
         if folder is None:
             return None
         for name, model in self.models.items():
-            safetensors.torch.load_model(model, str(folder / f"{name}.safetensors"))
+            load_weights(model, folder, name)
         whole, moments = self.optimizer.state_dict(), defaultdict(dict)
         for key, value in safetensors.torch.load_file(folder / "optimizer.safetensors").items():
             index, name = key.split(".", 1)

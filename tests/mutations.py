@@ -154,7 +154,8 @@ d30_scores_are_clipped_after_the_penalty in ppo_rlhf.py
 d31_ptx_adds_a_language_model_loss in ppo_rlhf.py
     [learned for _, learned in micro]  ->  [[True] * len(ids) for ids, _ in micro]
 d32_the_critic_may_be_trained_alone_first in ppo_rlhf.py
-    policy.requires_grad_(update > args.critic_warmup_updates)  ->  policy.requires_grad_(True)
+    policy_weights.requires_grad_(update > args.critic_warmup_updates)  ->
+    policy_weights.requires_grad_(True)
 d32_the_critic_may_be_trained_alone_first in ppo_rlhf.py
     args.ptx_coef and update > args.critic_warmup_updates  ->  args.ptx_coef
 d33_entropy_bonus in ppo_rlhf.py

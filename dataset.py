@@ -534,39 +534,42 @@ class Prompt(NamedTuple):
     ids: list[int]
     text: str
     row: Row
-    end: list[int]  # what ends an answer to it, in the tokens of the reward model
+    ends: list[list[int]]  # what ends an answer to it, in each reward model's tokens
 
 
 def encode_prompts(
-    tokenizer: Any, rows: list[Row], max_tokens: int, judge: tuple[Any, int] | None = None
+    tokenizer: Any, rows: list[Row], max_tokens: int, *judges: tuple[Any, int]
 ) -> list[Prompt]:
     """Prompts of 1 to `max_tokens` tokens.
 
-    `judge`, a reward model's tokenizer and its context, has room for an answer of one token and
-    what ends it (B31).
+    `judges`, each a reward model's tokenizer and its context, have room for an answer of one token
+    and what ends it (B31).
     """
 
-    def rendered(row: Row) -> tuple[Row, Rendered, Rendered]:
+    def rendered(row: Row) -> tuple[Any, ...]:
         text = render(tokenizer, row["prompt"])
-        return row, text, answered(judge[0], row, text.pieces[0], "a") if judge else text
+        return row, text, *(answered(judge, row, text.pieces[0], "a") for judge, _ in judges)
 
-    def fit(row: Row, text: Rendered, ids: list[int], judged: list[int]) -> Prompt:
+    def fit(row: Row, text: Rendered, ids: list[int], *judged: list[int]) -> Prompt:
         if not ids:
             raise Unusable("prompt: has no token that the tokenizer knows; drop the row")
-        if len(ids) > max_tokens or (judge and len(judged) > judge[1]):
+        limits = [limit for _, limit in judges]
+        if len(ids) > max_tokens or any(len(x) > y for x, y in zip(judged, limits, strict=True)):
             what = f"its {len(ids)} tokens leave the response no room in a model's context"
             raise Unusable(f"prompt: {what}; shorten it or lower --response-length")
         return Prompt(ids, text.pieces[0], row, ends[text.is_chat])
 
-    rows, texts, asked = zip(*usable(rendered, rows), strict=True)
-    judged = encoded = [ids for ids, _ in encode(tokenizer, texts)]
-    ends = {False: [], True: []}  # of texts and of chats: what answers "a" and "b" have in common
-    if judge:
-        judged = [ids for ids, _ in encode(judge[0], asked)]
+    rows, texts, *asked = zip(*usable(rendered, rows), strict=True)
+    encoded = [ids for ids, _ in encode(tokenizer, texts)]
+    judged: list[list[list[int]]] = []
+    ends: dict[bool, list[list[int]]] = {False: [], True: []}  # of texts and of chats
+    for (judge, _), both in zip(judges, asked, strict=True):
+        judged.append([ids for ids, _ in encode(judge, both)])
         for is_chat, i in {text.is_chat: i for i, text in enumerate(texts)}.items():
-            other = answered(judge[0], rows[i], texts[i].pieces[0], "b")
-            ends[is_chat] = common_end(judged[i], encode(judge[0], [other])[0][0])
-    return usable(fit, rows, texts, encoded, judged)
+            other = answered(judge, rows[i], texts[i].pieces[0], "b")
+            # what answers "a" and "b" have in common
+            ends[is_chat].append(common_end(judged[-1][i], encode(judge, [other])[0][0]))
+    return usable(fit, rows, texts, encoded, *judged)
 
 
 def answered(tokenizer: Any, row: Row, text: str, answer: str) -> Rendered:
@@ -579,6 +582,32 @@ def answered(tokenizer: Any, row: Row, text: str, answer: str) -> Rendered:
         (start, a), (_, b) = (render(tokenizer, row["prompt"], x).pieces for x in "ab")
         end = common_end(a, b)
         return Rendered([start, a.removesuffix(f"a{end}") + answer + end], True)
+
+
+def as_judged(
+    judge: tuple[Any, int], number: int, prompts: list[Prompt], answers: list[Any]
+) -> tuple[list[list[int]], list[bool]]:
+    """Prompts and answers as a reward model reads them, and which are cut to its context (B31).
+
+    `judge` is its tokenizer and its context, and the `number` of `encode_prompts`' judges. Answers
+    are texts or, where it shares the policy's tokenizer, token ids.
+    """
+    (tokenizer, limit), ends = judge, [p.ends[number] for p in prompts]
+    if isinstance(answers[0], str):  # by its own tokenizer and template (B5)
+        both = zip(prompts, answers, strict=True)
+        texts = [answered(tokenizer, p.row, p.text, answer) for p, answer in both]
+        sequences = [ids for ids, _ in encode(tokenizer, texts)]
+    else:
+        sequences = []
+        for p, answer, end in zip(prompts, answers, ends, strict=True):
+            while answer and answer[-1] in end:
+                answer = answer[:-1]
+            sequences.append(p.ids + answer + end)  # ends as it has learned (B19, B29)
+    shortened = [len(ids) > limit for ids in sequences]
+    for i, end in enumerate(ends):
+        if shortened[i]:
+            sequences[i] = sequences[i][: limit - len(end)] + end
+    return sequences, shortened
 
 
 def common_end(a: Any, b: Any) -> Any:
@@ -600,6 +629,14 @@ def show_example(tokenizer: Any, row: Row, *parts: list[int]) -> None:
 def data_order(rows: int, epoch: int, seed: int) -> list[int]:
     """The order of the rows in an epoch, the same in every process (D7)."""
     return torch.randperm(rows, generator=utils.generator("cpu", seed, epoch)).tolist()
+
+
+def cycle(rows: list[Any], first: int, count: int, seed: int) -> list[Any]:
+    """Rows number `first` to `first + count` of endless shuffled passes (D7)."""
+    numbers = range(first, first + count)
+    epochs = {n // len(rows) for n in numbers}
+    orders = {epoch: data_order(len(rows), epoch, seed) for epoch in epochs}
+    return [rows[orders[n // len(rows)][n % len(rows)]] for n in numbers]
 
 
 def batches(

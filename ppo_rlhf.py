@@ -1,10 +1,10 @@
 """Stage 3 of RLHF: PPO against a reward model.
 
-The policy answers prompts; a reward model (or a function) scores the answers; a per-token KL
-penalty holds the policy to the model that it started from; PPO makes tokens that did better than
-the value function expected more probable.
+The policy answers prompts; reward models, or functions, score the answers; a per-token KL penalty
+holds the policy to the model that it started from; PPO makes tokens that did better than the value
+function expected more probable.
 
-In: the policy's start, a reward model or function, prompts. Out: `runs/ppo_rlhf`, an ordinary
+In: the policy's start, reward models or functions, prompts. Out: `runs/ppo_rlhf`, an ordinary
 Hugging Face folder, with metrics.jsonl, summary.json, samples.jsonl and TensorBoard events.
 
     python ppo_rlhf.py
@@ -16,7 +16,7 @@ On several GPUs each process takes its share of the prompts (training and held-o
 numbers of its own for sampling and shuffling. Gradients, token counts, means and the whitening's
 mean and variance are over all of them. Every process holds whole models.
 
-Left out: adapters, sharding, asynchronous rollouts, a KL loss (the KL is in the reward). The
+Left out: sharding, asynchronous rollouts, a KL loss (the KL is in the reward). The
 decoding loop is in generate.py. `D17` (a detail) and `B14` (a bug that others shipped) point to
 docs/details.md.
 
@@ -43,6 +43,7 @@ from torch import Tensor
 import dataset
 import distributed
 import generate
+import lora
 import utils
 
 EVALUATION, SAMPLING, SHUFFLING, PTX = 1, 2, 3, 4  # streams of random numbers, apart (D7)
@@ -52,12 +53,16 @@ EVALUATION, SAMPLING, SHUFFLING, PTX = 1, 2, 3, 4  # streams of random numbers, 
 class Args:
     model: str = "runs/sft"
     """Where the policy starts and what the frozen reference is: a hub id or a local folder."""
-    reward_model: str = "runs/reward_model"
-    """Reward model: a hub id or a local folder."""
+    reward_model: tuple[str, ...] | None = None
+    """Reward models, hub ids or folders; none: runs/reward_model, unless --reward-fn is given."""
+    reward_fn: tuple[str, ...] = ()
+    """Scoring functions, FILE.py:FUNCTION: f(prompts, completions, **columns) -> list[float]."""
+    reward_weights: tuple[float, ...] = ()
+    """Weights of the rewards, reward models first; none: 1 each."""
+    ensemble: Literal["sum", "min", "mean_minus_std"] = "sum"
+    """How the weighted scores of several reward models become one (D41); functions' are added."""
     value_model: str | None = None
-    """Start of the value function; none: the reward model, else --model."""
-    reward_fn: str | None = None
-    """FILE.py:FUNCTION that scores instead: f(prompts, completions, **columns) -> list[float]."""
+    """Start of the value function; none: the first reward model, else --model."""
     dataset: tuple[str, ...] = ("data/support/prompts",)
     """Prompts, joined: hub ids (NAME or NAME:CONFIG), folders with train.jsonl, files."""
     dataset_weights: tuple[float, ...] = ()
@@ -132,13 +137,19 @@ class Args:
     """Discount per token."""
     lam: float = 0.95
     """Lambda of generalized advantage estimation."""
+    value_lam: float | None = None
+    """Lambda of the returns, which values learn; none: --lam (D40)."""
     whiten_advantages: bool = True
     """Scale advantages to mean 0 and variance 1 over the batch's tokens (D22)."""
 
     learning_rate: float = 5e-4
     """First rate of AdamW, linear to 0; for pretrained models of 100M and more 1e-6 to 1e-5."""
+    value_learning_rate: float | None = None
+    """First rate of the value function; none: --learning-rate (D38)."""
     cliprange: float = 0.2
     """The ratio of new to old probability is clipped to 1 +- this."""
+    cliprange_high: float | None = None
+    """How far above 1 the ratio may rise; none: --cliprange (D39)."""
     cliprange_value: float = 0.2
     """A new value is clipped to the old one +- this."""
     vf_coef: float = 0.1
@@ -155,6 +166,12 @@ class Args:
     """Demonstrations or plain text for the ptx loss, in a format of sft.py."""
     max_grad_norm: float = 1.0
     """Gradients of policy and value function together are scaled down to this norm."""
+    lora_rank: int = 0
+    """Rank of a LoRA adapter that is trained in place of the model's weights; 0: none (D43)."""
+    lora_alpha: float = 32.0
+    """The adapter's product is scaled by this / rank."""
+    lora_target: str = "all-linear"
+    """What it adapts: all-linear, or names of linear layers with commas between."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
@@ -164,6 +181,8 @@ class Args:
     """Held-out prompts to compare policy and reference on."""
     eval_every: int = 25
     """Updates between evaluations; 0 evaluates only at the end."""
+    keep_best: bool = False
+    """Keep the policy of the best evaluation in best/, by the judge, else the score (D42)."""
     save_every: int = 20
     """Updates between checkpoints for --resume; 0 saves one only when interrupted."""
     keep_checkpoints: int = 2
@@ -185,6 +204,16 @@ class Batch(NamedTuple):
     is_response: Tensor  # [B, T] true on the tokens where response_mask is 1, in the same order
 
 
+class Scores(NamedTuple):
+    """What the rewards say of B responses, before penalty and clip."""
+
+    total: Tensor  # [B] weighted and combined
+    token_rewards: Tensor  # [B, R] the part of the total that was given to single tokens
+    by_name: dict[str, Tensor]  # of each reward, [B]
+    texts: list[str]  # the responses
+    shortened: Tensor  # [B] to a reward model's context
+
+
 @utils.stage()
 def main(args: Args) -> None:
     started = time.time()
@@ -197,24 +226,32 @@ def main(args: Args) -> None:
     tokenizer = utils.load_tokenizer(args.model)
     pad_id = tokenizer.pad_token_id
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    policy = utils.load_causal_lm(args.model, device, tokenizer)
     reference = utils.freeze(utils.load_causal_lm(args.model, device, tokenizer), args.dtype)
-    stop_ids = generate.stop_token_ids(tokenizer, args.stop_token, policy.generation_config)
-    reward_fn = reward_model = value_model = judge = reads = None
-    shared_tokenizer = False  # whether the reward model reads the policy's tokens
-    if args.reward_fn:
-        reward_fn = utils.load_function(args.reward_fn, "--reward-fn")
+    if args.lora_rank:  # one base for policy, reference and value function (D43)
+        policy = lora.adapt(reference, args)
     else:
-        reward_model = utils.load_classifier(args.reward_model, device, trained=True)
-        reward_model = utils.freeze(reward_model, args.dtype)
-        reward_tokenizer = utils.load_tokenizer(args.reward_model)
-        reads = (reward_tokenizer, utils.context_length(reward_model))  # B31
-        shared_tokenizer = utils.same_tokenizer(tokenizer, reward_tokenizer)
-        if not shared_tokenizer:
-            utils.say(f"{args.reward_model}: another tokenizer: asked in text")
+        policy = utils.load_causal_lm(args.model, device, tokenizer)
+    stop_ids = generate.stop_token_ids(tokenizer, args.stop_token, policy.generation_config)
+    reward_models, readers, shares_tokens = [], [], []  # readers: their tokenizers and contexts
+    for name in args.reward_model:
+        model = utils.freeze(utils.load_classifier(name, device, trained=True), args.dtype)
+        reward_models.append(model)
+        readers.append((utils.load_tokenizer(name), utils.context_length(model)))
+        shares_tokens.append(utils.same_tokenizer(tokenizer, readers[-1][0]))
+        if not shares_tokens[-1]:
+            utils.say(f"{name}: another tokenizer: asked in text")
+    reward_fns = [(file, utils.load_function(file, "--reward-fn")) for file in args.reward_fn]
+    names = utils.short_names([*args.reward_model, *args.reward_fn])
+    M = len(reward_models)
+    weights = args.reward_weights or [1.0] * len(names)
+    value_model = judge = None
     if args.advantage == "gae":  # a network of its own; from a language model it starts at 0 (D15)
-        value_start = args.value_model or (args.reward_model if shared_tokenizer else args.model)
-        value_model = utils.load_classifier(value_start, device)
+        first = args.reward_model[0] if any(shares_tokens[:1]) else args.model
+        value_start = args.value_model or first
+        if args.lora_rank:
+            value_model = lora.value_on(reference, args, value_start)
+        else:
+            value_model = utils.load_classifier(value_start, device)
         if not utils.same_tokenizer(tokenizer, utils.load_tokenizer(value_start)):
             utils.stop(f"--value-model: {value_start} has another tokenizer; pass another")
     labeler = "data/support/gold.py:score" if args.dataset == Args.dataset else None
@@ -226,7 +263,7 @@ def main(args: Args) -> None:
     if value_model is not None:
         max_prompt = min(max_prompt, utils.context_length(value_model) - R)
     train_prompts, eval_prompts = (
-        dataset.encode_prompts(tokenizer, rows, max_prompt, reads)
+        dataset.encode_prompts(tokenizer, rows, max_prompt, *readers)  # B31
         for rows in dataset.load_splits(args, dataset.PROMPT_FORMATS)
     )
     del eval_prompts[args.eval_prompts :]
@@ -239,7 +276,7 @@ def main(args: Args) -> None:
     trained = {"model": policy}
     if value_model is not None:
         trained["value_model"] = value_model
-    for model in (policy, reference, value_model, reward_model):
+    for model in (policy, reference, value_model, *reward_models):
         if args.compile and model is not None:
             utils.compile_model(model)
 
@@ -306,40 +343,50 @@ def main(args: Args) -> None:
         mask = torch.arange(R, device=device) < is_response.sum(1, keepdim=True)  # [b, R]
         return torch.zeros(mask.shape, device=device).masked_scatter(mask, x)
 
-    def score_responses(
-        prompts: list[dataset.Prompt], batch: Batch
-    ) -> tuple[Tensor, list[str], list[bool]]:
-        """Scores [B], responses as text, and which were shortened for the reward model (B31)."""
-        responses = real_tokens(batch)
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        if reward_fn is not None:
-            scores = utils.call_reward_function(reward_fn, args.reward_fn, prompts, texts, update)
-            return torch.tensor(scores, device=device), texts, [False] * len(texts)
-        if shared_tokenizer:
-            sequences = []
-            for p, response in zip(prompts, responses, strict=True):
-                while response and response[-1] in p.end:
-                    response.pop()
-                # ends as the reward model has learned (B19, B29)
-                sequences.append(p.ids + response + p.end)
-        else:  # as text, by the reward model's own tokenizer and template (B5)
-            both = zip(prompts, texts, strict=True)
-            asked = [dataset.answered(reward_tokenizer, p.row, p.text, text) for p, text in both]
-            sequences = [ids for ids, _ in dataset.encode(reward_tokenizer, asked)]
-        limit = utils.context_length(reward_model)
-        shortened = [len(s) > limit for s in sequences]
-        for i, p in enumerate(prompts):
-            if shortened[i]:
-                sequences[i] = sequences[i][: limit - len(p.end)] + p.end
+    def ask_reward_model(
+        number: int, prompts: list[dataset.Prompt], answers: list[Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Scores [B] of ids or texts, and [B] which were cut to the model's context (B31)."""
+        model, reader = reward_models[number], readers[number]
+        sequences, shortened = dataset.as_judged(reader, number, prompts, answers)  # D1
         scores = torch.zeros(len(sequences), device=device)
         order = torch.tensor([len(s) for s in sequences]).argsort(stable=True)  # little padding
         for part in order.split(micro_batch_size):
             some = [sequences[i] for i in part]
-            ids, mask = dataset.pad(some, reward_tokenizer.pad_token_id, "right", device)
+            ids, mask = dataset.pad(some, reader[0].pad_token_id, "right", device)
             with utils.autocast(device, args.dtype):
-                raw = utils.last_token_scores(reward_model, ids, mask)  # [b] D10
-            scores[part.to(device)] = utils.normalize_scores(reward_model, raw)  # D13
-        return scores, texts, shortened
+                raw = utils.last_token_scores(model, ids, mask)  # [b] D10
+            scores[part.to(device)] = utils.normalize_scores(model, raw)  # D13
+        return scores, torch.tensor(shortened, device=device)
+
+    @torch.no_grad()
+    def score_responses(prompts: list[dataset.Prompt], batch: Batch) -> Scores:
+        """Ask each reward model, then each function, and combine what they say."""
+        responses = real_tokens(batch)
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        by_name: dict[str, Tensor] = {}
+        token_rewards = torch.zeros(batch.response_mask.shape, device=device)  # [B, R]
+        shortened = torch.zeros(len(texts), dtype=torch.bool, device=device)
+        for i in range(M):
+            answers = responses if shares_tokens[i] else texts  # B5
+            by_name[names[i]], cut = ask_reward_model(i, prompts, answers)
+            shortened |= cut
+        for i, (file, function) in enumerate(reward_fns, M):
+            scores, per_token = utils.call_reward_function(
+                function, file, prompts, texts, responses, update=update
+            )
+            by_name[names[i]] = torch.tensor(scores, device=device)
+            for row, x in zip(token_rewards, per_token, strict=True):
+                row[: len(x)] += weights[i] * torch.tensor(x, device=device)
+        weighted = torch.stack([w * x for w, x in zip(weights, by_name.values(), strict=True)])
+        of_models, of_functions = weighted[:M], weighted[M:].sum(0)  # [M, B], [B]
+        if args.ensemble == "sum":
+            total = of_models.sum(0) + of_functions
+        elif args.ensemble == "min":  # Coste et al. 2023 (D41)
+            total = of_models.amin(0) + of_functions
+        elif args.ensemble == "mean_minus_std":
+            total = of_models.mean(0) - of_models.std(0, correction=0) + of_functions
+        return Scores(total, token_rewards, by_name, texts, shortened)
 
     @torch.no_grad()
     def evaluate(model: Any) -> list[dict[str, Any]]:
@@ -351,20 +398,29 @@ def main(args: Args) -> None:
             prompts = mine[i : i + share]
             rng = utils.generator(device, args.seed, EVALUATION, i, process.rank)
             batch = sample_responses(model, prompts, 0, rng)
-            scores, texts, _ = score_responses(prompts, batch)
+            responses, scored = real_tokens(batch), score_responses(prompts, batch)
             judged = [None] * len(prompts)
             if judge is not None:
-                judged = utils.call_reward_function(judge, judge_file, prompts, texts, update)
+                judged, _ = utils.call_reward_function(
+                    judge, judge_file, prompts, scored.texts, responses, update=update
+                )
             kl = torch.zeros(len(prompts), device=device)
             for rows, ids, is_response in micro_batches(batch, torch.arange(len(prompts))):
                 logprobs, _ = policy_outputs(model, ids, is_response)
                 ref_logprobs, _ = policy_outputs(reference, ids, is_response)
                 kl[rows] = (logprobs - ref_logprobs).sum(1)
-            for j, response in enumerate(real_tokens(batch)):
-                result = {"prompt": prompts[j].text, "response": texts[j], "judge": judged[j]}
-                result |= {"score": scores[j].item(), "kl": kl[j].item(), "length": len(response)}
-                results.append(result | {"eos_rate": response[-1] in stop_ids})
+            for j, ids in enumerate(responses):
+                result = {"prompt": prompts[j].text, "response": scored.texts[j]}
+                result |= {"score": scored.total[j].item(), "judge": judged[j], "kl": kl[j].item()}
+                results.append(result | {"length": len(ids), "eos_rate": ids[-1] in stop_ids})
         return distributed.gather(results)
+
+    def keep_best(result: dict[str, Any]) -> None:
+        """Note the best evaluation so far, and keep its policy in best/ (D42)."""
+        mean = result["policy"][result["win_rate_by"]]
+        if args.keep_best and mean > state["best"] and process.is_main:
+            utils.save_model(policy, tokenizer, out / "best")
+        state["best"] = max(state["best"], mean)
 
     def ptx_backward(count: int, rng: torch.Generator) -> Tensor:
         """Add the gradient of ptx_coef times the loss, in nats per token, on `count` rows (D31)."""
@@ -393,31 +449,37 @@ def main(args: Args) -> None:
     update = 0  # read by score_responses: before the first update errors are wrong input
     before = evaluate(reference)
     out = utils.open_output(args, "ppo_rlhf", process)
-    parameters = [p for model in trained.values() for p in model.parameters()]
-    # AdamW without weight decay, linear to 0 (D6)
-    optimizer = torch.optim.AdamW(
-        parameters, lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True
-    )
+    own = [[p for p in model.parameters() if p.requires_grad] for model in trained.values()]
+    parameters, policy_weights = sum(own, []), torch.nn.ParameterList(own[0])
+    # AdamW without weight decay, linear to 0 (D6), each model at its own rate (D38)
+    rates = [args.learning_rate, args.value_learning_rate]
+    groups = [{"params": some} for some in own]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, eps=1e-5, weight_decay=0.0, fused=True)
     checkpoints = utils.Checkpoints(out, trained, tokenizer, optimizer, args.keep_checkpoints)
-    kl_coef, first_update = args.kl_coef, 1
-    if args.resume and (state := checkpoints.load()):
-        kl_coef, first_update = state["kl_coef"], state["step"] + 1
-        if state["processes"] != process.world:  # each has random numbers of its own
-            utils.stop(f"--resume: it had {state['processes']} processes; start as many")
+    state = {"step": 0, "processes": process.world, "kl_coef": args.kl_coef, "best": -float("inf")}
+    if args.resume:
+        state |= checkpoints.load() or {}
+    if state["processes"] != process.world:  # each has random numbers of its own
+        utils.stop(f"--resume: it had {state['processes']} processes; start as many")
     size = f"{sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M parameters"
     work = f"{len(train_prompts)} prompts, {num_updates} updates"
     ends = " or ".join(tokenizer.convert_ids_to_tokens(stop_ids))
     utils.say(f"ppo_rlhf: {size}, {work}, on {device} in {args.dtype}; responses end with {ends}")
     dataset.show_example(tokenizer, train_prompts[0].row, train_prompts[0].ids)
-    done, shown = first_update - 1, "objective/scores objective/kl response/length"
+    done, shown = state.pop("step"), "objective/scores objective/kl response/length"
+    # `model.generate` of the saved policy samples as is done here (B11)
+    special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": pad_id}
+    policy.generation_config = transformers.GenerationConfig(
+        do_sample=True, max_new_tokens=R, eos_token_id=stop_ids, **sampling, **special
+    )
     logger = utils.Logger(out, args, process, "update", done, num_updates, shown)
     interruption = utils.Interruption(process)
-    for update in range(first_update, num_updates + 1):
-        clock = [utils.now(device)]
+    for update in range(done + 1, num_updates + 1):
+        clock, kl_coef = [utils.now(device)], state["kl_coef"]
 
         # 1. sample prompts: each process its share of the same order
         count = args.batch_size // args.samples_per_prompt
-        drawn = cycle(train_prompts, (update - 1) * count, count, args.seed)
+        drawn = dataset.cycle(train_prompts, (update - 1) * count, count, args.seed)
         width = max(len(p.ids) for p in drawn)  # P
         mine = drawn[process.rank :: process.world]
         prompts = [p for p in mine for _ in range(args.samples_per_prompt)]
@@ -439,10 +501,9 @@ def main(args: Args) -> None:
         last = response_mask.sum(1) - 1  # [B] where the last real token is, by length (D3, B1, B3)
         last_ids = batch.response_ids.gather(1, last[:, None]).squeeze(1)  # [B]
         ended = torch.isin(last_ids, torch.tensor(stop_ids, device=device))  # [B] by EOS or stop
-        with torch.no_grad():
-            scores, _, shortened = score_responses(prompts, batch)  # [B]
+        scored = score_responses(prompts, batch)
         # a response that was cut off loses a constant (D18, B2)
-        scores = torch.where(ended, scores, scores - args.missing_eos_penalty)
+        scores = torch.where(ended, scored.total, scored.total - args.missing_eos_penalty)  # [B]
         if args.reward_clip is not None:
             scores = scores.clamp(-args.reward_clip, args.reward_clip)  # D30
         clock.append(utils.now(device))
@@ -456,20 +517,25 @@ def main(args: Args) -> None:
         elif args.kl_estimator == "k3":
             token_kl = torch.expm1(-ref_log_ratio) + ref_log_ratio
         non_score_rewards = -kl_coef * token_kl  # [B, R]
-        # the score goes to the last real token, EOS or where the response was cut off (D17)
-        rewards = non_score_rewards.scatter_add(1, last[:, None], scores[:, None])  # [B, R]
+        # the score goes to the last real token, EOS or where the response was cut off (D17), but
+        # for what a reward function has given to single tokens
+        rewards = non_score_rewards + scored.token_rewards  # [B, R]
+        at_end = scores - scored.token_rewards.sum(1)  # [B]
+        rewards = rewards.scatter_add(1, last[:, None], at_end[:, None])
         if args.whiten_rewards:
             rewards = utils.whiten(rewards, response_mask, shift_mean=False)  # D20
 
         # 5. advantages and returns
         if args.advantage == "gae":  # the sum over k of (gamma lambda)^k delta[t + k] (D21)
-            advantages, lastgaelam = torch.zeros_like(rewards), torch.zeros_like(scores)
+            advantages, returns = torch.zeros(2, *rewards.shape, device=device)  # [B, R] each
+            lastgaelam = lastvaluelam = torch.zeros_like(scores)  # [B]
             for t in reversed(range(R)):
                 next_values = values[:, t + 1] if t + 1 < R else 0.0  # [B] 0 after the end
                 delta = rewards[:, t] + args.gamma * next_values - values[:, t]  # [B]
                 lastgaelam = delta + args.gamma * args.lam * lastgaelam
                 advantages[:, t] = lastgaelam
-            returns = advantages + values  # [B, R] B15
+                lastvaluelam = delta + args.gamma * args.value_lam * lastvaluelam  # D40
+                returns[:, t] = lastvaluelam + values[:, t]  # B15
         else:  # one number per response: the sum of its rewards against a baseline
             episode_rewards = rewards.sum(1)  # [B]
             grouped_rewards = episode_rewards.view(-1, args.samples_per_prompt)
@@ -490,16 +556,15 @@ def main(args: Args) -> None:
             advantages = utils.whiten(advantages, response_mask)
         rollout = {"scores": scores, "logprobs": logprobs, "ref_logprobs": ref_logprobs}
         rollout |= {"values": values, "rewards": rewards, "returns": returns}
-        rollout |= {"advantages": advantages}
+        rollout |= {"advantages": advantages, "token_rewards": scored.token_rewards}
 
         # 6. PPO update
         if interruption.came():  # nothing is changed yet: the models are the last update's
-            state = {"kl_coef": kl_coef, "processes": process.world}
             interruption.leave(checkpoints, update - 1, state)
-        lr = args.learning_rate * (1 - (update - 1) / num_updates)  # D6
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        policy.requires_grad_(update > args.critic_warmup_updates)  # D32
+        left = 1 - (update - 1) / num_updates
+        for group, rate in zip(optimizer.param_groups, rates, strict=False):
+            group["lr"] = rate * left  # D6, D38
+        policy_weights.requires_grad_(update > args.critic_warmup_updates)  # D32
         for model in trained.values():
             utils.set_gradient_checkpointing(model, args.gradient_checkpointing)
         shuffle = utils.generator("cpu", args.seed, SHUFFLING, update, process.rank)
@@ -520,7 +585,7 @@ def main(args: Args) -> None:
                     log_ratio = new_logprobs - logprobs[rows]  # [b, R]
                     ratio = log_ratio.exp()  # [b, R]
                     unclipped_losses = -advantages[rows] * ratio
-                    clipped_ratio = ratio.clamp(1 - args.cliprange, 1 + args.cliprange)
+                    clipped_ratio = ratio.clamp(1 - args.cliprange, 1 + args.cliprange_high)  # D39
                     # the larger of the two: clipping never makes a step more tempting (D23)
                     policy_losses = torch.max(unclipped_losses, -advantages[rows] * clipped_ratio)
                     bonus = args.entropy_coef * entropies  # D33
@@ -571,7 +636,7 @@ def main(args: Args) -> None:
                 break  # D28
         for model in trained.values():
             utils.set_gradient_checkpointing(model, False)
-        policy.requires_grad_(True)  # autocast caches casts only of such weights
+        policy_weights.requires_grad_(True)  # autocast caches casts only of such weights
         clock.append(utils.now(device))
 
         # ---- records
@@ -586,7 +651,7 @@ def main(args: Args) -> None:
         times = [end - start for start, end in zip(clock, clock[1:], strict=False)]
         metrics = {
             "episode": update * args.batch_size,
-            "lr": lr,
+            "lr": optimizer.param_groups[0]["lr"],
             "eps": args.batch_size / sum(times),  # episodes per second
             "objective/kl": episode_mean(ref_log_ratio.sum(1)),  # k1, whatever is trained on (B13)
             "objective/entropy": episode_mean(-logprobs.sum(1)),  # of the sampled tokens
@@ -595,6 +660,7 @@ def main(args: Args) -> None:
             "objective/rlhf_reward": episode_mean(scores + non_score_rewards.sum(1)),
             "objective/kl_coef": kl_coef,
         }
+        metrics |= {f"scores/{name}": episode_mean(x) for name, x in scored.by_name.items()}
         for name in epoch_means[0]:
             metrics[name] = sum(means[name] for means in epoch_means) / len(epoch_means)
         metrics["val/ratio_var"] -= (metrics["val/ratio"] - 1) ** 2
@@ -604,7 +670,7 @@ def main(args: Args) -> None:
             "val/explained_variance": explained,
             "response/length": batch_tokens.item() / args.batch_size,
             "response/eos_rate": episode_mean(ended),
-            "response/cut_rate": episode_mean(torch.tensor(shortened, device=device)),
+            "response/cut_rate": episode_mean(scored.shortened),
             "grad_norm": torch.stack(grad_norms).mean().item(),
             "time/rollout": times[0],
             "time/score": times[1],
@@ -619,6 +685,7 @@ def main(args: Args) -> None:
             evaluated = {f"eval/{k}": v for k, v in result["policy"].items() if v is not None}
             metrics |= evaluated | {"eval/win_rate": result["win_rate"]}
             show_samples(logger, update, before, after, shown=2)
+            keep_best(result)
         logger.log(update, metrics)
         if args.save_rollouts and update % args.save_rollouts == 0:
             fields = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
@@ -627,8 +694,7 @@ def main(args: Args) -> None:
             utils.save_rollout(out, process, tensors, numbers)
         if args.kl_target is not None:  # Ziegler et al. 2019, section 2.2 (D27)
             error = min(max(metrics["objective/kl"] / args.kl_target - 1, -0.2), 0.2)
-            kl_coef *= 1 + error * args.batch_size / args.kl_horizon
-        state = {"kl_coef": kl_coef, "processes": process.world}
+            state["kl_coef"] *= 1 + error * args.batch_size / args.kl_horizon
         if args.save_every and update % args.save_every == 0 and update < num_updates:
             if process.is_main:
                 checkpoints.save(update, state)
@@ -637,15 +703,11 @@ def main(args: Args) -> None:
 
     # ---- what it leaves
     if process.is_main:  # before the evaluation, in which a judge may fail
-        # `model.generate` of the saved policy samples as was done here (B11)
-        special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": pad_id}
-        policy.generation_config = transformers.GenerationConfig(
-            do_sample=True, max_new_tokens=R, eos_token_id=stop_ids, **sampling, **special
-        )
         utils.save_model(policy, tokenizer, out)
     after = evaluate(policy)
     show_samples(logger, num_updates, before, after, shown=4)
     result, seconds = compare(before, after), time.time() - started
+    keep_best(result)
     if process.is_main:
         lines = []
         for b, a in zip(before, after, strict=True):
@@ -664,14 +726,6 @@ def main(args: Args) -> None:
         f"mean {by} {old[by]:.2f} -> {new[by]:.2f}, KL {new['kl']:.1f} nats; "
         f"{seconds:.0f} s; model in {out}"
     )
-
-
-def cycle(rows: list[Any], first: int, count: int, seed: int) -> list[Any]:
-    """Rows number `first` to `first + count` of endless shuffled passes (D7)."""
-    numbers = range(first, first + count)
-    epochs = {n // len(rows) for n in numbers}
-    orders = {epoch: dataset.data_order(len(rows), epoch, seed) for epoch in epochs}
-    return [rows[orders[n // len(rows)][n % len(rows)]] for n in numbers]
 
 
 def real_tokens(batch: Batch) -> list[list[int]]:
@@ -713,9 +767,18 @@ def show_samples(
 
 def check_flags(args: Args, world: int) -> None:
     """Stop with exit code 2 on flags that cannot work or contradict each other."""
+    if args.reward_model is None:
+        args.reward_model = () if args.reward_fn else ("runs/reward_model",)
+    rewards = len(args.reward_model) + len(args.reward_fn)
+    if not rewards:
+        utils.stop("--reward-model: is empty; name one, or pass --reward-fn")
+    if len(args.reward_weights) not in (0, rewards):
+        utils.stop(f"--reward-weights: there are {rewards} rewards; pass as many, models first")
+    if args.ensemble != "sum" and len(args.reward_model) < 2:
+        utils.stop(f"--ensemble: {args.ensemble} needs two reward models; leave it out")
     may_be_0 = "top_k missing_eos_penalty kl_coef vf_coef entropy_coef ptx_coef gamma lam "
-    may_be_0 += "critic_warmup_updates save_rollouts"
-    utils.check_numbers(args, may_be_0, at_most_1="gamma lam top_p")
+    may_be_0 += "value_lam critic_warmup_updates save_rollouts"
+    utils.check_numbers(args, may_be_0, at_most_1="gamma lam value_lam top_p")
     if args.batch_size % (args.num_mini_batches * world):
         utils.stop("--num-mini-batches: times processes must divide --batch-size; change it")
     if args.batch_size % (args.samples_per_prompt * world):
@@ -724,10 +787,13 @@ def check_flags(args: Args, world: int) -> None:
         utils.stop("--total-episodes: is below --batch-size; raise")
     if args.advantage in ("rloo", "grpo") and args.samples_per_prompt < 2:
         utils.stop(f"--samples-per-prompt: is 1; {args.advantage} needs 2 or more")
-    if args.advantage != "gae" and args.value_model:
-        utils.stop(f"--value-model: {args.advantage} has no value function; leave it out")
-    if args.advantage != "gae" and args.critic_warmup_updates:
-        utils.stop(f"--critic-warmup-updates: {args.advantage} has no critic; leave it out")
+    for name in ("value_model", "value_lam", "value_learning_rate", "critic_warmup_updates"):
+        if args.advantage != "gae" and getattr(args, name):
+            utils.stop(f"{utils.flag(name)}: {args.advantage} has no critic; leave it out")
+    if args.advantage == "gae":
+        args.value_learning_rate = args.value_learning_rate or args.learning_rate
+        args.value_lam = args.lam if args.value_lam is None else args.value_lam
+    args.cliprange_high = args.cliprange_high or args.cliprange
     if args.kl_target is not None and not args.kl_coef:
         utils.stop("--kl-target: a --kl-coef of 0 cannot be steered; pass one above 0")
     if args.kl_target is not None and args.batch_size >= 5 * args.kl_horizon:

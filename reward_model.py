@@ -35,6 +35,7 @@ from torch import Tensor
 
 import dataset
 import distributed
+import lora
 import utils
 
 
@@ -92,6 +93,12 @@ class Args:
     """Demonstrations on whose responses the mean score is set to 0 (D13), or `none`."""
     normalize_std: bool = False
     """Set the scores' standard deviation on them to 1 too."""
+    lora_rank: int = 0
+    """Rank of a LoRA adapter that is trained in place of the model's weights; 0: none (D43)."""
+    lora_alpha: float = 32.0
+    """The adapter's product is scaled by this / rank."""
+    lora_target: str = "all-linear"
+    """What it adapts: all-linear, or names of linear layers with commas between."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
@@ -138,6 +145,8 @@ def main(args: Args) -> None:
     lm_head = torch.nn.Linear(1, 1, bias=False)  # a classifier has none; the embeddings serve
     lm_head.weight = model.get_input_embeddings().weight
     model.get_output_embeddings = lambda: lm_head
+    if args.lora_rank:
+        model = lora.adapt(model, args)
     # transformers finds the last token by comparing ids with the pad id; where pad is EOS it would
     # miss the EOS (B20, B21)
     pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id

@@ -35,6 +35,7 @@ from torch import Tensor
 
 import dataset
 import distributed
+import lora
 import utils
 
 
@@ -84,6 +85,12 @@ class Args:
     """Share of the steps in which the learning rate rises from 0, before its cosine decay to 0."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
+    lora_rank: int = 0
+    """Rank of a LoRA adapter that is trained in place of the model's weights; 0: none (D43)."""
+    lora_alpha: float = 32.0
+    """The adapter's product is scaled by this / rank."""
+    lora_target: str = "all-linear"
+    """What it adapts: all-linear, or names of linear layers with commas between."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
@@ -109,11 +116,15 @@ def main(args: Args) -> None:
 
     # ---- data and model
     train_data, eval_data = dataset.load_splits(args, dataset.SFT_FORMATS)
+    if args.lora_rank and args.model == "tiny":
+        utils.stop("--lora-rank: a tiny model is made here; pass --model")
     if args.model == "tiny":
         model, tokenizer = build_tiny(train_data, device)
     else:
         tokenizer = utils.load_tokenizer(args.model)
         model = utils.load_causal_lm(args.model, device, tokenizer)
+    if args.lora_rank:
+        model = lora.adapt(model, args)
     max_length = min(args.max_length, utils.context_length(model))
     all_turns = not args.last_turn_only
     train_rows, eval_rows = (

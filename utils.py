@@ -5,6 +5,7 @@ Shapes: B sequences, R response tokens, T tokens, H hidden size, V vocabulary, n
 `D17` and `B14` in comments point to docs/details.md.
 """
 
+import asyncio
 import contextlib
 import hashlib
 import importlib.util
@@ -187,7 +188,7 @@ def flag(name: str) -> str:
 
 def check_numbers(args: Any, may_be_0: str = "", at_most_1: str = "") -> None:
     """Stop unless a stage's numbers are above 0, but for the two lists of names."""
-    may_be_0 += " seed save_every eval_every"
+    may_be_0 += " seed save_every eval_every lora_rank"
     for name, value in vars(args).items():
         if type(value) in (int, float):
             zero, one = name in may_be_0.split(), name in at_most_1.split()
@@ -338,13 +339,14 @@ def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any)
     random ones: the scalar head becomes zero, any others stop the run. An adapter is merged.
     """
     kwargs |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-    base = base_of(model)
-    loaded, info = from_pretrained(auto_class, base, **kwargs)
-    for name in info["missing_keys"]:
-        if not name.startswith("score."):
-            stop(f"{model}: its files lack {name}; pass a whole model")
-        loaded.get_parameter(name).data.zero_()
-    if base != model:
+    if (base := base_of(model)) == model:
+        loaded, info = from_pretrained(auto_class, model, **kwargs)
+        for name in info["missing_keys"]:
+            if not name.startswith("score."):
+                stop(f"{model}: its files lack {name}; pass a whole model")
+            loaded.get_parameter(name).data.zero_()
+    else:
+        loaded = load_model(auto_class, base, torch.device("cpu"), **kwargs)
         try:
             import peft
 
@@ -578,32 +580,60 @@ def load_function(spec: str, where: str) -> Callable[..., list[float]]:
 
 
 def call_reward_function(
-    function: Callable, where: str, prompts: list[Any], completions: list[str], update: int = 0
-) -> list[float]:
+    function: Callable,
+    where: str,
+    prompts: list[Any],
+    completions: list[str],
+    completion_ids: list[list[int]],
+    update: int = 0,
+) -> tuple[list[float], list[list[float]]]:
     """Scores of `function(prompts, completions, **columns)` for B dataset.Prompts.
 
-    The columns are the data set's others. Stop if it raises or does not return one finite number
-    each: with code 2, or 1 once training is at an update.
+    The columns are the data set's others, and `completion_ids` where the function names it, which
+    may be async. Where it returns a number per token, these are the second list's entry, else
+    empty, and their sum is the score. Stop if it raises or returns anything else: with code 2, or
+    1 once training is at an update.
     """
     where, code = (f"update {update}: {where}", 1) if update else (where, 2)
     texts, row = [p.text for p in prompts], prompts[0].row
     columns = {k: [p.row.get(k) for p in prompts] for k in row if k != "prompt"}
     columns |= {"prompts": texts, "completions": completions}
     signature = inspect.signature(function)  # B32
+    if "completion_ids" in signature.parameters:
+        columns["completion_ids"] = completion_ids
     try:
         signature.bind(**columns)
     except TypeError as error:
         what = f"{signature} is called with {', '.join(f'{name}=…' for name in columns)}"
         stop(f"{where}: {what} ({error}); name all or add **columns", code)
     try:
-        scores = [float(score) for score in function(**columns)]
+        returned = function(**columns)
+        if inspect.iscoroutine(returned):
+            returned = asyncio.run(returned)
+        numbers = [[float(x) for x in s] if np.ndim(s) else float(s) for s in returned]
     except Exception as error:
         what = f"raised {first_line(error)} for {len(texts)} prompts, {texts[0]!r:.60} first"
         stop(f"{where}: {what}; call it with these to see where", code)
-    if len(scores) != len(texts) or not np.isfinite(scores).all():
+    scores = [sum(x) if isinstance(x, list) else x for x in numbers]
+    of_tokens, fits = [], len(scores) == len(texts) and np.isfinite(scores).all()
+    for x, ids in zip(numbers, completion_ids, strict=False):
+        fits = fits and (not isinstance(x, list) or len(x) in (1, len(ids)))
+        of_tokens.append(x if isinstance(x, list) and len(x) == len(ids) else [])
+    if not fits:
         what = f"returned {len(scores)} values for {len(texts)} prompts, {sum(scores)} in all"
-        stop(f"{where}: {what}; return one finite number each", code)
-    return scores
+        stop(f"{where}: {what}; return one finite number each, or one for each token", code)
+    return scores, of_tokens
+
+
+def short_names(names: list[str]) -> list[str]:
+    """Names for metrics, each once: of a path its last part, of FILE.py:FUNCTION the function."""
+    short: list[str] = []
+    for name in names:
+        last = name.rstrip("/").replace(":", "/").split("/")[-1]
+        while last in short:
+            last += f"_{len(short)}"
+        short.append(last)
+    return short
 
 
 # ---- checkpoints
@@ -613,6 +643,12 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write an ordinary Hugging Face folder: config.json last, without which it is no model."""
     part = folder / "model.part"
     discard(part)
+    if hasattr(model, "lora_config"):  # merged in float32
+        like, adapter = model, part / "adapter"
+        save_weights(like, adapter)
+        model = load_model(type(like), str(adapter), torch.device("cpu"), config=like.config)
+        if like.can_generate():
+            model.generation_config = like.generation_config
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     for path in sorted(part.iterdir(), key=lambda path: path.name == "config.json"):
@@ -621,10 +657,39 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     part.rmdir()
 
 
+def weights_of(model: Any, name: str) -> tuple[str, dict[str, Tensor]]:
+    """A model's file and what is in it; of an adapted one what is trained, by peft's names."""
+    if hasattr(model, "lora_config"):
+        named = [(k.replace(".default", ""), p) for k, p in model.named_parameters()]
+        weights = {f"base_model.model.{k}": p.data for k, p in named if p.requires_grad}
+        return f"adapter_{name}.safetensors", weights
+    # transformers looks for a shared tensor by its first name
+    tied, state = model.all_tied_weights_keys, model.state_dict()
+    return f"{name}.safetensors", {k: v for k, v in state.items() if k not in tied}
+
+
+def save_weights(model: Any, folder: Path, name: str = "model") -> None:
+    """Write that file, with the configuration of the one named "model"."""
+    if name == "model":
+        getattr(model, "lora_config", model.config).save_pretrained(folder)
+    file, weights = weights_of(model, name)
+    safetensors.torch.save_file(weights, folder / file, {"format": "pt"})
+
+
+def load_weights(model: Any, folder: Path, name: str = "model") -> None:
+    """Take over what is in that file."""
+    file, weights = weights_of(model, name)
+    saved = safetensors.torch.load_file(folder / file)
+    if weights.keys() != saved.keys():
+        stop(f"{folder / file}: fits another model; pass another")
+    for key, weight in weights.items():
+        weight.copy_(saved[key])
+
+
 class Checkpoints(NamedTuple):
     """Checkpoints of a run: `models` and optimizer in safetensors, a few numbers, checksums.
 
-    As a folder each is an ordinary model, that of the name "model".
+    As a folder each is a model, that of the name "model", or its adapter.
     """
 
     out: Path
@@ -643,11 +708,7 @@ class Checkpoints(NamedTuple):
         discard(part)
         part.mkdir(parents=True)
         for name, model in self.models.items():
-            # transformers looks for a shared tensor by its first name
-            tied, file = model.all_tied_weights_keys, part / f"{name}.safetensors"
-            weights = {k: v for k, v in model.state_dict().items() if k not in tied}
-            safetensors.torch.save_file(weights, file, {"format": "pt"})
-        self.models["model"].config.save_pretrained(part)
+            save_weights(model, part, name)
         self.tokenizer.save_pretrained(part)
         moments = self.optimizer.state_dict()["state"]
         flat = {f"{i}.{name}": x for i, of_i in moments.items() for name, x in of_i.items()}
@@ -670,7 +731,7 @@ class Checkpoints(NamedTuple):
         if folder is None:
             return None
         for name, model in self.models.items():
-            safetensors.torch.load_model(model, str(folder / f"{name}.safetensors"))
+            load_weights(model, folder, name)
         whole, moments = self.optimizer.state_dict(), defaultdict(dict)
         for key, value in safetensors.torch.load_file(folder / "optimizer.safetensors").items():
             index, name = key.split(".", 1)

@@ -239,18 +239,25 @@ MODULES = {"sft": "sft", "reward_model": "reward_model", "ppo": "ppo_rlhf"}
 Stage = Callable[..., Path]
 
 
+SEVERAL = ("dataset", "reward_fn", "reward_model")
+
+
 def typed(flags: dict) -> dict:
-    """Flags as the command line makes them: one data set is a tuple of one."""
-    one = isinstance(flags["dataset"], str)
-    return flags | ({"dataset": (flags["dataset"],)} if one else {})
+    """Flags as the command line makes them: one data set is a tuple of one, and one reward."""
+    return flags | {k: (flags[k],) for k in SEVERAL if isinstance(flags.get(k), str)}
 
 
 def stage(name: str, **defaults) -> Stage:
-    """`run(out, **flags)` runs the stage with these flags or the defaults, and returns `out`."""
+    """`run(out, **flags)` runs the stage with these flags or the defaults, and returns `out`.
+
+    A reward function takes the place of the default reward model.
+    """
     module = importlib.import_module(MODULES[name])
     defaults |= {"device": "cpu", "dtype": "float32"}
 
     def run(out: Path, **flags) -> Path:
+        if "reward_fn" in flags:
+            flags = {"reward_model": None} | flags
         module.main(module.Args(**typed(defaults | flags), output_dir=str(out)))
         return out
 

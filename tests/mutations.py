@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 TABLE = """
 b01_the_score_is_on_the_last_real_token in ppo_rlhf.py
-    scatter_add(1, last[:, None], scores[:, None])  ->
-    scatter_add(1, (last[:, None] + 1).clamp(max=R - 1), scores[:, None])
+    scatter_add(1, last[:, None], at_end[:, None])  ->
+    scatter_add(1, (last[:, None] + 1).clamp(max=R - 1), at_end[:, None])
 b02_the_missing_eos_penalty_knows_the_stop_token in ppo_rlhf.py
     torch.isin(last_ids, torch.tensor(stop_ids, device=device))  ->
     torch.isin(last_ids, torch.tensor([tokenizer.eos_token_id], device=device))
@@ -19,7 +19,7 @@ b03_an_eos_in_the_prompt_is_no_end in ppo_rlhf.py
 b04_eos_is_seen_though_it_is_the_pad_token in dataset.py
     real.long().to(device)  ->  (torch.tensor(rows) != pad_id).long().to(device)
 b05_a_reward_model_with_another_tokenizer_reads_text in ppo_rlhf.py
-    utils.same_tokenizer(tokenizer, reward_tokenizer)  ->  True
+    utils.same_tokenizer(tokenizer, readers[-1][0])  ->  True
 b05_chats_go_through_the_reward_models_own_template in dataset.py
     return render(tokenizer, row["prompt"], answer)  ->  return Rendered([text, answer], False)
 b06_padding_is_not_counted_in_metrics in ppo_rlhf.py
@@ -59,10 +59,9 @@ b17_one_token_can_be_whitened in utils.py
 b18_a_saved_reward_model_keeps_head_and_normalization in reward_model.py
     model.config.reward_mean = float(scores.mean())  ->  model.reward_mean = float(scores.mean())
 b18_a_reward_model_without_a_head_is_refused in ppo_rlhf.py
-    utils.load_classifier(args.reward_model, device, trained=True)  ->
-    utils.load_classifier(args.reward_model, device)
-b19_the_reward_model_is_asked_about_whole_texts in ppo_rlhf.py
-    sequences.append(p.ids + response + p.end)  ->  sequences.append(p.ids + response)
+    utils.load_classifier(name, device, trained=True)  ->  utils.load_classifier(name, device)
+b19_the_reward_model_is_asked_about_whole_texts in dataset.py
+    sequences.append(p.ids + answer + end)  ->  sequences.append(p.ids + answer)
 b20_the_score_is_read_at_the_end_not_at_a_pad_id_in_the_text in utils.py
     mask.sum(1) - 1  ->  (ids == 0).long().argmax(1) - 1
 b21_with_pad_as_eos_chosen_and_rejected_differ in utils.py
@@ -74,8 +73,8 @@ b22_a_smaller_last_batch_counts_by_its_own_size[reward_model] in reward_model.py
     rejected).sum() / len(batch)  ->  rejected).sum() / args.batch_size
 b22_ppo_has_full_batches_only in ppo_rlhf.py
     args.total_episodes // args.batch_size  ->  -(-args.total_episodes // args.batch_size)
-d01_reward_and_value_read_prompt_and_response in ppo_rlhf.py
-    sequences.append(p.ids + response + p.end)  ->  sequences.append(response + p.end)
+d01_reward_and_value_read_prompt_and_response in dataset.py
+    sequences.append(p.ids + answer + end)  ->  sequences.append(answer + end)
 d02_prompts_are_padded_on_the_left in generate.py
     mask.sum(1, keepdim=True) - 1  ->  torch.full_like(mask[:, :1], mask.shape[1] - 1)
 d03_masks_come_from_lengths in generate.py
@@ -90,7 +89,7 @@ d06_optimizer_and_schedule[sft] in sft.py
 d06_optimizer_and_schedule[reward_model] in reward_model.py
     (1 + math.cos(math.pi * done))  ->  2
 d06_optimizer_and_schedule[ppo] in ppo_rlhf.py
-    args.learning_rate * (1 - (update - 1) / num_updates)  ->  args.learning_rate
+    rate * left  ->  rate
 d07_random_numbers_depend_on_seed_and_update in ppo_rlhf.py
     utils.generator(device, args.seed, SAMPLING, update, process.rank)  ->
     utils.generator(device, args.seed, SAMPLING, process.rank)
@@ -114,14 +113,14 @@ d45_the_pairwise_loss_on_beginnings in reward_model.py
 d46_the_language_model_loss_on_the_chosen_texts in reward_model.py
     hidden[: len(micro), :-1][is_target]  ->  hidden[: len(micro), 1:][is_target]
 d15_values_start_from_the_reward_model in ppo_rlhf.py
-    args.value_model or (args.reward_model if shared_tokenizer else args.model)  ->
-    args.value_model or args.model
+    args.value_model or first  ->  args.value_model or args.model
 d16_responses_end_with_the_first_stop_token in generate.py
     torch.where(alive, sampled, pad_id)  ->  sampled
 d17_the_score_is_added_at_the_last_real_token in ppo_rlhf.py
     last = response_mask.sum(1) - 1  ->  last = (response_mask.sum(1) - 2).clamp(min=0)
 d18_a_response_without_an_end_loses_a_constant in ppo_rlhf.py
-    scores - args.missing_eos_penalty  ->  torch.full_like(scores, -args.missing_eos_penalty)
+    scored.total - args.missing_eos_penalty  ->
+    torch.full_like(scored.total, -args.missing_eos_penalty)
 d19_kl_estimators[k2] in ppo_rlhf.py
     ref_log_ratio.square() / 2  ->  ref_log_ratio.square()
 d19_kl_estimators[k3-whitened] in ppo_rlhf.py
@@ -157,7 +156,8 @@ d30_scores_are_clipped_after_the_penalty in ppo_rlhf.py
 d31_ptx_adds_a_language_model_loss in ppo_rlhf.py
     [learned for _, learned in micro]  ->  [[True] * len(ids) for ids, _ in micro]
 d32_the_critic_may_be_trained_alone_first in ppo_rlhf.py
-    policy.requires_grad_(update > args.critic_warmup_updates)  ->  policy.requires_grad_(True)
+    policy_weights.requires_grad_(update > args.critic_warmup_updates)  ->
+    policy_weights.requires_grad_(True)
 d32_the_critic_may_be_trained_alone_first in ppo_rlhf.py
     args.ptx_coef and update > args.critic_warmup_updates  ->  args.ptx_coef
 d33_entropy_bonus in ppo_rlhf.py
@@ -173,6 +173,19 @@ d36_top_k_and_top_p_change_sampling_only in ppo_rlhf.py
 d37_explained_variance in ppo_rlhf.py
     utils.masked_variance(returns - values, response_mask)  ->
     utils.masked_mean((returns - values) ** 2, response_mask)
+d38_a_rate_of_the_value_function in ppo_rlhf.py
+    rates = [args.learning_rate, args.value_learning_rate]  ->
+    rates = [args.learning_rate, args.learning_rate]
+d39_the_ratio_may_rise_further_than_it_falls in ppo_rlhf.py
+    1 + args.cliprange_high  ->  1 + args.cliprange
+d40_returns_have_a_lambda_of_their_own in ppo_rlhf.py
+    args.gamma * args.value_lam * lastvaluelam  ->  args.gamma * args.lam * lastvaluelam
+d41_reward_models_are_an_ensemble[min] in ppo_rlhf.py
+    of_models.amin(0)  ->  of_models.amax(0)
+d41_reward_models_are_an_ensemble[mean_minus_std] in ppo_rlhf.py
+    of_models.std(0, correction=0)  ->  of_models.std(0)
+d42_the_best_policy_is_kept in ppo_rlhf.py
+    mean > state["best"]  ->  True
 """
 
 

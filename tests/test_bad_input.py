@@ -378,15 +378,15 @@ ALL = [
 FIRST_TWO = [*each("epochs", 0, -1), *each("warmup_ratio", 1.1, -0.1), *each("max_length", 0)]
 NOT_0 = "total_episodes num_mini_batches num_ppo_epochs samples_per_prompt response_length "
 NOT_0 += "kl_horizon eval_prompts temperature cliprange cliprange_value kl_target reward_clip "
-NOT_0 += "target_kl top_p"
+NOT_0 += "target_kl top_p value_learning_rate cliprange_high"
 MAY_BE_0 = "top_k critic_warmup_updates save_rollouts missing_eos_penalty kl_coef vf_coef "
-MAY_BE_0 += "entropy_coef ptx_coef"
+MAY_BE_0 += "entropy_coef ptx_coef value_lam"
 PPO = [
     *each(NOT_0, 0),
     *each(MAY_BE_0, -1),
     *each("kl_coef temperature gamma top_p reward_clip", NAN),
     *each("temperature cliprange missing_eos_penalty", INF),
-    *each("gamma lam top_p", 1.5),
+    *each("gamma lam value_lam top_p", 1.5),
     *each("stop_token", "two words", ""),
     {"kl_horizon": 1, "kl_target": 6.0},
     {"total_episodes": 7},
@@ -396,6 +396,8 @@ PPO = [
     {"critic_warmup_updates": 1, "advantage": "batch_mean"},
     {"critic_warmup_updates": 1, "samples_per_prompt": 2, "advantage": "rloo"},
     {"value_model": "x", "advantage": "batch_mean"},
+    {"value_lam": 1.0, "advantage": "batch_mean"},
+    {"value_learning_rate": 1.0, "advantage": "batch_mean"},
     {"ptx_coef": 1.0},
     {"ptx_coef": 0.0, "ptx_dataset": "x"},
     {"kl_target": 6.0, "kl_coef": 0.0},

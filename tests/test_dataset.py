@@ -13,7 +13,6 @@ import torch
 from conftest import make_tokenizer, write_jsonl
 
 import dataset
-import ppo_rlhf
 
 CPU = torch.device("cpu")
 ROWS = [{"prompt": f"Say {i}:", "completion": f" No {i}.", "extra": i} for i in range(40)]
@@ -254,14 +253,14 @@ def test_pad_masks_by_length():
 def test_cycle_is_an_endless_sequence_of_permutations():
     """D7: every pass holds each row once, in another order; windows of it fit together."""
     rows = list(range(10))
-    whole = ppo_rlhf.cycle(rows, 0, 30, seed=3)
+    whole = dataset.cycle(rows, 0, 30, seed=3)
     passes = [whole[i : i + 10] for i in (0, 10, 20)]
     assert all(sorted(p) == rows for p in passes)
     assert passes[0] != passes[1] != passes[2] != rows
-    windows = [ppo_rlhf.cycle(rows, first, 6, seed=3) for first in range(0, 30, 6)]
+    windows = [dataset.cycle(rows, first, 6, seed=3) for first in range(0, 30, 6)]
     assert sum(windows, []) == whole
-    assert ppo_rlhf.cycle(rows, 0, 30, seed=4) != whole
-    assert sorted(ppo_rlhf.cycle([0, 1], 0, 10, seed=3)) == [0] * 5 + [1] * 5  # of two rows
+    assert dataset.cycle(rows, 0, 30, seed=4) != whole
+    assert sorted(dataset.cycle([0, 1], 0, 10, seed=3)) == [0] * 5 + [1] * 5  # of two rows
 
 
 def test_batches_cover_each_epoch_once_and_resume_where_they_stopped():

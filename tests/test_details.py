@@ -1,10 +1,12 @@
-"""One test for each detail, D1 to D37 in docs/details.md; it fails without it (mutations.py)."""
+"""One test for each detail, D1 to D46 in docs/details.md; it fails without it (mutations.py)."""
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import test_rewards as rewarded
 import test_rollouts as recomputed
 import torch
 from conftest import (
@@ -35,6 +37,7 @@ import utils
 CPU = torch.device("cpu")
 PROMPTS = [[10, 11, 12, 13], [20, 21], [30, 31, 32, 33, 34, 35, 36], [40]]
 runs = recomputed.runs
+functions, second, together = rewarded.functions, rewarded.second, rewarded.together
 
 
 def test_d01_reward_and_value_read_prompt_and_response(runs, models):
@@ -315,7 +318,7 @@ def redone(ppo, models, tmp_path_factory):
     flags = {"cliprange": 0.1, "cliprange_value": 0.15, "vf_coef": 0.5, "learning_rate": 3e-3}
     flags |= {"entropy_coef": 0.02, "num_ppo_epochs": 3, "total_episodes": 8, "save_rollouts": 1}
     out = ppo(tmp_path_factory.mktemp("redone") / "out", **flags, micro_batch_size=2, kl_coef=0.3)
-    expected, policy = recomputed.redone(out, models)
+    expected, policy, _ = recomputed.redone(out, models)
     weights, expected_weights = (
         dict(model.named_parameters()) for model in (plain_lm(out), policy)
     )
@@ -447,3 +450,75 @@ def test_d36_top_k_and_top_p_change_sampling_only(ppo, flags, tmp_path):
 def test_d37_explained_variance(runs):
     """1 - Var(returns - values) / Var(returns), over real tokens."""
     recomputed.check_metrics(runs("default"))
+
+
+ONE_BATCH = {"num_ppo_epochs": 3, "total_episodes": 16, "save_rollouts": 1, "save_every": 1}
+ONE_BATCH |= {"micro_batch_size": 2, "kl_coef": 0.3}  # before the rate falls
+
+
+def test_d38_a_rate_of_the_value_function(ppo, models, tmp_path):
+    """It takes larger steps, or smaller, than the policy: the weights of both after a batch."""
+    flags = ONE_BATCH | {"learning_rate": 1e-3, "value_learning_rate": 5e-3}
+    out = ppo(tmp_path / "out", **flags)
+    _, *expected = recomputed.redone(out, models)
+    for name, model in zip(("model", "value_model"), expected, strict=True):
+        weights = load_file(out / "checkpoint" / "000001" / f"{name}.safetensors")
+        for key, weight in model.named_parameters():
+            torch.testing.assert_close(weights[key], weight.detach(), rtol=0, atol=1e-4)
+    assert [row["lr"] for row in metrics_of(out)] == [1e-3, 0.5e-3]
+
+
+def test_d39_the_ratio_may_rise_further_than_it_falls(ppo, models, tmp_path):
+    """Loss, share of clipped tokens and weights of a batch with two ranges."""
+    flags = ONE_BATCH | {"cliprange": 0.05, "cliprange_high": 0.4, "learning_rate": 3e-3}
+    out = ppo(tmp_path / "out", **flags)
+    expected, policy, _ = recomputed.redone(out, models)
+    logged = metrics_of(out)[0]
+    assert expected["policy/clipfrac_avg"] > 0.05
+    for name in ("loss/policy_avg", "policy/clipfrac_avg", "policy/approxkl_avg", "val/ratio"):
+        assert logged[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
+    weights = load_file(out / "checkpoint" / "000001" / "model.safetensors")
+    for key, weight in policy.named_parameters():
+        torch.testing.assert_close(weights[key], weight.detach(), rtol=0, atol=1e-4)
+
+
+def test_d40_returns_have_a_lambda_of_their_own(runs):
+    """Values learn the sums of (gamma value_lam)^k delta[t + k], advantages are by lam."""
+    recomputed.check_rewards(runs("value-lam"))
+    assert rollouts_of(runs("value-lam"))[0].meta["value_lam"] == "1.0"
+    assert rollouts_of(runs("discounted"))[0].meta["value_lam"] == "0.8"  # that of lam
+
+
+@pytest.mark.parametrize("ensemble", ["min", "mean_minus_std"])
+def test_d41_reward_models_are_an_ensemble(together, models, second, ensemble):
+    """The least of the weighted scores, or mean minus deviation; functions are added to it."""
+    both = SimpleNamespace(second=second, reward_model=models.reward_model)
+    rewarded.check_scores(together(ensemble), both, ensemble)
+
+
+JUDGE = """
+import json, pathlib
+def judge(prompts, completions, **columns):
+    path = pathlib.Path(__file__).with_name("means.json")
+    first, *rest = json.loads(path.read_text())
+    path.write_text(json.dumps(rest))
+    return [first] * len(prompts)
+"""
+
+
+@pytest.mark.parametrize(("later", "best"), [((4, 2), 1), ((6, 2), 3), ((4, 6), 4)])
+def test_d42_the_best_policy_is_kept(ppo, error_of, later, best, tmp_path):
+    """By the judge's mean, be it of the first, a later or the last evaluation, and on --resume."""
+    (tmp_path / "judge.py").write_text(JUDGE)
+    means, out = tmp_path / "means.json", tmp_path / "out"
+    flags = {"eval_reward_fn": f"{tmp_path / 'judge.py'}:judge", "keep_best": True}
+    flags |= {"total_episodes": 32, "eval_every": 1, "save_every": 1, "keep_checkpoints": 9}
+    means.write_text("[9, 5, 3]")  # of the reference, which is no candidate, and two updates
+    assert "update 3" in error_of(ppo, out, code=1, **flags)
+    means.write_text(str([9, *later]))  # of the reference, update 3 and the end
+    ppo(out, **flags, resume=True)
+    last = out if best == 4 else out / "checkpoint" / f"{best:06d}"
+    kept, expected = weights_of(out / "best"), weights_of(last)
+    assert all(torch.equal(kept[name], expected[name]) for name in expected)
+    assert plain_lm(out / "best").generation_config.max_new_tokens == 10
+    assert utils.load_tokenizer(str(out / "best")).eos_token

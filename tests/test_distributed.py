@@ -41,7 +41,8 @@ destroy = torch.distributed.destroy_process_group
 for i, (name, flags) in enumerate(runs, 1):
     # one group for all runs: torch reuses a group's keys when it is made again, and may hang
     torch.distributed.destroy_process_group = destroy if i == len(runs) else lambda: None
-    flags["dataset"] = [flags["dataset"]]
+    several = [name for name in ("dataset", "reward_model", "reward_fn") if name in flags]
+    flags |= {name: (flags[name],) for name in several}
     modules[name].main(modules[name].Args(**flags))
 """
 
@@ -63,7 +64,7 @@ def launch(*words: str, **env: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def flags(models, base, tmp_path_factory) -> dict[str, tuple[str, dict]]:
+def flags(models, base, rewards, tmp_path_factory) -> dict[str, tuple[str, dict]]:
     """The runs by name: of 33 rows in sixteens one is left for the last batch, of process 0."""
     folder, common = tmp_path_factory.mktemp("uneven"), {"device": "cpu", "dtype": "float32"}
     kinds = {"sft": sft_rows(), "preferences": preference_rows(), "prompts": prompt_rows()}
@@ -80,14 +81,16 @@ def flags(models, base, tmp_path_factory) -> dict[str, tuple[str, dict]]:
     ppo |= {"num_ppo_epochs": 2, "response_length": 10, "total_episodes": 16, "save_rollouts": 1}
     ppo |= {"temperature": 1.0}
     rloo = {"advantage": "rloo", "samples_per_prompt": 2, "whiten_advantages": False}
+    rloo |= {"reward_fn": f"{rewards}:letter"}
     batch_mean = {"advantage": "batch_mean", "dataset": alike, "num_mini_batches": 2}
     batch_mean |= {"ptx_coef": 0.1, "ptx_dataset": data["sft"]}
+    often = {"eval_every": 1, "save_every": 1}
     warm = {"total_episodes": 24, "critic_warmup_updates": 1, "save_every": 2}
     preferences = {"dataset": data["preferences"], "normalize_with": data["sft"]}
     return {
         "sft": ("sft", learn | {"dataset": data["sft"], "eval_every": 2}),
         "reward_model": ("reward_model", learn | preferences),
-        "ppo": ("ppo", ppo | {"whiten_rewards": True, "eval_every": 1, "save_every": 1}),
+        "ppo": ("ppo", ppo | {"whiten_rewards": True, "keep_best": True} | often),
         "ppo_one_step": ("ppo", ppo | FIRST_PASS),
         "ppo_rloo": ("ppo", ppo | rloo),
         "ppo_batch_mean": ("ppo", ppo | batch_mean),
@@ -126,6 +129,7 @@ def test_two_processes_leave_one_set_of_files(two, flags, ppo, tmp_path):
     assert [row["update"] for row in metrics_of(out)] == [1, 2]
     assert len(list(out.glob("events.out.tfevents.*"))) == 1
     assert [p.name for p in (out / "checkpoint").iterdir()] == ["000001"]
+    assert (out / "best" / "model.safetensors").exists()
     samples = samples_of(out)
     assert [s["prompt"] for s in samples] == [row["prompt"] for row in prompt_rows()[1::4][:5]]
     assert summary_of(out)["eval"]["prompts"] == 5
@@ -150,6 +154,10 @@ def test_statistics_are_over_all_processes(two, name):
     rows = metrics_of(two / name)
     assert all(row["val/ratio_start_error"] < 1e-5 for row in rows)
     assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
+    for row in rows:  # the score is the sum of the rewards, less 1 for those without an end
+        total = sum(x for key, x in row.items() if key.startswith("scores/"))
+        expected = total + row["response/eos_rate"] - 1
+        assert row["objective/scores"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_metrics_and_gradient_are_those_of_the_whole_batch(two, models):

@@ -203,7 +203,7 @@ def test_b32_called_by_keyword():
     """Whatever the order of a function's parameters."""
     asked = [dataset.Prompt([1], "p", {"prompt": "p"}, [])]
     function = lambda completions, prompts=None, **kw: [len(completions[0])]  # noqa: E731
-    assert utils.call_reward_function(function, "f", asked, ["four"]) == [4.0]
+    assert utils.call_reward_function(function, "f", asked, ["four"], [[1]])[0] == [4.0]
 
 
 @pytest.mark.parametrize("write", [json.dumps, repr])
@@ -320,7 +320,7 @@ def test_b31_prompts_have_room_in_every_model(models, base):
     [(ids, _)] = dataset.encode(judge, [dataset.render(judge, rows[18]["prompt"], "a")])
     kept = dataset.encode_prompts(tokenizer, rows, 99, (judge, len(ids)))
     assert [prompt.row.place for prompt in kept] == [f"f:{n}" for n in range(19)]
-    assert all(prompt.end == [judge.eos_token_id] for prompt in kept)
+    assert all(prompt.ends == [[judge.eos_token_id]] for prompt in kept)
 
 
 @pytest.mark.parametrize("other", [True, False])
@@ -511,7 +511,7 @@ def test_an_answer_that_the_reward_models_template_cannot_render():
     pieces = dataset.answered(tokenizer, row, "", "").pieces
     assert pieces == ["<|user|>two figs?<|end|><|assistant|>", "final: <|end|>"]
     [prompt] = dataset.encode_prompts(tokenizer, [row], 999, (tokenizer, 999))
-    assert tokenizer.decode(prompt.end) == "<|end|><eos>"
+    assert tokenizer.decode(prompt.ends[0]) == "<|end|><eos>"
     given = ["<|user|>two figs?", "Yes."]
     assert dataset.answered(make_tokenizer(), row, *given).pieces == given
 

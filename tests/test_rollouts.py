@@ -28,6 +28,7 @@ FLAGS = {  # every way in which rewards, advantages and returns are made
     "k2": {"kl_estimator": "k2"},
     "k3-whitened": {"kl_estimator": "k3", "whiten_rewards": True},
     "discounted": RAW | {"gamma": 0.9, "lam": 0.8},
+    "value-lam": RAW | {"gamma": 0.9, "lam": 0.7, "value_lam": 1.0},
     "one-step": {"lam": 0.0, "whiten_rewards": True, "gamma": 0.95},
     "monte-carlo": {"lam": 1.0},
     "clipped": {"missing_eos_penalty": 0.5, "reward_clip": 0.5, "kl_target": 1.0, "kl_horizon": 20},
@@ -85,6 +86,7 @@ def test_the_format_of_a_saved_rollout(runs):
     """Names, shapes, types and metadata, as documented."""
     ids = {"prompt_ids", "prompt_mask", "response_ids", "response_mask"}
     floats = {"logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns", "scores"}
+    floats |= {"token_rewards"}
     for update, rollout in enumerate(rollouts_of(runs("default")), 1):
         tensors = rollout.tensors
         assert tensors.keys() == ids | floats
@@ -93,7 +95,8 @@ def test_the_format_of_a_saved_rollout(runs):
             assert tensor.shape == ((8,) if name == "scores" else (8, width)), name
             assert name in ids or tensor.dtype == torch.float32, name
         names = {"kl_coef", "gamma", "lam", "temperature", "whiten_rewards", "whiten_advantages"}
-        assert rollout.meta.keys() >= names | {"advantage", "kl_estimator", "missing_eos_penalty"}
+        names |= {"value_lam", "advantage", "kl_estimator", "missing_eos_penalty"}
+        assert rollout.meta.keys() >= names
         assert rollout.number("update") == update
 
 
@@ -120,32 +123,38 @@ def token_kl(rollout: Rollout) -> np.ndarray:
 
 
 def expected_rewards(rollout: Rollout) -> np.ndarray:
-    """D17, D19, D20: the KL penalty on every real token and the score on the last."""
-    rewards = -rollout.number("kl_coef") * token_kl(rollout)
-    rewards[np.arange(len(rewards)), rollout.lengths - 1] += rollout.a["scores"]
+    """D17, D19, D20: the KL penalty on every real token and the score on the last.
+
+    What is given to single tokens is theirs, and the last one has the rest of the score.
+    """
+    token_rewards = rollout.a["token_rewards"]
+    rewards = token_rewards - rollout.number("kl_coef") * token_kl(rollout)
+    at_end = rollout.a["scores"] - token_rewards.sum(1)
+    rewards[np.arange(len(rewards)), rollout.lengths - 1] += at_end
     return whitened(rewards, rollout.real, False) if rollout.on("whiten_rewards") else rewards
 
 
 def expected_advantages(rollout: Rollout, rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Advantages and returns [B, R]: by the definitions, row by row, on real tokens only."""
-    kind, gamma, lam = rollout.meta["advantage"], rollout.number("gamma"), rollout.number("lam")
-    advantages, size = np.zeros_like(rewards), int(rollout.number("samples_per_prompt"))
-    total = rewards.sum(1)
+    kind, size = rollout.meta["advantage"], int(rollout.number("samples_per_prompt"))
+    advantages, total = np.zeros_like(rewards), rewards.sum(1)
+    returns = total[:, None] * rollout.real
     for row, length in enumerate(rollout.lengths):
         group = total[row // size * size : row // size * size + size]
         if kind == "gae":  # D21: the sum of (gamma lambda)^k delta[t + k]; after the end V is 0
+            gamma, lam, value_lam = map(rollout.number, ("gamma", "lam", "value_lam"))
             values = np.append(rollout.a["values"][row, :length], 0.0)
             deltas = rewards[row, :length] + gamma * values[1:] - values[:-1]
             for t in range(length):
-                powers = (gamma * lam) ** np.arange(length - t)
-                advantages[row, t] = (powers * deltas[t:]).sum()
+                k = np.arange(length - t)
+                advantages[row, t] = ((gamma * lam) ** k * deltas[t:]).sum()
+                returns[row, t] = ((gamma * value_lam) ** k * deltas[t:]).sum() + values[t]  # D40
         elif kind == "batch_mean":  # D34
             advantages[row, :length] = total[row] - total.mean()
         elif kind == "rloo":  # D35
             advantages[row, :length] = total[row] - (group.sum() - total[row]) / (size - 1)
         else:
             advantages[row, :length] = (total[row] - group.mean()) / (group.std() + 1e-4)
-    returns = advantages + rollout.a["values"] if kind == "gae" else total[:, None] * rollout.real
     if rollout.on("whiten_advantages"):  # D22
         advantages = whitened(advantages, rollout.real, True)
     return advantages, returns
@@ -278,13 +287,15 @@ def test_rollouts_follow_from_the_models_and_the_flags(runs, models, name):
     check_metrics(runs(name))
 
 
-def redone(out: Path, models) -> tuple[dict[str, float], torch.nn.Module]:
-    """Metrics and policy of a run of one batch, redone by autograd on plain models, unpadded."""
-    (rollout,), args = rollouts_of(out), args_of(out)
-    eps, eps_v = args["cliprange"], args["cliprange_value"]
+def redone(out: Path, models) -> tuple[dict[str, float], torch.nn.Module, torch.nn.Module]:
+    """The first batch's metrics, policy and values, by autograd on plain models, unpadded."""
+    rollout, args = rollouts_of(out)[0], args_of(out)
+    eps, eps_high, eps_v = (args[f"cliprange{name}"] for name in ("", "_high", "_value"))
     policy, value_model = plain_lm(models.sft), plain_classifier(models.reward_model)
     parameters = [*policy.parameters(), *value_model.parameters()]
-    optimizer = torch.optim.AdamW(parameters, args["learning_rate"], eps=1e-5, weight_decay=0.0)
+    groups = [{"params": [*policy.parameters()], "lr": args["learning_rate"]}]
+    groups += [{"params": [*value_model.parameters()], "lr": args["value_learning_rate"]}]
+    optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)
     n, offsets, tokens, grad_norms = int(rollout.real.sum()), {}, {}, []
     for _ in range(args["num_ppo_epochs"]):
         for i in range(8):
@@ -298,7 +309,7 @@ def redone(out: Path, models) -> tuple[dict[str, float], torch.nn.Module]:
             entropy = -(distribution.exp() * distribution).sum(-1)
             log_ratio = distribution[torch.arange(len(response)), response] - old_logprobs
             ratio = log_ratio.exp()
-            clipped = ratio.clamp(1 - eps, 1 + eps) * advantages
+            clipped = ratio.clamp(1 - eps, 1 + eps_high) * advantages
             policy_loss = -torch.min(ratio * advantages, clipped)
             head = value_model.score(value_model.base_model(ids).last_hidden_state)[0, span, 0]
             # old values less the head's first output are the normalization
@@ -324,7 +335,7 @@ def redone(out: Path, models) -> tuple[dict[str, float], torch.nn.Module]:
     metrics = {name: torch.cat(x).mean().item() for name, x in tokens.items()}
     metrics["val/ratio_var"] = torch.cat(tokens["val/ratio"]).var(correction=0).item()
     metrics["grad_norm"] = torch.stack(grad_norms).mean().item()
-    return metrics, policy
+    return metrics, policy, value_model
 
 
 FIRST_PASS = {"num_ppo_epochs": 1, "total_episodes": 8, "save_rollouts": 1, "temperature": 0.8}
@@ -333,7 +344,7 @@ FIRST_PASS |= {"vf_coef": 0.3, "micro_batch_size": 2, "whiten_advantages": False
 
 def check_first_pass(out: Path, models) -> None:
     """Losses, entropy and gradient of an update of one step (`FIRST_PASS`), from its rollout."""
-    (rollout,), (row,), (again, _) = rollouts_of(out), metrics_of(out), redone(out, models)
+    (rollout,), (row,), (again, *_) = rollouts_of(out), metrics_of(out), redone(out, models)
     a, real = rollout.a, rollout.real
     zeros = "policy/approxkl_avg policy/clipfrac_avg val/clipfrac_avg val/ratio_var".split()
     expected = dict.fromkeys(zeros, 0.0) | {

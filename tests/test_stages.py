@@ -461,7 +461,7 @@ def test_the_embedded_task_end_to_end(monkeypatch, tmp_path):
     flags = {"normalize_with": demonstrations, "output_dir": b, "dataset": (preferences,)}
     reward_model.main(reward_model.Args(model=a, **flags, **common))
     flags = {"total_episodes": 64, "batch_size": 32, "eval_prompts": 16, "output_dir": c}
-    ppo_rlhf.main(ppo_rlhf.Args(model=a, reward_model=b, **flags, **common))
+    ppo_rlhf.main(ppo_rlhf.Args(model=a, reward_model=(b,), **flags, **common))
     evaluation, row = summary_of(tmp_path / "c")["eval"], metrics_of(tmp_path / "c")[0]
     assert evaluation["win_rate_by"] == "judge"
     assert -16 <= evaluation["reference"]["judge"] <= 9

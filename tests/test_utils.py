@@ -455,6 +455,7 @@ def test_load_function(tmp_path):
 
 ASKED = [{"prompt": "p", "answer": 1, "kind": "x"}, {"prompt": "q", "answer": 2, "kind": None}]
 ASKED = [dataset.Prompt([1], row["prompt"], row, []) for row in ASKED]
+IDS = [[5, 6], [7, 8, 9]]  # of the completions
 
 
 def test_a_reward_function_gets_the_columns():
@@ -465,8 +466,8 @@ def test_a_reward_function_gets_the_columns():
         seen.update(columns, prompts=prompts, completions=completions)
         return np.array([1, 2])  # anything that float() takes
 
-    scores = utils.call_reward_function(f, "--reward-fn", ASKED, ["c", "d"])
-    assert scores == [1.0, 2.0]
+    scores, of_tokens = utils.call_reward_function(f, "--reward-fn", ASKED, ["c", "d"], IDS)
+    assert (scores, of_tokens) == ([1.0, 2.0], [[], []])
     assert all(isinstance(s, float) for s in scores)
     columns = {"answer": [1, 2], "kind": ["x", None]}
     assert seen == {"prompts": ["p", "q"], "completions": ["c", "d"]} | columns
@@ -481,7 +482,7 @@ def test_a_reward_function_that_gives_no_scores(error_of):
     wrong = {"1 values for 2": [1.0], "nan": [1.0, NAN], "inf": [1.0, INF], "TypeError": None}
     functions = {what: lambda *a, result=result, **k: result for what, result in wrong.items()}
     for what, function in (functions | {"ZeroDivisionError: no": fails}).items():
-        given = (function, "f.py:f", ASKED, ["c", "d"], 7)
+        given = (function, "f.py:f", ASKED, ["c", "d"], IDS, 7)
         line = error_of(utils.call_reward_function, *given, code=1)
         assert line.startswith("error: update 7: f.py:f: ")
         assert what in line

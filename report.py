@@ -9,15 +9,15 @@ file below 6 MB that loads nothing, and says what it leaves out. Every text in i
 import html
 import json
 import os
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import tyro
 from plotly.offline import get_plotlyjs
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 import utils
 
@@ -25,7 +25,7 @@ import utils
 FIRST = """objective/scores eval/judge eval/win_rate:.5:1 objective/kl:0 response/length
 response/eos_rate:.9:1 policy/clipfrac_avg:0:.3 val/explained_variance:0:1
 val/ratio_start_error:0:.001 val/ratio:.9:1.1 loss eval_loss accuracy:.5:1 eval/accuracy:.5:1"""
-QUANTITIES = ["advantages", "kl", "values", "rewards", "returns", "logprobs", "ref_logprobs"]
+QUANTITIES = "advantages kl values rewards returns logprobs ref_logprobs".split()
 HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Training report</title>
 <meta name="viewport" content="width=device-width"><meta http-equiv="Content-Security-Policy"
 content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"><style>
@@ -33,17 +33,17 @@ content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inlin
 @media(prefers-color-scheme:dark){:root{--bg:#16181c;--fg:#ddd;--dim:#999}}
 body{font:15px/1.5 system-ui,sans-serif;margin:0 12px;overflow-wrap:anywhere}
 body,nav{background:var(--bg);color:var(--fg)}.plot text{fill:var(--fg)!important}
-.hoverlayer .bg{fill:var(--bg)!important}h3,p,figure{margin:0}p{color:var(--dim);font-size:13px}
-nav{position:sticky;top:0;z-index:9;max-height:30vh;overflow:auto}label{margin-right:16px}
+.hoverlayer .bg{fill:var(--bg)!important}h3,p{margin:0}p{color:var(--dim);font-size:13px}
+nav{position:sticky;top:0;z-index:9;max-height:30vh;overflow:auto}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,350px),1fr));gap:16px}
-article,details details{margin:12px 0;white-space:pre-wrap}[hidden]{display:none}
+article,details{margin:12px 0;white-space:pre-wrap}
 i{font-style:normal;border-right:1px solid #8886}
 </style>"""
 SCRIPT = """
 const all = (css, f) => document.querySelectorAll(css).forEach(f)
 const charts = JSON.parse(document.getElementById("data").textContent)
-const axis = {gridcolor: "#8884", zeroline: false}, healthy = {type: "rect", xref: "paper",
-  x0: 0, x1: 1, layer: "below", line: {width: 0}, fillcolor: "#3a52"}
+const axis = {gridcolor: "#8884", zeroline: false}, healthy = {xref: "paper", x0: 0, x1: 1,
+  layer: "below", line: {width: 0}, fillcolor: "#3a52"}
 all(".plot", (div, i) => {
   const {traces, band: [y0, end]} = charts[i], y1 = end ?? Math.max(...traces.flatMap(t => t.y))
   Plotly.newPlot(div, traces, {
@@ -52,14 +52,11 @@ all(".plot", (div, i) => {
     showlegend: false, hovermode: "x unified", dragmode: innerWidth > 700 && "zoom",
   }, {responsive: true, displayModeBar: false})
 })
-all("nav [type=checkbox]", (box, run) => box.onchange = () => all(".plot", div => {
-  const i = div.data.findIndex(trace => trace.meta == run)
-  if (i >= 0) Plotly.restyle(div, {visible: box.checked}, i)
-}))
-all("nav [type=search]", find => find.oninput = () => all(".sample", card => {
+const find = document.querySelector("input"), what = document.querySelector("select")
+find.oninput = () => all("article", card => {
   card.hidden = !card.textContent.toLowerCase().includes(find.value.toLowerCase())
-}))
-const what = document.querySelector("select"), paint = () => all(".rollout", part => {
+})
+const paint = () => all(".rollout", part => {
   const tokens = [...part.querySelectorAll("i")].map(i => [i, i.dataset.v.split(" ")])
   const q = what.selectedIndex, top = Math.max(1e-9, ...tokens.map(([, v]) => Math.abs(v[q])))
   part.querySelector("b").textContent = `blue: up to ${top}, orange: down to -${top}`
@@ -94,7 +91,7 @@ def main(args: Args) -> None:
             if (size := len(text.encode())) < 6e6:
                 break
         utils.write_text(out, text)
-    except (OSError, LookupError, TypeError, safetensors.SafetensorError) as error:
+    except (OSError, LookupError, TypeError, ValueError, SafetensorError) as error:
         utils.stop(f"{out}: {utils.first_line(error)}; check the runs' files and --out")
     utils.say(f"report: {len(runs)} runs, {size / 1e6:.1f} MB, in {out}")
 
@@ -102,37 +99,41 @@ def main(args: Args) -> None:
 def page(runs: list[Path], share: int) -> str:
     """The page; the limits of what it shows are divided by `share`."""
     above, most = os.path.commonpath([run.parent for run in runs]), max(1000 // share, 8)
-    stages: dict = defaultdict(lambda: defaultdict(list))  # traces by stage and metric
+    stages: dict = defaultdict(lambda: defaultdict(list))  # stage, metric: what Plotly draws
     nav = body = tail = ""
     for i, run in enumerate(runs):
         name, color = e(os.path.relpath(run, above)), f"hsl({(210 + 137.5 * i) % 360:.0f},65%,50%)"
-        stage = e(utils.flags_of(run).get("stage", "unknown stage"))
+        stage = e(utils.flags_of(run).get("stage", "?"))
         rows, note = read(run / "metrics.jsonl")
-        summary = (read(run / "summary.json")[0] or [{}])[0]
+        final, summary = run / "summary.json", {}
+        if final.is_file():
+            summary = json.loads(final.read_text("utf-8"), parse_float=lambda x: round(float(x), 3))
         if len(rows) > most:
             note += f", about {most} points of {len(rows)} with the extremes"
         for metric, line in curves(rows, summary).items():
             x, y = zip(*thin(line, most), strict=True)
-            trace = {"x": x, "y": y, "meta": i, "name": name, "line": {"color": color}}
-            stages[stage][metric].append(trace)
-        nav += f'<label style="color:{color}"><input type="checkbox" checked>{name}</label>'
-        body += f"<p>{name}: {stage}{note}; {e(short(json.dumps(summary)))}</p>"
+            stages[stage][metric] += [{"x": x, "y": y, "name": name, "line": {"color": color}}]
+        nav += f'<b style="color:{color}">■</b> {name} '
+        body += f"<p>{name}: {stage}{note}; {e(summary)}</p>"
         tail += show_samples(run, name, share) + show_rollouts(run, name, share)
-    first, meaning = dict(word.partition(":")[::2] for word in FIRST.split()), explanations()
-    charts = []
+    first, meaning = dict(word.partition(":")[::2] for word in FIRST.split()), {}
+    for line in (Path(__file__).parent / "docs/metrics.md").read_text("utf-8").splitlines():
+        names, _, text = line.strip("| ").replace("`", "").partition(" | ")
+        meaning = dict.fromkeys(names.split(", "), text) | meaning
+    charts, options = [], "<option>".join(QUANTITIES)
     for stage, metrics in stages.items():
-        body += f'<h2>{stage}</h2><p>Shaded: healthy, by rules of thumb</p><div class="grid">'
+        body += f'<h2>{stage}</h2><p>Shaded: healthy, roughly</p><div class="grid">'
         for metric in sorted(metrics, key=lambda m: [*first, m].index(m)):
             band = [float(bound) for bound in first.get(metric, "").split(":") if bound]
             charts.append({"traces": metrics[metric], "band": band})
-            body += f'<figure><h3>{e(metric)}</h3><div class="plot"></div>'
-            body += f"<p>{e(meaning.get(metric, ''))}</p></figure>"
+            body += f'<div><h3>{e(metric)}</h3><div class="plot"></div>'
+            body += f"<p>{e(meaning.get(metric, ''))}</p></div>"
         body += "</div>"
     numbers = json.loads(json.dumps(charts), parse_constant=lambda _: None)  # NaN, infinity
     data = json.dumps(numbers).replace("<", "\\u003c")
     return f"""{HEAD}<script>{get_plotlyjs()}</script><body><h1>Training report</h1>
 <nav>{nav}<input type="search" placeholder="search samples">
-<label>tokens by <select><option>{"<option>".join(QUANTITIES)}</select></label></nav>{body}{tail}
+<label>tokens by <select><option>{options}</select></label></nav>{body}{tail}
 <script type="application/json" id="data">{data}</script><script>{SCRIPT}</script>"""
 
 
@@ -141,30 +142,25 @@ def e(text: Any) -> str:
     return html.escape(utils.visible(str(text)))
 
 
-def short(numbers: str) -> str:
-    """Numbers with three decimals, without the quotes and braces of JSON."""
-    return re.sub(r'["{}]|(?<=\.\d{3})\d+', "", numbers)
-
-
 def read(path: Path) -> tuple[list[dict], str]:
-    """The objects of a file, one a line or, in .json, one; what to say of damaged ones."""
+    """The objects of a file, one a line, and what to say of damaged lines."""
     text, rows, note = path.read_text("utf-8", "replace") if path.is_file() else "", [], ""
-    for part in filter(None, text.split("\n") if path.suffix == ".jsonl" else [text]):
+    for line in filter(None, text.split("\n")):
         try:
-            rows.append(dict(json.loads(part)))
+            rows.append(dict(json.loads(line)))
         except (TypeError, ValueError, RecursionError):  # half a line after a power cut
             note = f", damaged lines of {path.name} left out"
     return rows, note
 
 
 def curves(rows: list[dict], summary: dict) -> dict[str, list[tuple[float, float]]]:
-    """The points (x, y) of each metric; PPO's summary gives evaluations their start and end."""
+    """The points of each metric; evaluations start and end with PPO's summary."""
     lines = defaultdict(list)
     for n, row in enumerate(rows, 1):
         for name in [key for key in row if key not in ("update", "step", "episode")]:
             lines[name].append((n, row[name]))
-    final = summary.get("eval", {})
-    for key, y in (final.get("policy", {}) | {"win_rate": final.get("win_rate")}).items():
+    final = summary.get("eval", {"policy": {}})
+    for key, y in (final["policy"] | {"win_rate": final.get("win_rate")}).items():
         if y is not None:
             line = lines[f"eval/{key}"]
             line[:] = [(0, final["reference"].get(key, 0.5)), *line, (len(rows), y)]
@@ -178,29 +174,18 @@ def thin(line: list[tuple[float, float]], most: int) -> list[tuple[float, float]
     return sorted({pick(part, key=lambda p: p[1]) for part in parts for pick in (min, max)})
 
 
-def explanations() -> dict[str, str]:
-    """What docs/metrics.md says of each metric."""
-    file, found = Path(__file__).parent / "docs/metrics.md", {}
-    for line in file.read_text("utf-8").splitlines() if file.is_file() else []:
-        names, _, text = line.strip("| ").replace("`", "").partition(" | ")
-        names, parts = names.split(", "), text.split("; ")
-        for i, name in enumerate(names):
-            found.setdefault(name, parts[i] if len(parts) == len(names) else text)
-    return found
-
-
 def show_samples(run: Path, name: str, share: int) -> str:
-    """Prompts and responses of before and after, those whose judge or score moved most first."""
+    """Responses before and after, those whose judge or else score moved most first."""
     rows, note = read(run / "samples.jsonl")
     by = "judge" if rows and rows[0].get("policy_judge") is not None else "score"
     rows.sort(key=lambda row: -abs(row[f"policy_{by}"] - row[f"reference_{by}"]))
     kept = rows[: max(200 // share, 1)]
     page = f"<h2>{name}: samples</h2><p>{len(kept)} of {len(rows)}{note}, most changed first</p>"
     for row in kept:
-        page += f'<article class="sample"><b>{e(row["prompt"])}</b><div class="grid">'
+        page += f'<article><b>{e(row["prompt"])}</b><div class="grid">'
         for who in ("reference", "policy"):
-            said = f"{who}: score {row[who + '_score']}, judge {row[who + '_judge']}"
-            page += f"<div><p>{e(short(said))}</p>{e(row[who])}</div>"
+            said = f"{who}: score {row[who + '_score']:.4g}, judge {row[who + '_judge']}"
+            page += f"<div><p>{said}</p>{e(row[who])}</div>"
         page += "</div></article>"
     return page if rows else ""
 
@@ -213,8 +198,7 @@ def show_rollouts(run: Path, name: str, share: int) -> str:
     decode, shown = utils.load_tokenizer(str(run)).decode, paths[:: -(-len(paths) // 4)]
     page = f"<h2>{name}: {len(shown)} of {len(paths)} rollouts</h2>"
     for path in shown:
-        with safetensors.safe_open(path, "np") as file:
-            t = {key: file.get_tensor(key) for key in file.keys()}
+        t = load_file(path)
         t["kl"], cards, left = t["logprobs"] - t["ref_logprobs"], [], 8000 // share
         for row, ids in enumerate(t["response_ids"][:32]):
             prompt = t["prompt_ids"][row][t["prompt_mask"][row] == 1]
@@ -228,8 +212,8 @@ def show_rollouts(run: Path, name: str, share: int) -> str:
                 numbers = " ".join(f"{t[q][row, at]:.3g}" for q in QUANTITIES)
                 card += f'<i data-v="{numbers}">{e(piece)}</i>'
             cards.append(f"<details{' open' * (row < 3)}>{card}</details>")
-        page += f'<details class="rollout" open><summary>{path.stem}: {len(cards)} of {len(ids)}'
-        page += f" episodes; <b></b></summary>{''.join(cards)}</details>"
+        page += f'<details class="rollout" open><summary>{path.stem}: {len(cards)} of {len(ids)} '
+        page += f"episodes, <b></b></summary>{''.join(cards)}</details>"
     return page
 
 

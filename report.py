@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 import utils
 
 # the first curves; what is healthy, after docs/metrics.md
-FIRST = """objective/scores eval/judge eval/win_rate:.5:1 objective/kl:0 response/length
+FIRST = """objective/scores eval/judge eval/win_rate:.5:1 objective/kl response/length
 response/eos_rate:.9:1 policy/clipfrac_avg:0:.3 val/explained_variance:0:1
 val/ratio_start_error:0:.001 val/ratio:.9:1.1 accuracy:.5:1 eval/accuracy:.5:1"""
 QUANTITIES = "advantages kl values rewards returns logprobs".split()
@@ -45,7 +45,7 @@ const charts = JSON.parse(document.getElementById("data").textContent)
 const axis = {gridcolor: "#8884", zeroline: false}, healthy = {xref: "paper", x0: 0, x1: 1,
   layer: "below", line: {width: 0}, fillcolor: "#3a52"}
 all(".plot", (div, i) => {
-  const {traces, band: [y0, end]} = charts[i], y1 = end ?? Math.max(...traces.flatMap(t => t.y))
+  const {traces, band: [y0, y1]} = charts[i]
   Plotly.newPlot(div, traces, {
     xaxis: axis, yaxis: axis, shapes: y0 == null ? [] : [{...healthy, y0, y1}], height: 210,
     margin: {l: 52, r: 8, t: 6, b: 28}, paper_bgcolor: "#0000", plot_bgcolor: "#0000",
@@ -122,7 +122,9 @@ def page(runs: list[Path], share: int) -> str:
         meaning = dict.fromkeys(names.split(", "), text) | meaning
     charts, options = [], "<option>".join(QUANTITIES)
     for stage, metrics in stages.items():
-        body += f"<h2>{stage}</h2><p>By update or step; shaded: healthy</p><div class=grid>"
+        body += (
+            f"<h2>{stage}</h2><p>By update or step; shaded: healthy, roughly</p><div class=grid>"
+        )
         for metric in sorted(metrics, key=lambda m: [*first, m].index(m)):
             band = [float(bound) for bound in first.get(metric, "").split(":") if bound]
             charts.append({"traces": metrics[metric], "band": band})

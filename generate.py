@@ -1,6 +1,7 @@
 """The decoding loop: responses sampled from a language model, all rows of a batch at once.
 
 In: a causal language model and prompts padded on the left. Out: response ids and their mask.
+As a command, a conversation: python generate.py runs/ppo_rlhf
 
 Keys and values are written in place into a cache with room for the whole sequence; rows that have
 ended are dropped; on CUDA the steps are one captured graph that is replayed. Temperature, top-k and
@@ -10,16 +11,20 @@ B sequences, b of them still decoded, P prompt tokens, R response tokens, V voca
 `D16` in comments points to docs/details.md.
 """
 
+import contextlib
 import dataclasses
 import inspect
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 import transformers
+import tyro
 from torch import Tensor
 
+import dataset
 import utils
 
 
@@ -37,6 +42,7 @@ def generate(
     top_p: float = 1.0,
     rng: torch.Generator | None = None,
     stride: int | None = None,
+    watch: Callable[[Tensor], Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample a response to each prompt: (response_ids [B, R], response_mask [B, R]).
 
@@ -48,7 +54,8 @@ def generate(
     model's device, whatever the other rows do.
 
     Every `stride` tokens (1 on a CPU, 32 elsewhere) the device is asked which rows have ended; they
-    are dropped once they are a quarter. The device never waits in between.
+    are dropped once they are a quarter. The device never waits in between. `watch`
+    gets the ids so far.
     """
     (rows, prompt_length), device = prompt_ids.shape, prompt_ids.device
     stride = stride or (1 if device.type == "cpu" else 32)
@@ -98,6 +105,8 @@ def generate(
         position.end = prompt_length
         choose_token(next_logits(utils.model_inputs(body, prompt_ids, prompt_mask)))
         for start in range(1, response_length, stride):
+            if watch:
+                watch(response_ids[:, :start])
             going = int(alive.sum())
             if not going:
                 break
@@ -226,3 +235,89 @@ class KeyValueLayer(transformers.cache_utils.DynamicLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.position.end, 0
+
+
+@dataclasses.dataclass
+class Args:
+    """Answer typed or piped lines; `\\n` breaks one, /reset starts anew, an empty one ends.
+
+    What is left out is as the (first) model's generation config says.
+    """
+
+    model: tyro.conf.Positional[str] = "runs/ppo_rlhf"
+    compare: str | None = None
+    """Another model, which answers too."""
+    score: str | None = None
+    """Reward model."""
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    """0: greedy."""
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 1
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    trust_remote_code: bool = False
+    resume = False  # start_process asks
+
+
+@torch.no_grad()
+def main(args: Args) -> None:
+    utils.check_numbers(args, "temperature top_k", "top_p")
+    device, speakers, typed = utils.start_process(args).device, [], sys.stdin.isatty()
+    for name in filter(None, (args.model, args.compare)):
+        tokenizer = utils.load_tokenizer(name)
+        model = utils.freeze(utils.load_causal_lm(name, device, tokenizer), args.dtype)
+        speakers.append((name, model, tokenizer, []))
+    if args.score:
+        judge = utils.load_classifier(args.score, device, trained=True)
+        reads = utils.load_tokenizer(args.score)
+    settings = {"max_new_tokens": 256, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    for source in (speakers[0][1].generation_config, args):
+        settings |= {k: x for k in settings if (x := getattr(source, k)) is not None}
+    length = settings.pop("max_new_tokens")
+
+    def answer(line: str, name: str, model: Any, tokenizer: Any, chat: list) -> None:
+        if line == "/reset":
+            return chat.clear()
+        messages, printed = [*chat, {"role": "user", "content": line}], []
+        row = dataset.Row({"prompt": messages if tokenizer.chat_template else line}, name)
+        [prompt] = dataset.encode_prompts(tokenizer, [row], 2**30)
+        room = utils.context_length(model) - len(prompt.ids)
+        if chat and room < length:
+            del chat[:2]  # the oldest turn
+            return answer(line, name, model, tokenizer, chat)
+        if room < 1:
+            utils.stop(f"{name}: the prompt fills its context; shorten it")
+
+        def show(ids: Tensor) -> str:
+            """Print what is new, but no part of a character."""
+            text = tokenizer.decode(ids[0], skip_special_tokens=True)
+            new = utils.visible(text.strip("\ufffd \n"))[len(printed) :]
+            printed.extend(new)
+            print(new if typed else new.replace("\n", "\\n"), end="", flush=True)
+            return text
+
+        print(f"{name}\t" * bool(args.compare), end="")
+        ids = torch.tensor([prompt.ids], device=device)
+        stops = stop_token_ids(tokenizer, "eos", model.generation_config)
+        more = {"pad_id": 0, "stride": 1, "watch": show} | settings
+        ids, mask = generate(model, ids, torch.ones_like(ids), min(length, room), stops, **more)
+        text = show(ids[:, : mask.sum()])
+        chat[:] = [*messages, {"role": "assistant", "content": text}] * typed
+        if args.score:
+            [(ids, _)] = dataset.encode(reads, [dataset.answered(reads, row, prompt.text, text)])
+            del ids[utils.context_length(judge) - 1 : -1]
+            raw = utils.last_token_scores(judge, *dataset.pad([ids], 0, "right", device))
+            print(f"\tscore {utils.normalize_scores(judge, raw).item():.2f}", end="")
+
+    with contextlib.suppress(EOFError, KeyboardInterrupt), utils.autocast(device, args.dtype):
+        while (line := input("> " * typed).replace("\\n", "\n")) or not typed:
+            for speaker in speakers:
+                with contextlib.suppress(SystemExit):  # it is said what is wrong
+                    answer(line, *speaker)
+                print(flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

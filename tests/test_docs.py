@@ -14,7 +14,7 @@ import sft
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import tables
 
-PAGES = ["README.md", "examples/reviews/README.md"]
+PAGES = ["README.md", "examples/guides/README.md", "examples/reviews/README.md"]
 PAGES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 OTHER_TOOLS = {
     "nproc-per-node",

@@ -3,21 +3,12 @@
 import json
 import shutil
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import (
-    STAGES,
-    assert_same_run,
-    metrics_of,
-    plain_classifier,
-    plain_lm,
-    plain_logprobs,
-    rollouts_of,
-    weights_of,
-)
+import transformers
+from conftest import ROOT, STAGES, assert_same_run, metrics_of, plain_logprobs, rollouts_of
 from test_distributed import DRIVER, launch
 from test_resume import FLAGS, assert_same_records, in_step
 
@@ -28,11 +19,12 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's own
 
 LORA = {"lora_rank": 4, "lora_alpha": 16.0, "learning_rate": 1e-2}
+plain_lm = transformers.AutoModelForCausalLM.from_pretrained
 CPU, IDS = torch.device("cpu"), torch.arange(10, 40).view(2, 15)
 
 
 def args_for(model, **flags) -> SimpleNamespace:
-    """What utils reads of a stage's flags."""
+    """What lora.py reads of a stage's flags."""
     flags = {"model": str(model), "dtype": "float32", "value_model": None} | flags
     return SimpleNamespace(lora_target="all-linear", **LORA | flags)
 
@@ -64,9 +56,6 @@ def chain(sft, reward_model, ppo, models, base, tmp_path_factory) -> SimpleNames
         flags = {"reward_model": str(judge), "save_rollouts": 1, "save_every": 1}
         out = ppo(folder / "ppo", **LORA, **flags)
     return SimpleNamespace(sft=learned, reward_model=judge, ppo=out, made=made)
-
-
-# ---- one base
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -105,16 +94,12 @@ def test_training_leaves_the_base_as_it_was(chain, models):
 
 def test_the_reference_is_the_base_and_the_kl_starts_at_0(chain, models):
     rows, model = metrics_of(chain.ppo), plain_lm(models.sft)
-    assert rows[0]["objective/kl"] == 0
-    assert rows[1]["objective/kl"] != 0
+    assert rows[0]["objective/kl"] == 0 != rows[1]["objective/kl"]
     assert max(row["val/ratio_start_error"] for row in rows) < 1e-4
     rollout = rollouts_of(chain.ppo)[-1]
     for i in range(len(rollout.real)):
         expected = plain_logprobs(model, rollout.prompt(i), rollout.response(i))
         assert rollout.a["ref_logprobs"][i][rollout.real[i]] == pytest.approx(expected, abs=1e-4)
-
-
-# ---- where the value function starts
 
 
 def test_the_value_function_starts_from_the_adapter_of_the_reward_model(chain, models, tmp_path):
@@ -131,9 +116,6 @@ def test_the_value_function_starts_from_the_adapter_of_the_reward_model(chain, m
         assert not values(model).any() and not hasattr(model.config, "reward_mean")
 
 
-# ---- what is left
-
-
 def test_outputs_are_merged_and_adapters_are_folders_of_peft(chain, models, base):
     """Merged in float32; transformers and peft load them as their own."""
     loaded = utils.load_causal_lm(str(chain.ppo), CPU)
@@ -144,24 +126,23 @@ def test_outputs_are_merged_and_adapters_are_folders_of_peft(chain, models, base
         a, b, c = (m(input_ids=IDS).logits for m in (merged, adapted, plain_lm(start)))
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
         assert (a - c).abs().max() > 0.05
-    merged = plain_classifier(chain.reward_model)
+    merged = utils.load_classifier(str(chain.reward_model), CPU)
     assert merged.config.reward_mean != 0
     again = utils.load_classifier(str(chain.reward_model / "adapter"), CPU)
-    torch.testing.assert_close(merged.score.weight, again.score.weight, rtol=0, atol=0)
+    assert torch.equal(merged.score.weight, again.score.weight)
     torch.testing.assert_close(values(merged), values(again), rtol=0, atol=1e-5)
 
 
 def test_checkpoints_hold_adapters_alone_and_are_models(chain, ppo, tmp_path):
-    for out, step in ((chain.sft, 8), (chain.reward_model, 8), (chain.ppo, 1)):
-        folder = out / "checkpoint" / f"{step:06d}"
-        for path in folder.glob("adapter_*.safetensors"):
-            names = utils.safetensors.torch.load_file(path).keys()
+    for out, step, count in ((chain.sft, 8, 1), (chain.reward_model, 8, 1), (chain.ppo, 1, 2)):
+        paths = [*(out / "checkpoint" / f"{step:06d}").glob("*model.safetensors")]
+        assert len(paths) == count
+        for path in paths:
+            names = utils.safetensors.torch.load_file(path)
             assert all("lora_" in name or name.endswith("score.weight") for name in names)
             assert path.stat().st_size < (out / "model.safetensors").stat().st_size / 3
-        assert not [*folder.glob("model*"), *folder.glob("value_model*")]
     # an adapter on a checkpoint, which is an adapter
-    start = str(chain.sft / "checkpoint" / "000008")
-    flags = {"model": start, "advantage": "rloo", "samples_per_prompt": 2}
+    flags = {"model": str(chain.sft / "checkpoint" / "000008"), "advantage": "batch_mean"}
     out = ppo(tmp_path / "ppo", **LORA, **flags)
     again = utils.load_causal_lm(str(out / "adapter"), CPU)
     torch.testing.assert_close(logits(again), logits(plain_lm(out)), rtol=0, atol=1e-5)
@@ -179,9 +160,6 @@ def test_a_crash_between_checkpoints(request, name, monkeypatch, tmp_path):
     assert_same_records(whole, tmp_path / "out")
 
 
-# ---- with other flags
-
-
 @pytest.mark.parametrize("flags", [{"gradient_checkpointing": True}, {"micro_batch_size": 2}])
 def test_what_changes_only_rounding(ppo, chain, flags, tmp_path):
     flags = {"reward_model": str(chain.reward_model), **LORA} | flags
@@ -192,28 +170,26 @@ def test_in_bfloat16(ppo, chain, tmp_path):
     """The base is rounded once, the adapters stay in float32; the KL starts at 0."""
     out = ppo(tmp_path / "out", reward_model=str(chain.reward_model), **LORA, dtype="bfloat16")
     assert metrics_of(out)[0]["objective/kl"] == 0
-    assert {x.dtype for x in weights_of(out).values()} == {torch.float32}
 
 
 def test_two_processes_learn_what_one_does(sft, chain, models, base, data, tmp_path):
-    """In PPO they sample differently, but start from the same adapters and stay together."""
+    """In PPO they sample differently, from the same adapters."""
     common = LORA | {"device": "cpu", "dtype": "float32", "micro_batch_size": 4}
     flags = common | {"model": base.plain, "dataset": data.sft, "epochs": 1, "max_length": 64}
-    ppo = {"model": str(models.sft), "reward_model": [str(chain.reward_model)], "batch_size": 8}
+    ppo = {"model": str(models.sft), "reward_model": str(chain.reward_model), "batch_size": 8}
     ppo |= {"dataset": data.prompts, "total_episodes": 16, "response_length": 10}
     ppo |= {"eval_prompts": 4, "critic_warmup_updates": 1, "output_dir": str(tmp_path / "ppo")}
     runs = [("sft", flags | {"output_dir": str(tmp_path / "two")}), ("ppo", common | ppo)]
     (tmp_path / "driver.py").write_text(DRIVER)
     (tmp_path / "runs.json").write_text(json.dumps(runs))
-    root = str(Path(utils.__file__).parent)
-    launch(str(tmp_path / "driver.py"), str(tmp_path / "runs.json"), PYTHONPATH=root)
+    launch(str(tmp_path / "driver.py"), str(tmp_path / "runs.json"), PYTHONPATH=str(ROOT))
     assert_same_run(sft(tmp_path / "one", **flags), tmp_path / "two", tolerance=1e-5)
     first, second = metrics_of(tmp_path / "ppo")
     assert first["objective/kl"] == second["objective/kl"] == 0
     assert first["loss/value_avg"] > 0 and second["val/ratio_start_error"] < 1e-4
 
 
-def test_errors(refused, chain, models, monkeypatch):
+def test_errors(refused, models, monkeypatch):
     refused("sft", "--lora-rank", "tiny", model="tiny", **LORA)
     refused("sft", "--lora-rank", "out of range", lora_rank=-1)
     refused("sft", "--lora-target", "not found", **LORA, lora_target="w_x,w_y")

@@ -595,6 +595,7 @@ def main(args: Args) -> None:
         epoch_means: list[dict[str, float]] = []
         grad_norms, ptx_losses = [], []
         ratio_error = torch.zeros((), device=device)  # the largest |ratio - 1| at the start
+        ratios = torch.ones_like(logprobs)  # [B, R] of the last pass over the batch
         for _ in range(args.num_ppo_epochs):  # D25
             sums: dict[str, Any] = defaultdict(float)
             order = torch.randperm(len(prompts), generator=shuffle)
@@ -606,6 +607,7 @@ def main(args: Args) -> None:
                     new_logprobs, entropies = policy_outputs(policy, ids, is_response)  # [b, R]
                     log_ratio = new_logprobs - logprobs[rows]  # [b, R]
                     ratio = log_ratio.exp()  # [b, R]
+                    ratios[rows] = ratio.detach()
                     unclipped_losses = -advantages[rows] * ratio
                     clipped_ratio = ratio.clamp(1 - args.cliprange, 1 + cliprange_high)  # D39
                     # the larger of the two: clipping never makes a step more tempting (D23)
@@ -708,6 +710,10 @@ def main(args: Args) -> None:
             metrics |= evaluated | {"eval/win_rate": result["win_rate"]}
             show_samples(logger, update, before, after, shown=2)
             best = keep_best(result)
+        if args.eval_every and update % args.eval_every == 0:
+            real = response_mask.bool()
+            tensors = {"scores": scores, "advantages": advantages[real], "ratios": ratios[real]}
+            logger.histograms(update, tensors)
         logger.log(update, metrics)
         if args.save_rollouts and update % args.save_rollouts == 0:
             fields = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")

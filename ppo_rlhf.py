@@ -747,7 +747,7 @@ def main(args: Args) -> None:
         utils.write_text(out / "samples.jsonl", "".join(lines))
         summary = {"updates": num_updates, "episodes": num_updates * args.batch_size}
         summary |= {"seconds": seconds, "eval": result}
-        utils.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        utils.write_summary(out, args, policy, summary)
     logger.close()
     by, old, new = result["win_rate_by"], result["reference"], result["policy"]
     utils.say(

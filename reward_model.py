@@ -21,7 +21,6 @@ all of them. Every process holds the whole model.
 B pairs, T tokens, H hidden size. `D11` in a comment points to docs/details.md.
 """
 
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -297,7 +296,7 @@ def main(args: Args) -> None:
     if process.is_main:
         utils.save_model(model, tokenizer, out)
         summary = result | {"accuracy_interval": [low, high], "pairs": pairs, "seconds": seconds}
-        utils.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        utils.write_summary(out, args, model, summary)
     logger.close()
     utils.say(
         f"reward_model: accuracy {result['accuracy']:.3f} (95% interval {low:.3f} to {high:.3f}) "

@@ -20,7 +20,6 @@ points to docs/details.md.
 """
 
 import itertools
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -233,7 +232,7 @@ def main(args: Args) -> None:
     perplexity = math.exp(eval_loss)
     if process.is_main:
         summary = {"eval_loss": eval_loss, "perplexity": perplexity, "seconds": seconds}
-        utils.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        utils.write_summary(out, args, model, summary)
     result = f"held-out loss {eval_loss:.3f} nats per token, perplexity {perplexity:.2f}"
     logger.close()
     utils.say(f"sft: {result}; {seconds:.0f} s; model in {out}")

@@ -35,7 +35,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.integrations import sdpa_attention
 
+import card
 import distributed
+from card import fenced
 from distributed import Process
 
 transformers.utils.logging.set_verbosity_error()
@@ -650,6 +652,12 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     part.rmdir()
 
 
+def write_summary(out: Path, args: Any, model: Any, summary: dict[str, Any]) -> None:
+    """Write the model card, README.md, and then summary.json."""
+    write_text(out / "README.md", card.model_card(args, model, summary))
+    write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
 class Checkpoints(NamedTuple):
     """Checkpoints of a run: `models` and optimizer in safetensors, a few numbers, checksums.
 
@@ -841,12 +849,6 @@ class Logger:
             self.board.close()
         if self.run:  # at exit would be too late for its last lines
             self.run.finish()
-
-
-def fenced(text: str) -> str:
-    """A Markdown code block, which shows a text as it is: its fence is longer than any within."""
-    fence = "`" * (3 + text.count("`"))
-    return f"{fence}\n{text}\n{fence}"
 
 
 def save_rollout(

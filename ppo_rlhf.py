@@ -100,7 +100,7 @@ class Args:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of products; auto: bfloat16 where the device has it, else float32."""
     device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
+    """cpu, cuda, or auto, which is cuda where there is one."""
     seed: int = 1
     """Seed of data order and sampling (D7)."""
 
@@ -178,7 +178,7 @@ class Args:
     output_dir: str = "runs/ppo_rlhf"
     """For model and records."""
     overwrite: bool = False
-    """Replace the run that is in the output folder."""
+    """Replace the run that is in the output folder, if any."""
     resume: bool = False
     """Continue from its last checkpoint."""
     save_every: int = 20

@@ -69,7 +69,7 @@ class Args:
     epochs: int = 1
     """Passes over the pairs; more than one overfits (D12)."""
     batch_size: int = 32
-    """Pairs per optimizer step, over all processes."""
+    """Pairs per optimizer step, counted over all processes."""
     micro_batch_size: int = 32
     """Most pairs in a device's forward-backward; changes only rounding."""
     learning_rate: float = 3e-3
@@ -81,7 +81,7 @@ class Args:
     lm_coef: float | None = None
     """Weight of a next-token loss (D46); none: 1 on the embedded task, else 0."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm (D29)."""
+    """Gradients are scaled down to at most this norm (D29)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
@@ -89,7 +89,7 @@ class Args:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of products; auto: bfloat16 where the device has it, else float32."""
     device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
+    """cpu, cuda, or auto, which is cuda where there is one."""
     seed: int = 1
     """Seed of the head's initialization and of the data order (D7)."""
 
@@ -101,7 +101,7 @@ class Args:
     output_dir: str = "runs/reward_model"
     """For model and records."""
     overwrite: bool = False
-    """Replace the run that is in the output folder."""
+    """Replace the run that is in the output folder, if any."""
     resume: bool = False
     """Continue from its last checkpoint."""
     save_every: int = 200

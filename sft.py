@@ -75,7 +75,7 @@ class Args:
     warmup_ratio: float = 0.05
     """Share of the steps in which the rate rises from 0, before its cosine to 0."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm (D29)."""
+    """Gradients are scaled down to at most this norm (D29)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
@@ -83,7 +83,7 @@ class Args:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of products; auto: bfloat16 where the device has it, else float32."""
     device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
+    """cpu, cuda, or auto, which is cuda where there is one."""
     seed: int = 1
     """Seed of weights and data order (D7)."""
 
@@ -95,7 +95,7 @@ class Args:
     output_dir: str = "runs/sft"
     """For model and records."""
     overwrite: bool = False
-    """Replace the run that is in the output folder."""
+    """Replace the run that is in the output folder, if any."""
     resume: bool = False
     """Continue from its last checkpoint."""
     save_every: int = 200

@@ -51,60 +51,73 @@ EVALUATION, SAMPLING, SHUFFLING, PTX = 1, 2, 3, 4  # streams of random numbers, 
 
 @dataclass
 class Args:
+    # ---- model
     model: str = "runs/sft"
-    """Where the policy starts and what the frozen reference is: a hub id or a local folder."""
+    """Where the policy starts and the frozen reference is: a hub id or a folder."""
     reward_model: tuple[str, ...] | None = None
-    """Reward models, hub ids or folders; none: runs/reward_model, unless --reward-fn is given."""
+    """Hub ids or folders; none: runs/reward_model, unless --reward-fn is given."""
     reward_fn: tuple[str, ...] = ()
-    """Scoring functions, FILE.py:FUNCTION: f(prompts, completions, **columns) -> list[float]."""
+    """FILE.py:FUNCTION, each f(prompts, completions, **columns) -> list[float]."""
     reward_weights: tuple[float, ...] = ()
     """Weights of the rewards, reward models first; none: 1 each."""
     ensemble: Literal["sum", "min", "mean_minus_std"] = "sum"
-    """How the weighted scores of several reward models become one (D41); functions' are added."""
+    """Reward models' weighted scores become one (D41); functions' are added."""
     value_model: str | None = None
     """Start of the value function; none: the first reward model, else --model."""
+    trust_remote_code: bool = False
+    """Run code that comes with a model; its author can then do what you can."""
+    lora_rank: int = 0
+    """Rank of a LoRA adapter, trained in place of the weights; 0: none (D43)."""
+    lora_alpha: float = 32.0
+    """The adapter's product is scaled by this / rank."""
+    lora_target: str = "all-linear"
+    """What it adapts: all-linear, or names of layers with commas between."""
+
+    # ---- data
     dataset: tuple[str, ...] = ("data/support/prompts",)
-    """Prompts, joined: hub ids (NAME or NAME:CONFIG), folders with train.jsonl, files."""
+    """Prompts: hub ids (NAME, NAME:CONFIG), folders, files; joined."""
     dataset_weights: tuple[float, ...] = ()
     """Shares of the data sets in the training rows; none: all rows."""
     revision: str | None = None
-    """Branch, tag or commit of hub data sets."""
+    """Branch, tag or commit of hub data."""
     train_split: str = "train"
     """Split to sample prompts from."""
     eval_split: str = "validation"
-    """Split whose prompts the policy is compared with the reference on."""
-    eval_reward_fn: str | None = None
-    """FILE.py:FUNCTION that judges only at evaluation; the embedded task's labeler on its data."""
+    """Split to compare the policy with the reference on."""
     columns: tuple[str, ...] = ()
-    """`prompt=question` reads a column as prompt, `prompt=a+b` two, `system=` leaves one out."""
-    output_dir: str = "runs/ppo_rlhf"
-    """Where model and records go."""
-    overwrite: bool = False
-    """Replace the run that is in the output folder."""
-    resume: bool = False
-    """Continue from the folder's last checkpoint."""
-    seed: int = 1
-    """Seed of data order and sampling."""
-    device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with a model; whoever wrote it can then do what you can."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of matrix products; auto: bfloat16 where the device has it, else float32."""
+    """`prompt=question` renames a column, `prompt=a+b` joins, `system=` drops."""
 
+    # ---- optimization
     total_episodes: int = 6400
     """Responses to learn from."""
     batch_size: int = 128
-    """Responses per update, over all processes."""
+    """Responses per update, counted over all processes."""
+    micro_batch_size: int = 32
+    """Most sequences in a device's forward-backward; changes only rounding."""
+    learning_rate: float = 5e-4
+    """First rate of AdamW, linear to 0; for 100M parameters and more 1e-6 to 1e-5."""
+    value_learning_rate: float | None = None
+    """First rate of the value function; none: --learning-rate (D38)."""
+    max_grad_norm: float = 1.0
+    """Gradients of both models together are scaled down to this norm (D29)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    compile: bool = False
+    """torch.compile the models: a minute at the start, then faster on GPUs."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of products; auto: bfloat16 where the device has it, else float32."""
+    device: str = "auto"
+    """cpu, cuda, or auto, which is cuda where there is one."""
+    seed: int = 1
+    """Seed of data order and sampling (D7)."""
+
+    # ---- PPO
+    num_ppo_epochs: int = 4
+    """Passes over each batch (D25)."""
     num_mini_batches: int = 1
     """Optimizer steps that a pass over the batch is divided into."""
-    micro_batch_size: int = 32
-    """Sequences in one forward-backward of a device, at most; changes only rounding."""
-    num_ppo_epochs: int = 4
-    """Passes over each batch."""
     samples_per_prompt: int = 1
     """Responses to each prompt in a batch; rloo and grpo need 2 or more."""
-
     response_length: int = 64
     """Tokens sampled at most."""
     temperature: float = 0.5
@@ -114,83 +127,75 @@ class Args:
     top_p: float = 1.0
     """Sample among the fewest tokens that hold this probability; the same caution (D36)."""
     stop_token: str = "eos"
-    """Token that ends a response as EOS does: `eos` for no other, or a string of one token."""
+    """Token that ends a response as EOS does: a string, or `eos` for no other."""
     missing_eos_penalty: float = 1.0
-    """Subtracted from the score of a response that ends without EOS or stop token (D18)."""
-
+    """Subtracted from the score of a response without EOS or stop token (D18)."""
     kl_coef: float = 0.1
     """Beta: weight of the KL penalty in the reward."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Penalty of a token: the log-ratio, half its square, or k3, unbiased and never < 0 (D19)."""
+    """Penalty of a token: log-ratio, half its square, or k3, never < 0 (D19)."""
     kl_target: float | None = None
-    """KL per response in nats toward which kl_coef is steered (D27); none: it is constant."""
+    """Nats per response toward which kl_coef is steered (D27); none: constant."""
     kl_horizon: int = 10_000
-    """Episodes over which kl_coef is steered."""
+    """Episodes over which kl_coef is steered (D27)."""
     reward_clip: float | None = None
-    """Scores are clipped to +- this (D30)."""
+    """Clip scores to +- this (D30)."""
     whiten_rewards: bool = False
     """Scale per-token rewards to unit variance, their mean kept (D20)."""
-
     advantage: Literal["gae", "batch_mean", "rloo", "grpo"] = "gae"
-    """Where advantages come from: a value function, or a baseline instead of one (D34, D35)."""
+    """Advantages from a value function, or a baseline instead (D34, D35)."""
     gamma: float = 1.0
     """Discount per token."""
     lam: float = 0.95
-    """Lambda of generalized advantage estimation."""
+    """Lambda of generalized advantage estimation (D21)."""
     value_lam: float | None = None
     """Lambda of the returns, which values learn; none: --lam (D40)."""
     whiten_advantages: bool = True
-    """Scale advantages to mean 0 and variance 1 over the batch's tokens (D22)."""
-
-    learning_rate: float = 5e-4
-    """First rate of AdamW, linear to 0; for pretrained models of 100M and more 1e-6 to 1e-5."""
-    value_learning_rate: float | None = None
-    """First rate of the value function; none: --learning-rate (D38)."""
+    """To mean 0 and variance 1 over the batch's tokens (D22)."""
     cliprange: float = 0.2
-    """The ratio of new to old probability is clipped to 1 +- this."""
+    """The ratio of new to old probability is clipped to 1 +- this (D23)."""
     cliprange_high: float | None = None
     """How far above 1 the ratio may rise; none: --cliprange (D39)."""
     cliprange_value: float = 0.2
-    """A new value is clipped to the old one +- this."""
+    """A new value is clipped to the old one +- this (D24)."""
     vf_coef: float = 0.1
     """Weight of the value loss."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus (D33)."""
     target_kl: float | None = None
-    """An update's epochs end once the approximate KL to the sampling policy passes this (D28)."""
+    """Nats from the sampling policy, at which an update's epochs end (D28)."""
     critic_warmup_updates: int = 0
     """Updates at the start that train only the value function (D32)."""
     ptx_coef: float = 0.0
     """Weight of a language-model loss on --ptx-dataset, mixed in (D31)."""
     ptx_dataset: str | None = None
     """Demonstrations or plain text for the ptx loss, in a format of sft.py."""
-    max_grad_norm: float = 1.0
-    """Gradients of policy and value function together are scaled down to this norm."""
-    lora_rank: int = 0
-    """Rank of a LoRA adapter that is trained in place of the model's weights; 0: none (D43)."""
-    lora_alpha: float = 32.0
-    """The adapter's product is scaled by this / rank."""
-    lora_target: str = "all-linear"
-    """What it adapts: all-linear, or names of linear layers with commas between."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
-    compile: bool = False
-    """Compile the models (torch.compile): a minute at the start, then faster on GPUs."""
 
+    # ---- evaluation
+    eval_reward_fn: str | None = None
+    """FILE.py:FUNCTION, a judge; none: the embedded task's labeler on its data."""
     eval_prompts: int = 200
     """Held-out prompts to compare policy and reference on."""
     eval_every: int = 25
     """Updates between evaluations; 0 evaluates only at the end."""
     keep_best: bool = False
-    """Keep the policy of the best evaluation in best/, by the judge, else the score (D42)."""
+    """Keep the best policy in best/, by the judge, else by score (D42)."""
+
+    # ---- output
+    output_dir: str = "runs/ppo_rlhf"
+    """For model and records."""
+    overwrite: bool = False
+    """Replace the run that is in the output folder, if any."""
+    resume: bool = False
+    """Continue from its last checkpoint."""
     save_every: int = 20
-    """Updates between checkpoints for --resume; 0 saves one only when interrupted."""
+    """Updates between checkpoints for --resume; 0: only when interrupted."""
     keep_checkpoints: int = 2
-    """The newest checkpoints to keep; should one be damaged, --resume takes the one before."""
+    """The newest to keep; --resume takes the one before a damaged one."""
     save_rollouts: int = 0
-    """Updates between saved rollouts (rollouts/000010.safetensors); 0 saves none."""
+    """Updates between files rollouts/000010.safetensors; 0 saves none."""
     track: bool = False
-    """Log to Weights & Biases too (needs wandb)."""
+    """Log to Weights & Biases as well (pip install wandb)."""
 
 
 class Batch(NamedTuple):
@@ -573,6 +578,7 @@ def main(args: Args) -> None:
         epoch_means: list[dict[str, float]] = []
         grad_norms, ptx_losses = [], []
         ratio_error = torch.zeros((), device=device)  # the largest |ratio - 1| at the start
+        ratios = torch.ones_like(logprobs)  # [B, R] of the last pass over the batch
         for _ in range(args.num_ppo_epochs):  # D25
             sums: dict[str, Any] = defaultdict(float)
             order = torch.randperm(len(prompts), generator=shuffle)
@@ -584,6 +590,7 @@ def main(args: Args) -> None:
                     new_logprobs, entropies = policy_outputs(policy, ids, is_response)  # [b, R]
                     log_ratio = new_logprobs - logprobs[rows]  # [b, R]
                     ratio = log_ratio.exp()  # [b, R]
+                    ratios[rows] = ratio.detach()
                     unclipped_losses = -advantages[rows] * ratio
                     clipped_ratio = ratio.clamp(1 - args.cliprange, 1 + args.cliprange_high)  # D39
                     # the larger of the two: clipping never makes a step more tempting (D23)
@@ -686,6 +693,10 @@ def main(args: Args) -> None:
             metrics |= evaluated | {"eval/win_rate": result["win_rate"]}
             show_samples(logger, update, before, after, shown=2)
             keep_best(result)
+        if args.eval_every and update % args.eval_every == 0:
+            real = response_mask.bool()
+            tensors = {"scores": scores, "advantages": advantages[real], "ratios": ratios[real]}
+            logger.histograms(update, tensors)
         logger.log(update, metrics)
         if args.save_rollouts and update % args.save_rollouts == 0:
             fields = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
@@ -718,7 +729,7 @@ def main(args: Args) -> None:
         utils.write_text(out / "samples.jsonl", "".join(lines))
         summary = {"updates": num_updates, "episodes": num_updates * args.batch_size}
         summary |= {"seconds": seconds, "eval": result}
-        utils.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        utils.write_summary(out, args, policy, summary)
     logger.close()
     by, old, new = result["win_rate_by"], result["reference"], result["policy"]
     utils.say(

@@ -21,7 +21,6 @@ all of them. Every process holds the whole model.
 B pairs, T tokens, H hidden size. `D11` in a comment points to docs/details.md.
 """
 
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -41,76 +40,83 @@ import utils
 
 @dataclass
 class Args:
+    # ---- model
     model: str = "runs/sft"
     """What to start from: a hub id or a local folder."""
-    dataset: tuple[str, ...] = ("data/support/preferences",)
-    """Preferences, joined: hub ids (NAME or NAME:CONFIG), folders with train.jsonl, files."""
-    dataset_weights: tuple[float, ...] = ()
-    """Shares of the data sets in the training rows; none: all rows."""
-    revision: str | None = None
-    """Branch, tag or commit of hub data sets."""
-    train_split: str = "train"
-    """Split to learn from."""
-    eval_split: str = "validation"
-    """Split to measure the accuracy on."""
-    columns: tuple[str, ...] = ()
-    """`prompt=question` reads a column as prompt, `prompt=a+b` two, `system=` leaves one out."""
-    output_dir: str = "runs/reward_model"
-    """Where the model and all records go."""
-    overwrite: bool = False
-    """Replace the run that is in the output folder."""
-    resume: bool = False
-    """Continue from the output folder's last checkpoint."""
-    seed: int = 1
-    """Seed of the head's initialization and of the data order."""
-    device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
     trust_remote_code: bool = False
-    """Run Python code that comes with a model; whoever wrote it can then do what you can."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of matrix products; auto: bfloat16 where the device has it, else float32."""
-    epochs: int = 1
-    """Passes over the pairs; more than one overfits (D12)."""
-    batch_size: int = 32
-    """Pairs per optimizer step, over all processes."""
-    micro_batch_size: int = 32
-    """Pairs that a device holds in one forward-backward, at most; changes only rounding."""
-    max_length: int = 512
-    """Tokens of prompt and response; longer pairs are left out."""
-    learning_rate: float = 3e-3
-    """Peak rate of AdamW; for pretrained models of 100M parameters and more 1e-5 to 5e-5."""
-    prefix_coef: float | None = None
-    """Weight of the same loss on the beginnings of a pair, from where the two differ (D45); none: 3
-    on the embedded task, else 0."""
-    lm_coef: float | None = None
-    """Weight of a language-model loss on the chosen texts (D46); none: 1 on the embedded task,
-    else 0."""
-    warmup_ratio: float = 0.05
-    """Share of the steps in which the learning rate rises from 0, before its cosine decay to 0."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
-    normalize_with: str = "data/support/sft"
-    """Demonstrations on whose responses the mean score is set to 0 (D13), or `none`."""
-    normalize_std: bool = False
-    """Set the scores' standard deviation on them to 1 too."""
+    """Run code that comes with a model; its author can then do what you can."""
     lora_rank: int = 0
-    """Rank of a LoRA adapter that is trained in place of the model's weights; 0: none (D43)."""
+    """Rank of a LoRA adapter, trained in place of the weights; 0: none (D43)."""
     lora_alpha: float = 32.0
     """The adapter's product is scaled by this / rank."""
     lora_target: str = "all-linear"
-    """What it adapts: all-linear, or names of linear layers with commas between."""
+    """What it adapts: all-linear, or names of layers with commas between."""
+
+    # ---- data
+    dataset: tuple[str, ...] = ("data/support/preferences",)
+    """Preferences: hub ids (NAME, NAME:CONFIG), folders, files; joined."""
+    dataset_weights: tuple[float, ...] = ()
+    """Shares of the data sets in the training rows; none: all rows."""
+    revision: str | None = None
+    """Branch, tag or commit of hub data."""
+    train_split: str = "train"
+    """Split to learn from."""
+    eval_split: str = "validation"
+    """Split to measure accuracy on."""
+    columns: tuple[str, ...] = ()
+    """`prompt=question` renames a column, `prompt=a+b` joins, `system=` drops."""
+    max_length: int = 512
+    """Tokens of prompt and response; longer pairs are left out (B19)."""
+    normalize_with: str = "data/support/sft"
+    """Demonstrations whose mean score is set to 0 (D13), or `none`."""
+    normalize_std: bool = False
+    """Set the scores' standard deviation on them to 1 too."""
+
+    # ---- optimization
+    epochs: int = 1
+    """Passes over the pairs; more than one overfits (D12)."""
+    batch_size: int = 32
+    """Pairs per optimizer step, counted over all processes."""
+    micro_batch_size: int = 32
+    """Most pairs in a device's forward-backward; changes only rounding."""
+    learning_rate: float = 3e-3
+    """Peak rate of AdamW; for 100M parameters and more 1e-5 to 5e-5."""
+    warmup_ratio: float = 0.05
+    """Share of the steps in which the rate rises from 0, before its cosine to 0."""
+    prefix_coef: float | None = None
+    """Weight of the loss on prefixes (D45); none: 3 on the embedded task, else 0."""
+    lm_coef: float | None = None
+    """Weight of a next-token loss (D46); none: 1 on the embedded task, else 0."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to at most this norm (D29)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
-    """Compile the model (torch.compile): a minute at the start, then faster on GPUs."""
-    save_every: int = 200
-    """Steps between checkpoints for --resume; 0 saves one only when interrupted."""
-    keep_checkpoints: int = 2
-    """The newest checkpoints to keep; should one be damaged, --resume takes the one before."""
+    """torch.compile the model: a minute at the start, then faster on GPUs."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of products; auto: bfloat16 where the device has it, else float32."""
+    device: str = "auto"
+    """cpu, cuda, or auto, which is cuda where there is one."""
+    seed: int = 1
+    """Seed of the head's initialization and of the data order (D7)."""
+
+    # ---- evaluation
     eval_every: int = 150
     """Steps between evaluations; 0 evaluates only at the end."""
+
+    # ---- output
+    output_dir: str = "runs/reward_model"
+    """For model and records."""
+    overwrite: bool = False
+    """Replace the run that is in the output folder, if any."""
+    resume: bool = False
+    """Continue from its last checkpoint."""
+    save_every: int = 200
+    """Steps between checkpoints for --resume; 0: only when interrupted."""
+    keep_checkpoints: int = 2
+    """The newest to keep; --resume takes the one before a damaged one."""
     track: bool = False
-    """Log to Weights & Biases too (needs wandb)."""
+    """Log to Weights & Biases as well (pip install wandb)."""
 
 
 @utils.stage()
@@ -304,7 +310,7 @@ def main(args: Args) -> None:
     if process.is_main:
         utils.save_model(model, tokenizer, out)
         summary = result | {"accuracy_interval": [low, high], "pairs": pairs, "seconds": seconds}
-        utils.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        utils.write_summary(out, args, model, summary)
     logger.close()
     utils.say(
         f"reward_model: accuracy {result['accuracy']:.3f} (95% interval {low:.3f} to {high:.3f}) "

@@ -20,7 +20,6 @@ points to docs/details.md.
 """
 
 import itertools
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -41,68 +40,77 @@ import utils
 
 @dataclass
 class Args:
+    # ---- model
     model: str = "tiny"
-    """Hub id, local folder, or `tiny`: a small Llama and a tokenizer made from the data."""
+    """Hub id, folder, or `tiny`: a small Llama and a tokenizer made from the data."""
+    trust_remote_code: bool = False
+    """Run code that comes with a model; its author can then do what you can."""
+    lora_rank: int = 0
+    """Rank of a LoRA adapter, trained in place of the weights; 0: none (D43)."""
+    lora_alpha: float = 32.0
+    """The adapter's product is scaled by this / rank."""
+    lora_target: str = "all-linear"
+    """What it adapts: all-linear, or names of layers with commas between."""
+
+    # ---- data
     dataset: tuple[str, ...] = ("data/support/sft",)
-    """Demonstrations, joined: hub ids (NAME or NAME:CONFIG), folders with train.jsonl, files."""
+    """Demonstrations: hub ids (NAME, NAME:CONFIG), folders, files; joined."""
     dataset_weights: tuple[float, ...] = ()
     """Shares of the data sets in the training rows; none: all rows."""
     revision: str | None = None
-    """Branch, tag or commit of hub data sets."""
+    """Branch, tag or commit of hub data."""
     train_split: str = "train"
     """Split to learn from."""
     eval_split: str = "validation"
     """Split to measure the loss on."""
     columns: tuple[str, ...] = ()
-    """`prompt=question` reads a column as prompt, `prompt=a+b` two, `system=` leaves one out."""
+    """`prompt=question` renames a column, `prompt=a+b` joins, `system=` drops."""
     last_turn_only: bool = False
-    """Of a conversation learn only the last answer, not every one."""
-    output_dir: str = "runs/sft"
-    """Where the model and all records go."""
-    overwrite: bool = False
-    """Replace the run that is in the output folder."""
-    resume: bool = False
-    """Continue from the output folder's last checkpoint."""
-    seed: int = 1
-    """Seed of initialization and data order."""
-    device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with a model; whoever wrote it can then do what you can."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of matrix products; auto: bfloat16 where the device has it, else float32."""
+    """Of a conversation learn only the last answer (D44)."""
+    max_length: int = 512
+    """Tokens of prompt and completion; longer completions are cut."""
+
+    # ---- optimization
     epochs: int = 2
     """Passes over the training rows."""
     batch_size: int = 16
     """Sequences per optimizer step, over all processes."""
     micro_batch_size: int = 16
-    """Sequences that a device holds in one forward-backward, at most; changes only rounding."""
-    max_length: int = 512
-    """Tokens of a sequence, prompt and completion; longer completions are cut."""
+    """Most sequences in a device's forward-backward; changes only rounding."""
     learning_rate: float = 6e-3
-    """Peak rate of AdamW; for pretrained models of 100M parameters and more 1e-5 to 5e-5."""
+    """Peak rate of AdamW; for 100M parameters and more 1e-5 to 5e-5."""
     warmup_ratio: float = 0.05
-    """Share of the steps in which the learning rate rises from 0, before its cosine decay to 0."""
+    """Share of the steps in which the rate rises from 0, before its cosine to 0."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
-    lora_rank: int = 0
-    """Rank of a LoRA adapter that is trained in place of the model's weights; 0: none (D43)."""
-    lora_alpha: float = 32.0
-    """The adapter's product is scaled by this / rank."""
-    lora_target: str = "all-linear"
-    """What it adapts: all-linear, or names of linear layers with commas between."""
+    """Gradients are scaled down to at most this norm (D29)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
-    """Compile the model (torch.compile): a minute at the start, then faster on GPUs."""
-    save_every: int = 200
-    """Steps between checkpoints for --resume; 0 saves one only when interrupted."""
-    keep_checkpoints: int = 2
-    """The newest checkpoints to keep; should one be damaged, --resume takes the one before."""
+    """torch.compile the model: a minute at the start, then faster on GPUs."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of products; auto: bfloat16 where the device has it, else float32."""
+    device: str = "auto"
+    """cpu, cuda, or auto, which is cuda where there is one."""
+    seed: int = 1
+    """Seed of weights and data order (D7)."""
+
+    # ---- evaluation
     eval_every: int = 400
     """Steps between evaluations; 0 evaluates only at the end."""
+
+    # ---- output
+    output_dir: str = "runs/sft"
+    """For model and records."""
+    overwrite: bool = False
+    """Replace the run that is in the output folder, if any."""
+    resume: bool = False
+    """Continue from its last checkpoint."""
+    save_every: int = 200
+    """Steps between checkpoints for --resume; 0: only when interrupted."""
+    keep_checkpoints: int = 2
+    """The newest to keep; --resume takes the one before a damaged one."""
     track: bool = False
-    """Log to Weights & Biases too (needs wandb)."""
+    """Log to Weights & Biases as well (pip install wandb)."""
 
 
 @utils.stage()
@@ -235,7 +243,7 @@ def main(args: Args) -> None:
     perplexity = math.exp(eval_loss)
     if process.is_main:
         summary = {"eval_loss": eval_loss, "perplexity": perplexity, "seconds": seconds}
-        utils.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        utils.write_summary(out, args, model, summary)
     result = f"held-out loss {eval_loss:.3f} nats per token, perplexity {perplexity:.2f}"
     logger.close()
     utils.say(f"sft: {result}; {seconds:.0f} s; model in {out}")

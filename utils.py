@@ -35,7 +35,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.integrations import sdpa_attention
 
+import card
 import distributed
+from card import fenced
 from distributed import Process
 
 transformers.utils.logging.set_verbosity_error()
@@ -686,6 +688,12 @@ def load_weights(model: Any, folder: Path, name: str = "model") -> None:
         weight.copy_(saved[key])
 
 
+def write_summary(out: Path, args: Any, model: Any, summary: dict[str, Any]) -> None:
+    """Write the model card, README.md, and then summary.json."""
+    write_text(out / "README.md", card.model_card(args, model, summary))
+    write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
 class Checkpoints(NamedTuple):
     """Checkpoints of a run: `models` and optimizer in safetensors, a few numbers, checksums.
 
@@ -778,6 +786,19 @@ def check_finite(where: str, quantities: dict[str, Any]) -> None:
 
 # ---- logging
 
+PAGES = {  # of TensorBoard's custom scalars: for each chart what the names of its metrics match
+    "reward and KL": ["objective/(scores|rlhf_reward)", "objective/kl"],
+    "PPO health": [
+        "(policy|val)/clipfrac_avg",
+        "val/ratio",
+        "policy/approxkl_avg",
+        "val/explained_variance",
+        "policy/entropy_avg",
+        "response/eos_rate",
+        "grad_norm",
+    ],
+}
+
 
 class Logger:
     """metrics.jsonl, TensorBoard (from where Weights & Biases takes it) and a progress bar.
@@ -794,13 +815,14 @@ class Logger:
         seconds = 0.2 if sys.stderr.isatty() else 10  # a line now and then in a log file
         bar = {"initial": start, "mininterval": seconds, "delay": 1e9 * process.rank}
         progress = tqdm(desc=out.name, unit=unit, total=total, **bar)
+        self.run = None  # of Weights & Biases
         if not self.active:
             return
         if args.track:
             import wandb
 
             flags = {"config": vars(args), "dir": str(out), "name": out.name}
-            wandb.init(project="ppo-rlhf", sync_tensorboard=True, **flags)
+            self.run = wandb.init(project="ppo-rlhf", sync_tensorboard=True, **flags)
         from torch.utils.tensorboard import SummaryWriter
 
         path = out / "metrics.jsonl"
@@ -810,6 +832,9 @@ class Logger:
         self.file = path.open("a", buffering=1)
         self.board = SummaryWriter(str(out), purge_step=start + 1)
         self.board.add_text("args", fenced(json.dumps(vars(args), indent=2)), 0)
+        if unit == "update":
+            layout = {k: {x: ["Multiline", [x + "$"]] for x in v} for k, v in PAGES.items()}
+            self.board.add_custom_scalars(layout)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write one line of metrics.jsonl and the same scalars; move the bar on."""
@@ -823,12 +848,23 @@ class Logger:
             self.board.add_scalar(name, value, step)
         self.board.flush()  # a process that is killed takes along what its threads have not written
 
+    def histograms(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """The main process's numbers as distributions, to TensorBoard."""
+        if self.active:
+            for name, x in tensors.items():
+                self.board.add_histogram(name, x, step)
+
     def samples(self, step: int, title: str, samples: list[dict[str, str]], shown: int) -> None:
         """Texts by their captions, to TensorBoard, and the first `shown` to the terminal."""
         if not self.active:
             return
         page = [f"**{caption}**\n\n{fenced(text)}" for s in samples for caption, text in s.items()]
         self.board.add_text("samples", "\n\n".join(page), step)
+        if self.run:
+            import wandb
+
+            table = wandb.Table(["prompt", "before", "after"], [[*s.values()] for s in samples])
+            self.run.log({"samples": table})
         self.board.flush()
         progress.clear()
         console = Console(highlight=False)
@@ -843,12 +879,8 @@ class Logger:
         if self.active:
             self.file.close()
             self.board.close()
-
-
-def fenced(text: str) -> str:
-    """A Markdown code block, which shows a text as it is: its fence is longer than any within."""
-    fence = "`" * (3 + text.count("`"))
-    return f"{fence}\n{text}\n{fence}"
+        if self.run:  # at exit would be too late for its last lines
+            self.run.finish()
 
 
 def save_rollout(

@@ -14,7 +14,8 @@ import sft
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import tables
 
-PAGES = ["README.md", "examples/guides/README.md", "examples/reviews/README.md"]
+PAGES = ["README.md", "CONTRIBUTING.md"]
+PAGES += ["examples/guides/README.md", "examples/reviews/README.md"]
 PAGES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 OTHER_TOOLS = {
     "nproc-per-node",
@@ -22,7 +23,8 @@ OTHER_TOOLS = {
     "logdir",
     "check",
     "out",
-}  # torchrun, sha256sum, prepare.py
+    "exclude",
+}  # torchrun, sha256sum, prepare.py, hf
 
 
 def read(name: str) -> str:

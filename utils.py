@@ -591,10 +591,10 @@ def call_reward_function(
 ) -> tuple[list[float], list[list[float]]]:
     """Scores of `function(prompts, completions, **columns)` for B dataset.Prompts.
 
-    The columns are the data set's others, and `completion_ids` where the function names it, which
-    may be async. Where it returns a number per token, these are the second list's entry, else
-    empty, and their sum is the score. Stop if it raises or returns anything else: with code 2, or
-    1 once training is at an update.
+    The columns are the data set's others, and `completion_ids` where the function names it. It may
+    be async. Numbers for the tokens of a response are an entry of the second list, elsewhere empty,
+    and their sum is the score. Stop if it raises or returns anything else: with code 2, or 1 once
+    training is at an update.
     """
     where, code = (f"update {update}: {where}", 1) if update else (where, 2)
     texts, row = [p.text for p in prompts], prompts[0].row

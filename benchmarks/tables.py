@@ -155,11 +155,14 @@ def embedded_losses() -> str:
             name,
             f"`{x['flags']}`" if x["flags"] else "",
             f"{x['accuracy']:.3f}",
-            *(f"{x['lost'][kind]:+.2f}" for kind in ("a wrong remedy", "another product")),
+            *(
+                f"{x['lost'][kind]:+.2f}"
+                for kind in ("a wrong remedy", "no remedy", "another product")
+            ),
         ]
         for name, x in report["variants"].items()
     ]
-    heads = ["losses", "flags", "accuracy", "a wrong remedy", "another product"]
+    heads = ["losses", "flags", "accuracy", "a wrong remedy", "no remedy", "another product"]
     return table(heads, rows) + f"\n\n{where(report, dtype=True)}."
 
 

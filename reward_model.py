@@ -146,11 +146,12 @@ def main(args: Args) -> None:
     else:
         std = 1 / math.sqrt(model.score.in_features + 1)  # D10
         torch.nn.init.normal_(model.score.weight, std=std)
-    if args.lm_coef and not model.config.get_text_config().tie_word_embeddings:
-        utils.stop(f"--lm-coef: {args.model} has an output layer of its own; pass --lm-coef 0")
-    lm_head = torch.nn.Linear(1, 1, bias=False)  # a classifier has none; the embeddings serve
-    lm_head.weight = model.get_input_embeddings().weight
-    model.get_output_embeddings = lambda: lm_head
+    if args.lm_coef:
+        if not model.config.get_text_config().tie_word_embeddings:
+            utils.stop(f"--lm-coef: {args.model} has an output layer of its own; pass --lm-coef 0")
+        lm_head = torch.nn.Linear(1, 1, bias=False)  # a classifier has none; the embeddings serve
+        lm_head.weight = model.get_input_embeddings().weight
+        model.get_output_embeddings = lambda: lm_head
     if args.lora_rank:
         model = lora.adapt(model, args)
     # transformers finds the last token by comparing ids with the pad id; where pad is EOS it would

@@ -73,12 +73,16 @@ def embedded_line() -> str:
     minutes, minutes32 = (
         span([wall_seconds(seed) / 60 for seed in of["seeds"]], ".1f") for of in (report, float32)
     )
+    free = report["seeds"][0]["ppo_kl_coef_0"]["eval"]["policy"]
     return (
         f"On {ppo[0]['eval']['prompts']} held-out prompts the labeler prefers the policy's reply to"
         f" the SFT model's in **{wins}** ({len(ppo)} seeds);\nits mean score rises from"
         f" {before:.1f} to {after:.1f} of at most {ppo[0]['best']:.0f}. The three stages take"
         f" {minutes} minutes\n({where(report, dtype=True)}), and {minutes32} with `--dtype float32`"
-        f" ({where(float32)})."
+        f" ({where(float32)}).\n\nWith `--kl-coef 0` the policy hacks the reward model: it repeats"
+        f" the product and whole sentences. The reward\nmodel's score rises to {free['score']:.1f},"
+        f" above the {ppo[0]['eval']['policy']['score']:.1f} with the KL penalty, and the labeler's"
+        f" falls to {free['judge']:.1f}."
     )
 
 
@@ -151,11 +155,14 @@ def embedded_losses() -> str:
             name,
             f"`{x['flags']}`" if x["flags"] else "",
             f"{x['accuracy']:.3f}",
-            *(f"{x['lost'][kind]:+.2f}" for kind in ("a wrong remedy", "another product")),
+            *(
+                f"{x['lost'][kind]:+.2f}"
+                for kind in ("a wrong remedy", "no remedy", "another product")
+            ),
         ]
         for name, x in report["variants"].items()
     ]
-    heads = ["losses", "flags", "accuracy", "a wrong remedy", "another product"]
+    heads = ["losses", "flags", "accuracy", "a wrong remedy", "no remedy", "another product"]
     return table(heads, rows) + f"\n\n{where(report, dtype=True)}."
 
 

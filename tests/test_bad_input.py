@@ -298,6 +298,13 @@ def test_demonstrations_for_the_normalization_are_read_before_training(
     refused("reward_model", "--normalize-std", normalize_std=True, normalize_with="none")
 
 
+def test_the_language_model_loss_needs_tied_embeddings(refused, tokenizer, tmp_path):
+    """A classifier has no output layer but its embeddings (D46)."""
+    make_model(tokenizer, tie_word_embeddings=False).save_pretrained(tmp_path / "untied")
+    tokenizer.save_pretrained(tmp_path / "untied")
+    refused("reward_model", "--lm-coef", model=str(tmp_path / "untied"), lm_coef=1.0)
+
+
 # ---- models
 
 

@@ -113,7 +113,7 @@ def test_texts_are_short_and_differ(rows):
 # ---- the labels
 
 
-def test_one_label_in_seventeen_disagrees_with_the_labeler(rows, made):
+def test_one_label_in_sixteen_disagrees_with_the_labeler(rows, made):
     """None is a tie."""
     assert all(0.05 < share < 0.07 for share in made[1].values()) and len(made[1]) == 2
     pairs = rows["preferences/validation.jsonl"]

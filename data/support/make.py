@@ -23,11 +23,11 @@ SIZES = {
     "preferences": {"train": 20000, "validation": 1500},
     "prompts": {"train": 2500, "validation": 400},
 }
-TEMPERATURE = 1.5  # of the Bradley-Terry labels; one in seventeen then disagrees with the labeler
+TEMPERATURE = 1.5  # of the Bradley-Terry labels; one in sixteen then disagrees with the labeler
 
 # What the untrained desk writes. Some of its agents take care and some do not. In most of the pairs
 # to compare the replies are alike but for one part, which one of them has right and one wrong.
-CAREFUL = 0.33  # share of the replies by agents who take care
+CAREFUL = 0.29  # share of the replies by agents who take care
 ALIKE = 0.85  # share of the pairs that differ in one part alone
 DIFFERENCE = (("product", 0.5), ("remedy", 0.42), ("tone", 0.05), ("ramble", 0.03))
 TONES = {

@@ -366,7 +366,7 @@ def main(args: Args) -> None:
 
     @torch.no_grad()
     def score_responses(prompts: list[dataset.Prompt], batch: Batch) -> Scores:
-        """Ask each reward model, then each function, and combine what they say."""
+        """Ask reward models, then functions, and combine what they say."""
         responses = real_tokens(batch)
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         by_name: dict[str, Tensor] = {}
@@ -777,7 +777,7 @@ def show_samples(
 
 
 def check_flags(args: Args, world: int) -> None:
-    """Stop with exit code 2 on flags that cannot work or contradict each other."""
+    """Stop with exit code 2 on flags that cannot work or go together."""
     if args.reward_model is None:
         args.reward_model = () if args.reward_fn else ("runs/reward_model",)
     rewards = len(args.reward_model) + len(args.reward_fn)
@@ -799,7 +799,7 @@ def check_flags(args: Args, world: int) -> None:
     if args.advantage in ("rloo", "grpo") and args.samples_per_prompt < 2:
         utils.stop(f"--samples-per-prompt: is 1; {args.advantage} needs 2 or more")
     for name in ("value_model", "value_lam", "value_learning_rate", "critic_warmup_updates"):
-        if args.advantage != "gae" and getattr(args, name):
+        if args.advantage != "gae" and getattr(args, name) != getattr(Args, name):
             utils.stop(f"{utils.flag(name)}: {args.advantage} has no critic; leave it out")
     if args.advantage == "gae":
         args.value_learning_rate = args.value_learning_rate or args.learning_rate

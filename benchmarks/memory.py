@@ -33,6 +33,8 @@ MODELS = {
     "Qwen2.5-7B": (152064, 3584, 18944, 28, 512, False),
 }
 
+COLUMNS = {"gae": ("gae",), "gae, LoRA": ("gae", 16), "rloo": ("rloo",)}  # advantage, rank
+
 
 @dataclass
 class Shape:
@@ -58,6 +60,12 @@ class Shape:
     def embedding(self) -> int:
         return self.vocabulary * self.hidden
 
+    def adapter(self, rank: int) -> int:
+        """Weights of a LoRA adapter of all linear layers."""
+        sides = 4 * self.hidden + 2 * (self.hidden + self.key_value)
+        sides += (3 if self.gated else 2) * (self.hidden + self.intermediate)
+        return self.layers * rank * sides
+
 
 def needed(
     shape: Shape,
@@ -66,23 +74,27 @@ def needed(
     prompt: int,
     response: int,
     advantage: str = "gae",
-    reward_model: bool = True,
+    lora_rank: int = 0,
 ) -> float:
-    """Bytes that the largest phase of ppo_rlhf.py needs.
+    """Bytes that the largest phase of ppo_rlhf.py needs with a reward model of the policy's size.
 
     With bfloat16 and --gradient-checkpointing.
     """
     head = 0 if shape.tied else shape.embedding
     lm, classifier = shape.products + shape.embedding + head, shape.products + shape.embedding
     value_model = advantage == "gae"
-    # float32: weights 4, gradient 4, Adam's moments 8
-    trained = 16 * (lm + (classifier if value_model else 0))
-    # products in bfloat16, embeddings and head in float32
+    # products in bfloat16, embeddings and head in float32: the reference, or under LoRA the base of
+    # all three
     frozen = 2 * shape.products + 4 * (head + shape.embedding)
-    frozen += 2 * shape.products + 4 * shape.embedding if reward_model else 0
-    # autocast's bfloat16 copies of trained weights, kept from the forward to the backward pass
-    copies = 2 * shape.products
-    copies += 2 * shape.products if value_model else 0
+    frozen += 2 * shape.products + 4 * shape.embedding  # the reward model
+    if lora_rank:
+        trained = 16 * shape.adapter(lora_rank) * (2 if value_model else 1)
+        copies = 0
+    else:
+        # float32: weights 4, gradient 4, Adam's moments 8
+        trained = 16 * (lm + (classifier if value_model else 0))
+        # autocast's bfloat16 copies of trained weights, kept from the forward to the backward pass
+        copies = 2 * shape.products * (2 if value_model else 1)
     length = prompt + response
     tokens = micro_batch * length
     # checkpointed: a float32 hidden state for each layer, and all that one layer makes, forward and
@@ -115,7 +127,13 @@ def llama(shape: Shape) -> transformers.LlamaConfig:
 
 
 def measured(
-    shape: Shape, batch: int, micro_batch: int, prompt: int, response: int, advantage: str = "gae"
+    shape: Shape,
+    batch: int,
+    micro_batch: int,
+    prompt: int,
+    response: int,
+    advantage: str = "gae",
+    lora_rank: int = 0,
 ) -> float:
     """Peak resident bytes of a run of two updates."""
     with tempfile.TemporaryDirectory() as folder:
@@ -124,17 +142,22 @@ def measured(
         flags += f" --dataset {folder}/prompts --output-dir {folder}/out"
         flags += f" --batch-size {batch} --micro-batch-size {micro_batch}"
         flags += f" --total-episodes {2 * batch} --response-length {response}"
-        flags += f" --advantage {advantage} --gradient-checkpointing --learning-rate 1e-9"
-        flags += " --dtype bfloat16"  # as in the formula
+        flags += f" --advantage {advantage} --lora-rank {lora_rank} --learning-rate 1e-9"
+        flags += " --gradient-checkpointing --dtype bfloat16"  # as in the formula
         flags += " --eval-prompts 8 --eval-every 0 --save-every 0"
         run = run_process(["ppo_rlhf.py", *flags.split()], 2)
     return run["peak_memory_gb"] * 1e9
 
 
 MINIMAL = Shape(2048, 64, 128, 1, 64, tied=False)
-TRIED = {  # shape, batch, micro-batch, prompt, response, advantage
-    "29M, gae": (Shape(8192, 512, 2048, 6, 512, tied=False), 16, 8, 32, 32, "gae"),
-    "29M, batch_mean": (Shape(8192, 512, 2048, 6, 512, tied=False), 16, 8, 32, 32, "batch_mean"),
+SMALL = Shape(8192, 512, 2048, 6, 512, tied=False)
+SMOLLM2 = Shape(*MODELS["SmolLM2-135M"])
+TRIED = {  # shape, batch, micro-batch, prompt, response, advantage, rank
+    "29M, gae": (SMALL, 16, 8, 32, 32, "gae"),
+    "29M, batch_mean": (SMALL, 16, 8, 32, 32, "batch_mean"),
+    "29M, gae, LoRA": (SMALL, 16, 8, 32, 32, "gae", 16),
+    "135M, gae": (SMOLLM2, 16, 8, 32, 32, "gae"),
+    "135M, gae, LoRA": (SMOLLM2, 16, 8, 32, 32, "gae", 16),
 }
 
 
@@ -152,13 +175,13 @@ def main(out: Path = Path("benchmarks/results")) -> None:
         report["runs"][name] = {"predicted_gb": predicted / 1e9, "measured_gb": took / 1e9}
         print(name, report["runs"][name], flush=True)
     for name, sizes in MODELS.items():
-        for advantage in ("gae", "rloo"):
+        for column, how in COLUMNS.items():
             shape = Shape(*sizes, gated="Pythia" not in name)
-            gb = needed(shape, 64, 8, 512, 128, advantage) / 1e9
+            gb = needed(shape, 64, 8, 512, 128, *how) / 1e9
             # a tenth for CUDA itself and for fragments
             fits = min((gpu for gpu in GPUS if gb < 0.9 * gpu), default=None)
             row = {"needs_gb": gb, "fits_gb": fits}
-            report["largest"].setdefault(name, {})[advantage] = row
+            report["largest"].setdefault(name, {})[column] = row
     (ROOT / out / "memory.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report["largest"], indent=1))
 

@@ -336,14 +336,16 @@ def startup() -> str:
 
 def memory() -> str:
     """Which model fits which GPU, by the formula."""
-    rows = []
-    for name, by_advantage in result("memory.json")["largest"].items():
+    rows, head = [], ["model"]
+    for how in ("`gae`", "`gae` with `--lora-rank 16`", "`rloo`"):
+        head += [f"{how} needs, GB", "fits"]
+    for name, by_column in result("memory.json")["largest"].items():
         row: list[object] = [name]
-        for needs in by_advantage.values():
+        for needs in by_column.values():
             fits = f"{needs['fits_gb']} GB" if needs["fits_gb"] else "none of these"
             row += [f"{needs['needs_gb']:.1f}", fits]
         rows.append(row)
-    return table(["model", "`gae` needs, GB", "fits", "`rloo` needs, GB", "fits"], rows)
+    return table(head, rows)
 
 
 def memory_runs() -> str:

@@ -403,7 +403,7 @@ PPO = [
     {"critic_warmup_updates": 1, "advantage": "batch_mean"},
     {"critic_warmup_updates": 1, "samples_per_prompt": 2, "advantage": "rloo"},
     {"value_model": "x", "advantage": "batch_mean"},
-    {"value_lam": 1.0, "advantage": "batch_mean"},
+    {"value_lam": 0.0, "advantage": "batch_mean"},
     {"value_learning_rate": 1.0, "advantage": "batch_mean"},
     {"ptx_coef": 1.0},
     {"ptx_coef": 0.0, "ptx_dataset": "x"},

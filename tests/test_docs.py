@@ -7,7 +7,9 @@ import sys
 import pytest
 from conftest import ROOT, metrics_of
 
+import generate
 import ppo_rlhf
+import report
 import reward_model
 import sft
 
@@ -17,14 +19,8 @@ import tables
 PAGES = ["README.md", "CONTRIBUTING.md"]
 PAGES += ["examples/guides/README.md", "examples/reviews/README.md"]
 PAGES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
-OTHER_TOOLS = {
-    "nproc-per-node",
-    "help",
-    "logdir",
-    "check",
-    "out",
-    "exclude",
-}  # torchrun, sha256sum, prepare.py, hf
+# torchrun, tyro, TensorBoard, sha256sum, prepare.py, hf
+OTHER_TOOLS = {"nproc-per-node", "help", "logdir", "check", "out", "exclude"}
 
 
 def read(name: str) -> str:
@@ -64,8 +60,9 @@ def test_measured_numbers_are_those_of_the_result_files(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_flags_exist(name):
-    stages = (sft.Args, reward_model.Args, ppo_rlhf.Args)
-    known = {field.name.replace("_", "-") for args in stages for field in dataclasses.fields(args)}
+    scripts = (sft, reward_model, ppo_rlhf, generate, report)
+    fields = [field for script in scripts for field in dataclasses.fields(script.Args)]
+    known = {field.name.replace("_", "-") for field in fields}
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z-]*[a-z])", read(name)))
     assert {flag.removeprefix("no-") for flag in named} <= known | OTHER_TOOLS
 

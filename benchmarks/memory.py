@@ -75,10 +75,12 @@ def needed(
     response: int,
     advantage: str = "gae",
     lora_rank: int = 0,
+    on_cpu: bool = False,
 ) -> float:
     """Bytes that the largest phase of ppo_rlhf.py needs with a reward model of the policy's size.
 
-    With bfloat16 and --gradient-checkpointing.
+    With bfloat16 and --gradient-checkpointing. `on_cpu` counts what a GPU's host holds: with an
+    adapter the base is read once more, in float32, to be merged and saved.
     """
     head = 0 if shape.tied else shape.embedding
     lm, classifier = shape.products + shape.embedding + head, shape.products + shape.embedding
@@ -106,7 +108,8 @@ def needed(
     cache = 2 * 2 * shape.layers * shape.key_value * batch * length
     # one step's logits, probabilities, cumulative sum
     sampling = batch * shape.vocabulary * (4 * 3 + 8)
-    return trained + frozen + copies + max(activations + logits, cache + sampling)
+    merging = 2 * 4 * lm if on_cpu and lora_rank else 0  # the file's pages, and the copy
+    return trained + frozen + copies + max(activations + logits, cache + sampling, merging)
 
 
 def llama(shape: Shape) -> transformers.LlamaConfig:
@@ -164,7 +167,7 @@ TRIED = {  # shape, batch, micro-batch, prompt, response, advantage, rank
 def predicted_and_measured(name: str, libraries: float) -> tuple[float, float]:
     """Bytes beyond those of the libraries: by the formula, and of a run."""
     shape, *work = TRIED[name]
-    return needed(shape, *work), measured(shape, *work) - libraries
+    return needed(shape, *work, on_cpu=True), measured(shape, *work) - libraries
 
 
 def main(out: Path = Path("benchmarks/results")) -> None:

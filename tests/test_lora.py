@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import ROOT, STAGES, assert_same_run, metrics_of, plain_logprobs, rollouts_of
+from conftest import MODULES, ROOT, STAGES, assert_same_run, metrics_of, plain_logprobs, rollouts_of
 from test_distributed import DRIVER, launch
-from test_resume import FLAGS, assert_same_records, in_step
+from test_resume import FLAGS, assert_same_records, flags_of, in_step, killed_again_and_again
 
 import lora
 import utils
@@ -158,6 +158,29 @@ def test_a_crash_between_checkpoints(request, name, monkeypatch, tmp_path):
         stage(tmp_path / "out", **flags)
     stage(tmp_path / "out", **flags, resume=True)
     assert_same_records(whole, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_runs_killed_at_any_moment_continue_exactly(sft, ppo, tmp_path):
+    """Also in the middle of saving checkpoints and the merged model."""
+    moments, plan, whole = ["checkpoint/*.part", None, "model.part"], [], {}
+    for name, stage in (("sft", sft), ("ppo", ppo)):
+        whole[name] = stage(tmp_path / f"whole_{name}", **FLAGS[name], lora_rank=4)
+        flags = flags_of(whole[name]) | {"output_dir": str(tmp_path / name)}
+        one = {"module": MODULES[name], "flags": flags, "moments": moments, "seconds": 0.7}
+        plan.append(one)
+    assert killed_again_and_again(plan, tmp_path) == [3, 3]
+    for name, out in whole.items():
+        assert_same_records(out, tmp_path / name)
+
+
+@pytest.mark.slow
+def test_compiled(sft, ppo, tmp_path):
+    """--compile changes only rounding, also beside gradient checkpointing."""
+    flags = {"lora_rank": 4, "epochs": 1}
+    assert_same_run(sft(tmp_path / "a", **flags), sft(tmp_path / "b", **flags, compile=True), 1e-3)
+    flags = {"lora_rank": 4, "gradient_checkpointing": True, "total_episodes": 8}
+    assert_same_run(ppo(tmp_path / "c", **flags), ppo(tmp_path / "d", **flags, compile=True), 1e-3)
 
 
 @pytest.mark.parametrize("flags", [{"gradient_checkpointing": True}, {"micro_batch_size": 2}])

@@ -86,7 +86,7 @@ def main(args: Args) -> None:
         runs |= dict.fromkeys(found or utils.stop(f"{folder}: holds no run; pass a stage's folder"))
     out = args.out or args.folders[0] / "report.html"
     try:
-        for share in (2**n for n in range(16)):  # shows half as much until it fits
+        for share in (2**n for n in range(16)):  # half as much until it fits
             text = page([*runs], share)
             if (size := len(text.encode())) < 6e6:
                 break
@@ -129,7 +129,8 @@ def page(runs: list[Path], share: int) -> str:
             band = [float(bound) for bound in first.get(metric, "").split(":") if bound]
             charts.append({"traces": metrics[metric], "band": band})
             body += f"<div><h3>{e(metric)}</h3><div class=plot></div>"
-            body += f"<p>{e(meaning.get(metric, ''))}</p></div>"
+            text = meaning.get(metric) or meaning.get(metric.split("/")[0] + "/NAME", "")
+            body += f"<p>{e(text)}</p></div>"
         body += "</div>"
     numbers = json.loads(json.dumps(charts), parse_constant=lambda _: None)  # NaN, infinity
     data = json.dumps(numbers).replace("<", "\\u003c")
@@ -145,7 +146,7 @@ def e(text: object) -> str:
 
 
 def read(path: Path) -> tuple[list[dict], str]:
-    """The objects of a file, one a line, and what to say of damaged lines."""
+    """A file's objects, one a line, and what to say of damaged ones."""
     text, rows, note = path.read_text("utf-8", "replace") if path.is_file() else "", [], ""
     for line in filter(None, text.split("\n")):
         try:
@@ -156,7 +157,7 @@ def read(path: Path) -> tuple[list[dict], str]:
 
 
 def curves(rows: list[dict], summary: dict) -> dict[str, list[tuple[float, float]]]:
-    """Points of each metric; a summary of PPO starts and ends evaluations."""
+    """Points of each metric; PPO's summary starts and ends evaluations."""
     lines = defaultdict(list)
     for n, row in enumerate(rows, 1):
         for name in [key for key in row if key not in ("update", "step", "episode")]:
@@ -170,14 +171,14 @@ def curves(rows: list[dict], summary: dict) -> dict[str, list[tuple[float, float
 
 
 def thin(line: list[tuple[float, float]], most: int) -> list[tuple[float, float]]:
-    """About `most` points of a curve, the extremes of each stretch."""
+    """About `most` points, the extremes of each stretch."""
     size = max(2 * len(line) // most, 1)
     parts = [line[i : i + size] for i in range(0, len(line), size)]
     return sorted({pick(part, key=lambda p: p[1]) for part in parts for pick in (min, max)})
 
 
 def show_samples(run: Path, name: str, share: int) -> str:
-    """Responses before and after, first where the judge or else the score moved most."""
+    """Responses before and after, first where judge or else score moved most."""
     rows, note = read(run / "samples.jsonl")
     by = "judge" if rows and rows[0].get("policy_judge") is not None else "score"
     rows.sort(key=lambda row: -abs(row[f"policy_{by}"] - row[f"reference_{by}"]))
@@ -193,7 +194,7 @@ def show_samples(run: Path, name: str, share: int) -> str:
 
 
 def show_rollouts(run: Path, name: str, share: int) -> str:
-    """Up to 4 saved rollouts, the last first, each token with its numbers."""
+    """Up to 4 saved rollouts, last first, each token with its numbers."""
     paths = sorted((run / "rollouts").glob("*.safetensors"), reverse=True)
     if not (shown := paths[:: -(-len(paths) // 4) or 1]):
         return ""
@@ -211,7 +212,7 @@ def show_rollouts(run: Path, name: str, share: int) -> str:
                 break
             card = f"<summary>{row + 1}: score {t['scores'][row]:.4g}</summary>{e(decode(prompt))}"
             for at in real:
-                # what a token adds to itself: some tokenizers drop the space of a first one
+                # added to itself: some tokenizers drop the space of a first one
                 piece = decode([ids[at]] * 2)[len(decode([ids[at]])) :].replace("\n", "⏎\n")
                 numbers = "\n".join(f"{q} {t[q][row, at]:.3g}" for q in QUANTITIES)
                 card += f'<i title="{numbers}">{e(piece)}</i>'

@@ -46,6 +46,14 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return "avx512_bf16" in words or "amx_bf16" in words
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be allocated on a GPU; none: not known, as of a CPU."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
 def join(device: torch.device) -> Process:
     """Join the processes of torchrun, if any."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -4,8 +4,9 @@ In: a causal language model and prompts padded on the left. Out: response ids an
 As a command, a conversation: python generate.py runs/ppo_rlhf
 
 Keys and values are written in place into a cache with room for the whole sequence; rows that have
-ended are dropped; on CUDA the steps are one captured graph that is replayed. Temperature, top-k and
-top-p change the logits, never the model's own generation settings (B11).
+ended are dropped; on CUDA the steps are a captured graph that is replayed, and as many rows are
+decoded at once as memory has room for. Temperature, top-k and top-p change the logits, never the
+model's own generation settings (B11).
 
 B sequences, b of them still decoded, P prompt tokens, R response tokens, V vocabulary.
 `D16` in comments points to docs/details.md.
@@ -25,7 +26,10 @@ import tyro
 from torch import Tensor
 
 import dataset
+import distributed
 import utils
+
+COLUMNS = 128  # of the cache that a captured graph reads: a multiple of these
 
 
 @torch.no_grad()
@@ -57,8 +61,34 @@ def generate(
     are dropped once they are a quarter. The device never waits in between. `watch`
     gets the ids so far.
     """
-    (rows, prompt_length), device = prompt_ids.shape, prompt_ids.device
+    rows, device = len(prompt_ids), prompt_ids.device
+    uniform = torch.rand(response_length, rows, generator=rng, device=device, dtype=torch.float64)
     stride = stride or (1 if device.type == "cpu" else 32)
+    stops, sampling = torch.tensor(stop_ids, device=device), (temperature, top_k, top_p)
+    parts = -(-rows // rows_at_once(model, prompt_ids.shape[1], response_length))
+    each = (prompt_ids, prompt_mask, uniform.T)  # rows first
+    decoded = [
+        decode(model, *part, stops, pad_id, sampling, stride, watch)
+        for part in zip(*(x.tensor_split(parts) for x in each), strict=True)
+    ]
+    response_ids, response_mask = (torch.cat(x) for x in zip(*decoded, strict=True))
+    return response_ids, response_mask
+
+
+def decode(
+    model: Any,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    uniform: Tensor,
+    stops: Tensor,
+    pad_id: int,
+    sampling: tuple[float, int, float],
+    stride: int,
+    watch: Callable[[Tensor], Any] | None,
+) -> tuple[Tensor, Tensor]:
+    """What `generate` says, for B of its rows, with the random numbers uniform [B, R]."""
+    (rows, prompt_length), response_length = prompt_ids.shape, uniform.shape[1]
+    device = prompt_ids.device
     if model.config.model_type == "gpt_neo":
         stride = 1  # its window would end at the last column, written or not
     body = model.base_model
@@ -69,8 +99,6 @@ def generate(
 
     response_ids = torch.full((rows, response_length), pad_id, device=device)  # [B, R]
     response_mask = torch.zeros_like(response_ids)  # [B, R]
-    uniform = torch.rand(response_length, rows, generator=rng, device=device, dtype=torch.float64)
-    stops = torch.tensor(stop_ids, device=device)
     live = torch.arange(rows, device=device)  # [b] rows still decoded
     alive = torch.ones_like(live, dtype=torch.bool)  # [b] whether they go on
     token = torch.zeros_like(live)  # [b] their last token
@@ -79,7 +107,7 @@ def generate(
 
     def choose_token(logits: Tensor) -> None:
         """Sample token t of the b rows from logits [b, V]."""
-        sampled = sample(logits, temperature, top_k, top_p, uniform.index_select(0, t)[0, live])
+        sampled = sample(logits, *sampling, uniform.index_select(1, t)[live, 0])
         token.copy_(torch.where(alive, sampled, pad_id))
         place = (live, t.expand_as(live))
         response_ids.index_put_(place, token)
@@ -101,6 +129,7 @@ def generate(
             inputs["position_ids"] = mask.sum(1, keepdim=True) - 1  # only real tokens count
         choose_token(next_logits(inputs))
 
+    steps = Steps(decode_one, model)
     with torch.compiler.set_stance("force_eager"):
         position.end = prompt_length
         choose_token(next_logits(utils.model_inputs(body, prompt_ids, prompt_mask)))
@@ -114,9 +143,11 @@ def generate(
                 kept = alive.nonzero().squeeze(1)
                 live, alive, token, mask = (x[kept] for x in (live, alive, token, mask))
                 cache.keep(kept)
-            steps = min(stride, response_length - start)
-            position.end = prompt_length + start + steps - 1
-            repeat(decode_one, steps, model)
+            count = min(stride, response_length - start)
+            position.end = prompt_length + start + count - 1
+            if stride > 1:  # few ends, so few graphs
+                position.end = min(-(-position.end // COLUMNS) * COLUMNS, position.capacity)
+            steps.make(count, (len(live), position.end))
     return response_ids, response_mask
 
 
@@ -157,21 +188,55 @@ def stop_token_ids(tokenizer: Any, stop_token: str, config: Any = None) -> list[
     return list(dict.fromkeys(ends))
 
 
-def repeat(step: Callable[[], None], times: int, model: Any) -> None:
-    """Call `step` so many times; on CUDA once, then its captured graph, where it can be."""
-    step()
-    run = step
-    if model.device.type == "cuda" and times > 3 and not hasattr(model, "not_captured"):
+def rows_at_once(model: Any, prompt_length: int, response_length: int) -> int:
+    """How many rows fit into three quarters of a GPU's free memory, roughly; on a CPU any."""
+    free, config = distributed.free_memory(model.device), model.config.get_text_config()
+    if free is None:
+        return 2**30
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    width = groups * (getattr(config, "head_dim", None) or hidden // heads)
+    size = 2 if torch.is_autocast_enabled(model.device.type) else 4
+    cache = 2 * size * config.num_hidden_layers * width * (prompt_length + response_length)
+    # what a layer makes of a prompt, and the last logits with what `sample` makes of them
+    row = cache + 64 * hidden * prompt_length + 32 * config.vocab_size
+    return max(1, int(0.75 * free / row))
+
+
+class Steps:
+    """A step that is made again and again; on CUDA as a captured graph, where it can be."""
+
+    def __init__(self, step: Callable[[], None], model: Any):
+        self.step, self.model = step, model
+        self.run, self.shape, self.pool = step, None, None
+
+    def make(self, times: int, shape: tuple[int, ...]) -> None:
+        """Make so many; a graph is of one `shape`, and captured once for each."""
+        run = self.run if shape == self.shape else self.step
+        if shape != self.shape and times > 3 and can_capture(self.model):
+            self.step()  # what a first one allocates is no part of the graph
+            times, self.shape = times - 1, shape
+            run = self.run = self.capture()
+        for _ in range(times):
+            run()
+
+    def capture(self) -> Callable[[], None]:
+        """The step's graph, replayed; the step itself if a model asks the device something."""
+        self.run = None  # the memory of the graph before is free for this one
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph):
-                step()
-            run = graph.replay
-        except RuntimeError:  # a few models ask the device something
+            with torch.cuda.graph(graph, pool=self.pool):
+                self.step()
+        except RuntimeError:
             torch.cuda.set_stream(stream)
-            model.not_captured = graph  # which the allocator may still ask
-    for _ in range(times - 1):
-        run()
+            self.model.not_captured = graph  # which the allocator may still ask
+            return self.step
+        return graph.replay
+
+
+def can_capture(model: Any) -> bool:
+    return model.device.type == "cuda" and not hasattr(model, "not_captured")
 
 
 @dataclasses.dataclass

@@ -324,9 +324,10 @@ def main(args: Args) -> None:
         def outputs_of(hidden: Tensor, tokens: Tensor) -> Tensor:  # some of the N tokens: [n, 2]
             logits = utils.logits_of(model, hidden) / args.temperature  # [n, V] D5
             logprobs = logits.log_softmax(-1)  # [n, V]
-            with torch.set_grad_enabled(torch.is_grad_enabled() and args.entropy_coef > 0):
-                # a token that the model rules out has log-probability -inf and adds 0
-                entropies = -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1)  # [n]
+            entropies = logprobs.new_zeros(len(tokens))  # [n] training alone asks for them
+            if torch.is_grad_enabled():
+                with torch.set_grad_enabled(args.entropy_coef > 0):
+                    entropies = -(logprobs.exp() * logprobs).sum(-1)
             return torch.stack([logprobs.gather(-1, tokens[:, None]).squeeze(-1), entropies], 1)
 
         with utils.autocast(device, args.dtype):

@@ -494,7 +494,8 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
     size = logits.shape[-1]
     known = getattr(model, "known_tokens", size)  # others have no text, and probability 0 (B23)
     if known < size:
-        logits = logits.masked_fill(torch.arange(size, device=logits.device) >= known, -torch.inf)
+        # not -inf, which times 0 is NaN in an entropy
+        logits = logits.masked_fill(torch.arange(size, device=logits.device) >= known, -1e30)
     return logits
 
 

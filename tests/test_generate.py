@@ -9,6 +9,7 @@ import torch
 from conftest import make_model
 
 import dataset
+import distributed
 import generate
 import utils
 
@@ -80,6 +81,52 @@ def test_how_often_rows_are_dropped_changes_nothing(model, stride):
     a, a_mask = decode(model, **long, stride=stride)
     assert torch.equal(a, ids)
     assert torch.equal(a_mask, mask)
+
+
+@pytest.mark.parametrize("free", [1, 200_000, 1e12])
+def test_rows_in_parts_are_as_the_whole(model, monkeypatch, free):
+    """Where memory is short; rows have random numbers of their own. The last part is as large."""
+    long = {"prompts": PROMPTS * 4, "length": 20, "stops": range(1, 40)}
+    whole, sizes, one = decode(model, **long), [], generate.decode
+
+    def recorded(model, prompt_ids, *given):
+        sizes.append(len(prompt_ids))
+        return one(model, prompt_ids, *given)
+
+    monkeypatch.setattr(generate, "decode", recorded)
+    monkeypatch.setattr(distributed, "free_memory", lambda device: free)
+    assert all(map(torch.equal, decode(model, **long), whole))
+    assert sum(sizes) == len(PROMPTS) * 4
+    assert max(sizes) - min(sizes) <= 1
+    assert len(sizes) == {1: len(PROMPTS) * 4, 1e12: 1}.get(free, len(sizes))
+    assert (len(sizes) > 1) == (free < 1e12)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_steps_are_captured_once_for_each_shape(model, monkeypatch, works):
+    """A graph per number of rows and bucket of columns; where it fails, steps go on as they are."""
+    long = {"prompts": PROMPTS * 4, "length": 300, "stride": 8}
+    stops = {"stops": [*range(1, 4)]}
+    (ids, mask), shapes = decode(model, **long | stops | {"stride": 1}), []
+
+    def capture(steps):
+        shapes.append(steps.shape)
+        if not works:
+            model.not_captured = True
+        return steps.step
+
+    can = lambda model: not hasattr(model, "not_captured")  # noqa: E731
+    monkeypatch.setattr(generate, "can_capture", can)
+    monkeypatch.setattr(generate.Steps, "capture", capture)
+    a, a_mask = decode(model, **long | stops)
+    if not works:
+        del model.not_captured
+    assert torch.equal(a, ids)
+    assert torch.equal(a_mask, mask)
+    assert len(set(shapes)) == len(shapes)
+    ends = {end for _, end in shapes}
+    assert ends <= {128, 256, 307}
+    assert len(shapes) == 1 if not works else ends == {128, 256, 307}
 
 
 def test_the_same_generator_gives_the_same_tokens(model):

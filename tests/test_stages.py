@@ -38,6 +38,8 @@ from conftest import (
     write_jsonl,
 )
 from rich.cells import cell_len
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils
 
@@ -242,13 +244,13 @@ def test_bfloat16_starts_at_ratio_one_and_kl_zero(ppo, mini_batches, micro_batch
 
 
 def test_bfloat16_ends_at_the_logits(ppo, tmp_path, monkeypatch):
-    """Log-probabilities and entropies are made of them in float32."""
+    """Log-probabilities and, in training, entropies are made of them in float32."""
     in_chunks, errors = utils.in_chunks, []
 
     def checked(function, model, hidden, tokens):
         results = in_chunks(function, model, hidden, tokens)
         logprobs = utils.logits_of(model, hidden).double().log_softmax(-1)
-        entropies = -(logprobs.exp() * logprobs).sum(1)
+        entropies = -(logprobs.exp() * logprobs).sum(1) * torch.is_grad_enabled()
         expected = torch.stack([logprobs.gather(1, tokens[:, None])[:, 0], entropies], 1)
         errors.append((results - expected).abs().max().item())
         return results
@@ -257,6 +259,61 @@ def test_bfloat16_ends_at_the_logits(ppo, tmp_path, monkeypatch):
     ppo(tmp_path / "out", dtype="bfloat16", entropy_coef=0.1)
     assert len(errors) > 10
     assert max(errors) < 1e-4
+
+
+class Passes(TorchDispatchMode):
+    """Notes operations that write a tensor of a `shape`."""
+
+    def __init__(self, shape: tuple[int, int]):
+        super().__init__()
+        self.shape, self.names = shape, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        name = function._schema.name.removeprefix("aten::")
+        writes = isinstance(result, torch.Tensor) and name not in ("t", "detach", "expand")
+        if writes and result.shape == self.shape:
+            self.names.append(name)
+        return result
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+def test_passes_over_the_logits(ppo, tmp_path, monkeypatch, entropy_coef):
+    """Those of a large vocabulary take most of the time. The entropy costs two more in training."""
+    in_chunks, passes = utils.in_chunks, {}
+
+    def noted(function, model, hidden, tokens):
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        with Passes((len(tokens), vocabulary)) as made:
+            results = in_chunks(function, model, hidden, tokens)
+        passes[torch.is_grad_enabled()] = made.names
+        if torch.is_grad_enabled():
+            with Passes((len(tokens), vocabulary)) as made:
+                torch.autograd.grad(results.sum(), hidden, retain_graph=True)
+            passes["backward"] = made.names
+        return results
+
+    monkeypatch.setattr(utils, "in_chunks", noted)
+    ppo(tmp_path / "out", entropy_coef=entropy_coef, dtype="float32")
+    assert passes[False] == ["mm", "div", "_log_softmax"]
+    assert passes[True] == ["mm", "div", "_log_softmax", "exp", "mul"]
+    backward = ["new_zeros", "scatter_add", "_log_softmax_backward_data", "div"]
+    assert entropy_coef or passes["backward"] == backward
+
+
+def test_training_attends_without_a_mask(ppo, tmp_path, monkeypatch):
+    """Padding is on the right, so that fused kernels serve; only sampling, padded left, has one."""
+    attend, masks = F.scaled_dot_product_attention, {True: [], False: []}
+
+    def recorded(query, key, value, attn_mask=None, **kwargs):
+        masks[torch.is_grad_enabled()].append(attn_mask is None and kwargs["is_causal"])
+        return attend(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    ppo(tmp_path / "out")
+    assert masks[True]
+    assert all(masks[True])
+    assert not all(masks[False])
 
 
 def test_chats_in_all_three_stages(sft, reward_model, ppo, base, data, tmp_path):

@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow test-newest lint clean
+.PHONY: demo test test-slow test-newest gpu lint clean
 
 demo: .venv/demo.done
 	$(BIN)/python sft.py --overwrite
@@ -23,6 +23,12 @@ test-newest: requirements-dev.txt requirements.txt
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python $(PIP) --upgrade -r requirements-dev.txt
 	.venv-newest/bin/python -m pytest
+
+# what only a GPU can show, in twice 9 minutes; results in benchmarks/results/gpu-*.json
+gpu: .venv/test.done
+	$(BIN)/python $(PIP) -r requirements-bench.txt -c constraints.txt
+	PYTHON=$(BIN)/python benchmarks/gpu.sh 1
+	PYTHON=$(BIN)/python benchmarks/gpu.sh 2
 
 lint: .venv/test.done
 	$(BIN)/ruff check .

@@ -9,7 +9,9 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
+import transformers
 
 import utils
 
@@ -24,7 +26,13 @@ def adapt(model: Any, args: Any, start: Path | None = None) -> Any:
     except ImportError:
         utils.stop("--lora-rank: needs peft; pip install -r requirements-lora.txt")
     model = utils.freeze(copy.deepcopy(model, {id(p): p for p in model.parameters()}), args.dtype)
-    names = args.lora_target if args.lora_target == "all-linear" else args.lora_target.split(",")
+    names = args.lora_target
+    if names != "all-linear":
+        names = [name.strip() for name in names.split(",")]
+        layers = [f".{name}" for name, _ in model.base_model.named_modules()]
+        for name in names:
+            if not any(layer.endswith(f".{name}") for layer in layers):
+                utils.stop(f"--lora-target: the model has no layer {name}; name linear layers")
     config = peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=names)
     if start:
         config = peft.PeftConfig.from_pretrained(str(start))
@@ -55,12 +63,20 @@ def value_on(base: Any, args: Any, start: str) -> Any:
     folder = Path(start).expanduser()
     folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
     name = utils.base_of(str(folder))
-    same = start != args.model and name != str(folder)
+    same = start != args.model and name != str(folder) and has_head(folder)
     if same and name != args.model:
-        other = utils.freeze(utils.load_causal_lm(name, base.device), args.dtype)
-        same = all(map(torch.equal, base.base_model.parameters(), other.base_model.parameters()))
+        other = utils.load_model(transformers.AutoModel, name, torch.device("cpu"))
+        bodies = (base.base_model, utils.freeze(other, args.dtype))
+        own, others = ([p.cpu() for p in body.parameters()] for body in bodies)
+        same = len(own) == len(others) and all(map(torch.equal, own, others))
     if not same and args.value_model not in (None, args.model):
         utils.stop(f"--value-model: {start} has no adapter of {args.model}; leave it out")
     model = utils.load_classifier(start if same else args.model, torch.device("cpu"))
     setattr(model, model.base_model_prefix, base.base_model)
     return adapt(model.to(base.device), args, folder if same else None)
+
+
+def has_head(folder: Path) -> bool:
+    """Whether an adapter's folder holds a scalar head."""
+    with safetensors.safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        return any("score" in name for name in file.keys())

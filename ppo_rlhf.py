@@ -24,7 +24,7 @@ Shapes: B sequences of this process, b of a micro-batch, P prompt and R response
 (T' cut to a micro-batch's longest), N real response tokens of a micro-batch, H hidden size, V
 vocabulary. `response_mask` is 1 on every sampled token up to and including EOS or the stop token.
 The rest is padding: log-probabilities, values and rewards are 0 there; losses, whitening and token
-metrics are over the tokens where the mask is 1. A response that is cut off at R ends there.
+metrics are over the tokens where the mask is 1. A response cut off at R has ended: V is 0 after it.
 """
 
 import json
@@ -57,7 +57,7 @@ class Args:
     reward_model: tuple[str, ...] | None = None
     """Hub ids or folders; none: runs/reward_model, unless --reward-fn is given."""
     reward_fn: tuple[str, ...] = ()
-    """FILE.py:FUNCTION, each f(prompts, completions, **columns) -> list[float]."""
+    """FILE.py:FUNCTION, f(prompts, completions, **columns) -> list (docs/data.md)."""
     reward_weights: tuple[float, ...] = ()
     """Weights of the rewards, reward models first; none: 1 each."""
     ensemble: Literal["sum", "min", "mean_minus_std"] = "sum"
@@ -125,7 +125,7 @@ class Args:
     top_k: int = 0
     """Sample among the k most probable tokens, 0: all; log-probabilities stay over all (D36)."""
     top_p: float = 1.0
-    """Sample among the fewest tokens that hold this probability; the same caution (D36)."""
+    """Sample among the fewest tokens that hold this probability (D36)."""
     stop_token: str = "eos"
     """Token that ends a response as EOS does: a string, or `eos` for no other."""
     missing_eos_penalty: float = 1.0
@@ -213,10 +213,10 @@ class Scores(NamedTuple):
     """What the rewards say of B responses, before penalty and clip."""
 
     total: Tensor  # [B] weighted and combined
-    token_rewards: Tensor  # [B, R] the part of the total that was given to single tokens
+    token_rewards: Tensor  # [B, R] the part of the total given to single tokens
     by_name: dict[str, Tensor]  # of each reward, [B]
     texts: list[str]  # the responses
-    shortened: Tensor  # [B] to a reward model's context
+    shortened: Tensor  # [B] true where cut to a reward model's context
 
 
 @utils.stage()
@@ -250,7 +250,9 @@ def main(args: Args) -> None:
     M = len(reward_models)
     weights = args.reward_weights or [1.0] * len(names)
     value_model = judge = None
-    if args.advantage == "gae":  # a network of its own; from a language model it starts at 0 (D15)
+    if (
+        args.advantage == "gae"
+    ):  # weights of its own; on a language model its head starts at 0 (D15)
         first = args.reward_model[0] if any(shares_tokens[:1]) else args.model
         value_start = args.value_model or first
         if args.lora_rank:
@@ -289,7 +291,7 @@ def main(args: Args) -> None:
     def sample_responses(
         model: Any, prompts: list[dataset.Prompt], width: int, rng: torch.Generator
     ) -> Batch:
-        """A response of the model to each prompt, these padded to `width` at least."""
+        """A response to each prompt, the prompts padded to `width` at least."""
         prompt_ids = [p.ids for p in prompts]
         prompt_ids, prompt_mask = dataset.pad(prompt_ids, pad_id, "left", device, width)  # D2
         with utils.autocast(device, args.dtype):
@@ -324,7 +326,7 @@ def main(args: Args) -> None:
         def outputs_of(hidden: Tensor, tokens: Tensor) -> Tensor:  # some of the N tokens: [n, 2]
             logits = utils.logits_of(model, hidden) / args.temperature  # [n, V] D5
             logprobs = logits.log_softmax(-1)  # [n, V]
-            entropies = logprobs.new_zeros(len(tokens))  # [n] training alone asks for them
+            entropies = logprobs.new_zeros(len(tokens))  # [n] only for training
             if torch.is_grad_enabled():
                 with torch.set_grad_enabled(args.entropy_coef > 0):
                     entropies = -(logprobs.exp() * logprobs).sum(-1)
@@ -396,7 +398,7 @@ def main(args: Args) -> None:
 
     @torch.no_grad()
     def evaluate(model: Any) -> list[dict[str, Any]]:
-        """A response to each held-out prompt, scored without penalty and clip."""
+        """A response to each held-out prompt, scored without EOS penalty and clip."""
         results: list[dict[str, Any]] = []
         mine = eval_prompts[process.rank :: process.world]
         share = args.batch_size // process.world
@@ -422,7 +424,7 @@ def main(args: Args) -> None:
         return distributed.gather(results)
 
     def keep_best(result: dict[str, Any]) -> None:
-        """Note the best evaluation so far, and keep its policy in best/ (D42)."""
+        """Keep the policy of the best evaluation so far in best/ (D42)."""
         mean = result["policy"][result["win_rate_by"]]
         if args.keep_best and mean > state["best"] and process.is_main:
             utils.save_model(policy, tokenizer, out / "best")
@@ -503,7 +505,7 @@ def main(args: Args) -> None:
                     values[rows] = value_outputs(ids, is_response)
         clock.append(utils.now(device))
 
-        # 3. score them, each as a whole
+        # 3. score them
         last = response_mask.sum(1) - 1  # [B] where the last real token is, by length (D3, B1, B3)
         last_ids = batch.response_ids.gather(1, last[:, None]).squeeze(1)  # [B]
         ended = torch.isin(last_ids, torch.tensor(stop_ids, device=device))  # [B] by EOS or stop
@@ -515,16 +517,17 @@ def main(args: Args) -> None:
         clock.append(utils.now(device))
 
         # 4. KL penalty: each token costs beta times its KL estimate, so minus (B16)
-        ref_log_ratio = logprobs - ref_logprobs  # [B, R] nats
-        if args.kl_estimator == "k1":  # http://joschu.net/blog/kl-approx.html (D19)
+        ref_log_ratio = logprobs - ref_logprobs  # [B, R] nats, policy over reference
+        # estimators: http://joschu.net/blog/kl-approx.html (D19)
+        if args.kl_estimator == "k1":
             token_kl = ref_log_ratio
         elif args.kl_estimator == "k2":
             token_kl = ref_log_ratio.square() / 2
         elif args.kl_estimator == "k3":
             token_kl = torch.expm1(-ref_log_ratio) + ref_log_ratio
         non_score_rewards = -kl_coef * token_kl  # [B, R]
-        # the score goes to the last real token, EOS or where the response was cut off (D17), but
-        # for what a reward function has given to single tokens
+        # the score, less what functions gave to single tokens, goes to the last real token, EOS or
+        # where the response was cut off (D17)
         rewards = non_score_rewards + scored.token_rewards  # [B, R]
         at_end = scores - scored.token_rewards.sum(1)  # [B]
         rewards = rewards.scatter_add(1, last[:, None], at_end[:, None])
@@ -601,7 +604,7 @@ def main(args: Args) -> None:
                     if policy_loss.requires_grad:  # not in the critic's warm-up
                         policy_loss.backward()
 
-                    # the value function shares nothing with the policy, whose graph is gone now
+                    # it shares no trained weight with the policy, whose graph is gone now
                     value_losses = value_clipped = torch.zeros_like(ratio)
                     if value_model is not None:
                         new_values = value_outputs(ids, is_response)  # [b, R]
@@ -626,7 +629,7 @@ def main(args: Args) -> None:
                     }
                     for name, x in token_stats.items():
                         sums[name] += utils.masked_sum(x.detach().double(), mask)
-                    if not grad_norms:  # no step yet: the ratio is 1 (D26)
+                    if not grad_norms:  # no step yet: it is 1 (D26)
                         ratio_error = torch.max(ratio_error, (ratio - 1).abs().max().detach())
                 if args.ptx_coef and update > args.critic_warmup_updates:  # as many texts (D31)
                     ptx_losses.append(ptx_backward(len(minibatch), ptx_rng))
@@ -664,7 +667,7 @@ def main(args: Args) -> None:
             "objective/kl": episode_mean(ref_log_ratio.sum(1)),  # k1, whatever is trained on (B13)
             "objective/entropy": episode_mean(-logprobs.sum(1)),  # of the sampled tokens
             "objective/non_score_reward": episode_mean(non_score_rewards.sum(1)),
-            "objective/scores": episode_mean(scores),  # penalty and clip included
+            "objective/scores": episode_mean(scores),  # EOS penalty and clip included
             "objective/rlhf_reward": episode_mean(scores + non_score_rewards.sum(1)),
             "objective/kl_coef": kl_coef,
         }

@@ -171,7 +171,7 @@ def curves(rows: list[dict], summary: dict) -> dict[str, list[tuple[float, float
 
 
 def thin(line: list[tuple[float, float]], most: int) -> list[tuple[float, float]]:
-    """About `most` points, the extremes of each stretch."""
+    """About `most` points, extremes of each stretch."""
     size = max(2 * len(line) // most, 1)
     parts = [line[i : i + size] for i in range(0, len(line), size)]
     return sorted({pick(part, key=lambda p: p[1]) for part in parts for pick in (min, max)})
@@ -188,7 +188,7 @@ def show_samples(run: Path, name: str, share: int) -> str:
         page += f"<article><b>{e(row['prompt'])}</b><div class=grid>"
         for who in ("reference", "policy"):
             said = f"{who}: score {row[who + '_score']:.4g}, judge {row.get(who + '_judge')}"
-            page += f"<div><p>{said}</p>{e(row[who])}</div>"
+            page += f"<div><p>{e(said)}</p>{e(row[who])}</div>"
         page += "</div></article>"
     return page if rows else ""
 

@@ -189,7 +189,13 @@ def flag(name: str) -> str:
 
 
 def check_numbers(args: Any, may_be_0: str = "", at_most_1: str = "") -> None:
-    """Stop unless a stage's numbers are above 0, but for the two lists of names."""
+    """Stop unless a stage's numbers are above 0, but for the two lists of names.
+
+    Also where a flag is given twice: the first would be ignored.
+    """
+    for name in vars(args):
+        if sys.argv.count(flag(name)) > 1:
+            stop(f"{flag(name)}: is given twice; name all after one")
     may_be_0 += " seed save_every eval_every lora_rank"
     for name, value in vars(args).items():
         if type(value) in (int, float):
@@ -226,8 +232,9 @@ def check_output(args: Any, stage: str) -> None:
     if args.resume:
         given = json.loads(json.dumps(vars(args)))  # with lists, as args.json has them
         for name, value in given.items():
-            if name not in FREE_ON_RESUME.split() and before.get(name, value) != value:
-                stop(f"{flag(name)}: was {before[name]!r} in {out}; pass that run's flags")
+            was = before.get(name, value)
+            if name not in FREE_ON_RESUME.split() and value not in (was, [was]):  # once a string
+                stop(f"{flag(name)}: was {was!r} in {out}; pass that run's flags")
         if (out / "summary.json").exists() and not checkpoints(out):
             stop(f"{out}: is finished, without a checkpoint; pass --overwrite")
 
@@ -343,6 +350,8 @@ def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any)
     kwargs |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     if (base := base_of(model)) == model:
         loaded, info = from_pretrained(auto_class, model, **kwargs)
+        if getattr(loaded, "_hf_peft_config_loaded", False):  # its weights would stay frozen
+            stop(f"{model}: is an adapter on the hub; download it and pass the folder")
         for name in info["missing_keys"]:
             if not name.startswith("score."):
                 stop(f"{model}: its files lack {name}; pass a whole model")
@@ -566,19 +575,24 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
 # ---- reward functions
 
+runner = asyncio.Runner()  # one loop for all: clients and locks belong to one
+
 
 def load_function(spec: str, where: str) -> Callable[..., list[float]]:
     """The function named by FILE.py:FUNCTION; `where` is the flag for it."""
     file, _, name = spec.rpartition(":")
+    module_name = f"from_{Path(file).resolve()}"
     try:
-        module_spec = importlib.util.spec_from_file_location(f"from_{Path(file).stem}", file)
-        module = importlib.util.module_from_spec(module_spec)
-        sys.modules[module_spec.name] = module  # dataclasses and pickle look their module up there
-        module_spec.loader.exec_module(module)
-        function = getattr(module, name)
+        if module_name not in sys.modules:  # dataclasses and pickle look their module up there
+            module_spec = importlib.util.spec_from_file_location(module_name, file)
+            module = importlib.util.module_from_spec(module_spec)
+            sys.modules[module_name] = module
+            module_spec.loader.exec_module(module)
+        function = getattr(sys.modules[module_name], name)
         inspect.signature(function)
         return function
     except Exception as error:
+        sys.modules.pop(module_name, None)
         stop(f"{where}: {spec!r} cannot be loaded ({first_line(error)}); pass FILE.py:FUNCTION")
 
 
@@ -612,7 +626,7 @@ def call_reward_function(
     try:
         returned = function(**columns)
         if inspect.iscoroutine(returned):
-            returned = asyncio.run(returned)
+            returned = runner.run(returned)
         numbers = [[float(x) for x in s] if np.ndim(s) else float(s) for s in returned]
     except Exception as error:
         what = f"raised {first_line(error)} for {len(texts)} prompts, {texts[0]!r:.60} first"

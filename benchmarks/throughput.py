@@ -168,8 +168,8 @@ def pythia_1b() -> Any:
 
 
 def qwen_half_b() -> Any:
-    """The shape of Qwen2.5-0.5B, but for its tied embeddings."""
-    return transformers.Qwen2Config(
+    """The shape of Qwen2.5-0.5B as a Llama, without its biases and with a head of its own."""
+    return transformers.LlamaConfig(
         vocab_size=151936,
         hidden_size=896,
         intermediate_size=4864,
@@ -182,8 +182,8 @@ def qwen_half_b() -> Any:
     )
 
 
-def workload(args: Args, name: str) -> dict[str, Any]:
-    """Flags of a workload; what it needs is made on the first call."""
+def workload(args: Args, name: str, config: Any = None) -> dict[str, Any]:
+    """Flags of a workload; what it needs is made. `config` takes the place of W5's or W6's."""
     folder = args.runs / name
     flags: dict[str, Any] = {"model": folder / "model", "reward-model": folder / "reward_model"}
     flags |= {"dataset": folder / "prompts", "temperature": 1.0, "kl-coef": 0.05}
@@ -204,11 +204,11 @@ def workload(args: Args, name: str) -> dict[str, Any]:
         judge.score.weight.data.normal_(std=0.02)
         utils.save_model(judge, utils.load_tokenizer(args.smollm2), ROOT / folder / "reward_model")
     elif name == "W5":
-        random_model(folder, pythia_1b(), 512, None, 53)
+        random_model(folder, config or pythia_1b(), 512, None, 53)
         flags |= {"batch-size": 512, "response-length": 53}
         flags |= {"micro-batch-size": 64, "device": "cuda"}
     else:
-        random_model(folder, qwen_half_b(), 64, None, 512)
+        random_model(folder, config or qwen_half_b(), 64, None, 512)
         flags |= {"batch-size": 256, "response-length": 512}
         flags |= {"micro-batch-size": 16, "device": "cuda"}
     return flags
@@ -301,48 +301,62 @@ def train_gflop(flags: dict[str, Any], rows: list[dict]) -> float:
 
 
 def rollout(args: Args) -> dict[str, Any]:
-    """Tokens per second, up to EOS, of the decoding loop and of `model.generate`.
-
-    They take turns in one process.
-    """
+    """Tokens per second, up to EOS, of the decoding loop and of `model.generate`."""
     report = {}
     for name in ("W1", "W3"):
-        flags = workload(args, name)
-        folder = str(ROOT / flags["model"])
-        model = utils.load_causal_lm(folder, torch.device("cpu"))
-        plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        tokenizer = utils.load_tokenizer(folder)
-        data = dataset.load_data(str(ROOT / flags["dataset"]), "train", dataset.PROMPT_FORMATS)
-        prompts = dataset.encode_prompts(tokenizer, data, 512)
-        prompts = prompts[: flags["batch-size"]]
-        pad, stop = tokenizer.pad_token_id, tokenizer.eos_token_id
-        ids, mask = dataset.pad([p.ids for p in prompts], pad, "left", model.device)
-        R, temperature = flags["response-length"], flags["temperature"]
-        ours = {"pad_id": pad, "temperature": temperature}
-        theirs = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        theirs |= {"max_new_tokens": R, "eos_token_id": stop, "pad_token_id": pad}
-        for dtype in ("float32", "bfloat16"):
-            rates: dict[str, list[float]] = {"generate": [], "model.generate": []}
-            for turn in range(24):
-                started = time.perf_counter()
-                with utils.autocast(model.device, dtype):
-                    rng = utils.generator("cpu", turn)
-                    _, real = generate.generate(model, ids, mask, R, [stop], **ours, rng=rng)
-                rates["generate"].append(real.sum().item() / (time.perf_counter() - started))
-                torch.manual_seed(turn)
-                transformers.AttentionInterface.register("sdpa", sdpa_attention_forward)  # its own
-                started = time.perf_counter()
-                with torch.no_grad(), utils.autocast(model.device, dtype):
-                    texts = plain.generate(input_ids=ids, attention_mask=mask, **theirs)
-                seconds = time.perf_counter() - started
-                transformers.AttentionInterface.register("sdpa", utils.attention)
-                ended = (texts[:, ids.shape[1] :] == stop).cumsum(1)
-                tokens = (ended == 0).sum() + (ended[:, -1] > 0).sum()
-                rates["model.generate"].append(tokens.item() / seconds)
-            # the first ones warm up
-            medians = {who: statistics.median(rate[3:]) for who, rate in rates.items()}
-            ratio = medians["generate"] / medians["model.generate"]
-            report[f"{name} {dtype}"] = {"tokens_per_second": medians, "ratio": ratio}
+        by_dtype = beside_generate(workload(args, name), ("float32", "bfloat16"), 24, warm_up=3)
+        report |= {f"{name} {dtype}": rates for dtype, rates in by_dtype.items()}
+    return report
+
+
+def prompts_of(flags: dict[str, Any]) -> tuple[str, Any, list[dataset.Prompt]]:
+    """A workload's model folder, its tokenizer, and the prompts of one batch."""
+    folder = str(ROOT / flags["model"])
+    tokenizer = utils.load_tokenizer(folder)
+    data = dataset.load_data(str(ROOT / flags["dataset"]), "train", dataset.PROMPT_FORMATS)
+    return folder, tokenizer, dataset.encode_prompts(tokenizer, data, 512)[: flags["batch-size"]]
+
+
+def beside_generate(
+    flags: dict[str, Any], dtypes: tuple[str, ...], turns: int, warm_up: int
+) -> dict[str, Any]:
+    """Tokens per second of `generate.generate` and `model.generate`, by dtype.
+
+    They take turns in one process; medians of those after the first ones, which warm up.
+    """
+    report = {}
+    folder, tokenizer, prompts = prompts_of(flags)
+    device = torch.device(flags.get("device", "cpu"))
+    model = utils.load_causal_lm(folder, device)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    plain.to(device)
+    pad, stop = tokenizer.pad_token_id, tokenizer.eos_token_id
+    ids, mask = dataset.pad([p.ids for p in prompts], pad, "left", device)
+    R, temperature = flags["response-length"], flags["temperature"]
+    ours = {"pad_id": pad, "temperature": temperature}
+    theirs = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    theirs |= {"max_new_tokens": R, "eos_token_id": stop, "pad_token_id": pad}
+    for dtype in dtypes:
+        rates: dict[str, list[float]] = {"generate": [], "model.generate": []}
+        for turn in range(turns):
+            started = utils.now(device)
+            with utils.autocast(device, dtype):
+                rng = utils.generator(device, turn)
+                _, real = generate.generate(model, ids, mask, R, [stop], **ours, rng=rng)
+            rates["generate"].append(real.sum().item() / (utils.now(device) - started))
+            torch.manual_seed(turn)
+            transformers.AttentionInterface.register("sdpa", sdpa_attention_forward)  # its own
+            started = utils.now(device)
+            with torch.no_grad(), utils.autocast(device, dtype):
+                texts = plain.generate(input_ids=ids, attention_mask=mask, **theirs)
+            seconds = utils.now(device) - started
+            transformers.AttentionInterface.register("sdpa", utils.attention)
+            ended = (texts[:, ids.shape[1] :] == stop).cumsum(1)
+            tokens = (ended == 0).sum() + (ended[:, -1] > 0).sum()
+            rates["model.generate"].append(tokens.item() / seconds)
+        medians = {who: statistics.median(rate[warm_up:]) for who, rate in rates.items()}
+        ratio = medians["generate"] / medians["model.generate"]
+        report[dtype] = {"tokens_per_second": medians, "ratio": ratio}
     return report
 
 

@@ -17,7 +17,7 @@ import urllib.request
 
 TOKENS = 20  # of the best length
 PATTERN = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
-BEFORE_ANSWER = re.compile(r".*(####|answer:|answer is)", re.DOTALL | re.IGNORECASE)
+ANSWER = re.compile(r"####|answer(?: is)?:|answer is", re.IGNORECASE)
 
 
 def length(prompts, completions, completion_ids, **columns):
@@ -37,7 +37,8 @@ def exact_answer(prompts, completions, answer, **columns):
     """
 
     def final(text):
-        return BEFORE_ANSWER.sub("", str(text), count=1).strip().rstrip(".").casefold()
+        answer = ANSWER.split(str(text))[-1].strip().rstrip(".").casefold()
+        return re.sub(r"(?<=\d),(?=\d{3})", "", answer)  # 1,000 is 1000
 
     pairs = zip(completions, answer, strict=True)
     return [float(final(text) == final(wanted)) for text, wanted in pairs]

@@ -420,6 +420,13 @@ def test_flags_that_are_wrong(refused, name, flags):
     refused(name, "--" + next(iter(flags)).replace("_", "-"), **flags)
 
 
+def test_a_flag_given_twice(refused, monkeypatch):
+    """Of a list, too, only the last would count."""
+    typed = "ppo_rlhf.py --reward-model a --reward-model b"
+    monkeypatch.setattr("sys.argv", typed.split())
+    refused("ppo", "--reward-model", "twice", reward_model=("b",))
+
+
 @pytest.mark.parametrize(
     ("name", "typed", "what"),
     [

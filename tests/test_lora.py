@@ -212,12 +212,18 @@ def test_two_processes_learn_what_one_does(sft, chain, models, base, data, tmp_p
     assert first["loss/value_avg"] > 0 and second["val/ratio_start_error"] < 1e-4
 
 
-def test_errors(refused, models, monkeypatch):
+def test_errors(refused, error_of, models, chain, monkeypatch):
     refused("sft", "--lora-rank", "tiny", model="tiny", **LORA)
     refused("sft", "--lora-rank", "out of range", lora_rank=-1)
-    refused("sft", "--lora-target", "not found", **LORA, lora_target="w_x,w_y")
+    for names in ("w_x,w_y", "q_proj,vproj", "q_proj,lm_head"):
+        refused("sft", "--lora-target", "no layer", **LORA, lora_target=names)
     refused("sft", "--lora-target", "embeddings", **LORA, lora_target="embed_tokens")
     refused("ppo", "--value-model", "no adapter", **LORA, value_model=str(models.reward_model))
+    headless = {"model": str(models.sft), "value_model": str(chain.sft / "adapter")}
+    refused("ppo", "--value-model", "no adapter", **LORA | headless)
+    with monkeypatch.context() as patch:  # as of the hub, where no folder tells
+        patch.setattr(utils, "base_of", lambda model: model)
+        assert "on the hub" in error_of(utils.load_causal_lm, str(chain.sft / "adapter"), CPU)
     monkeypatch.setitem(sys.modules, "peft", None)
     for name in STAGES:
         refused(name, "--lora-rank", "requirements-lora.txt", **LORA)

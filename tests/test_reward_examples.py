@@ -41,9 +41,12 @@ def test_exact_answer():
         "#### 4\n#### 42",
         "#### 421",
         "Paris",
+        "The answer is: 5",
+        "Answer: 1,000",
+        "1,2",
     ]
-    answers = ["6 * 7 = <<6*7=42>>42\n#### 42", 42, "42", "42", "paris."]
-    assert scores("exact_answer", completions, answer=answers) == [1, 1, 1, 0, 1]
+    answers = ["6 * 7 = <<6*7=42>>42\n#### 42", 42, "42", "42", "paris.", "#### 5", "1000", "12"]
+    assert scores("exact_answer", completions, answer=answers) == [1, 1, 1, 0, 1, 1, 1, 0]
 
 
 def test_valid_json():

@@ -181,6 +181,27 @@ def test_what_is_neither(returned, error_of):
     assert line.startswith("error: update 3: f.py:f: ")
 
 
+def test_async_functions_share_a_loop_and_files_are_run_once(tmp_path):
+    """A lock of the module, waited for in two calls; two functions of one file share its module."""
+    (tmp_path / "f.py").write_text(
+        "import asyncio\nlock = asyncio.Semaphore(1)\n"
+        "async def f(prompts, completions):\n"
+        "    async def one(text):\n"
+        "        async with lock:\n"
+        "            await asyncio.sleep(0)\n"
+        "            return len(text)\n"
+        "    return await asyncio.gather(*map(one, completions))\n"
+        "def g(prompts, completions):\n"
+        "    return [lock is not None for _ in prompts]\n"
+    )
+    f, g = (utils.load_function(f"{tmp_path}/f.py:{name}", "--reward-fn") for name in "fg")
+    assert f.__globals__ is g.__globals__
+    prompts = [dataset.Prompt([1], "a", dataset.Row({"prompt": "a"}, "here"), [])] * 3
+    for _ in range(2):
+        scores, _ = utils.call_reward_function(f, "f", prompts, ["a", "bb", ""], [[1]] * 3)
+        assert scores == [1, 2, 0]
+
+
 def test_an_async_function_that_fails(error_of):
     """Or that waits for what is not there: the error's own words."""
 

@@ -38,6 +38,7 @@ from conftest import (
     write_jsonl,
 )
 from rich.cells import cell_len
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -314,6 +315,27 @@ def test_training_attends_without_a_mask(ppo, tmp_path, monkeypatch):
     assert masks[True]
     assert all(masks[True])
     assert not all(masks[False])
+
+
+@pytest.mark.slow
+def test_compiled_models_are_compiled_once(ppo, tmp_path, monkeypatch):
+    """Whole, and not again for other lengths after the second of ten updates."""
+    compiled, log = [], utils.Logger.log
+
+    def noted(logger, step, metrics):
+        compiled.append(counters["frames"]["total"])
+        log(logger, step, metrics)
+
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(utils.Logger, "log", noted)
+    out = ppo(tmp_path / "out", compile=True, total_episodes=80)
+    lengths = {row["response/length"] for row in metrics_of(out)}
+    assert len(compiled) == 10
+    assert len(lengths) > 5
+    assert compiled[0] > 0
+    assert compiled[1] == compiled[-1]
+    assert not counters["graph_break"]
 
 
 def test_chats_in_all_three_stages(sft, reward_model, ppo, base, data, tmp_path):

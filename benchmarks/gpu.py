@@ -1,0 +1,275 @@
+"""What only a GPU can show, in parts: each writes `gpu-PART.json` into benchmarks/results.
+
+    make gpu                                # benchmarks/gpu.sh 1, then 2: all parts
+    python benchmarks/gpu.py W6             # one part
+    python benchmarks/gpu.py W6 --dry-run   # small sizes on a CPU, into runs/gpu: does it all work?
+
+| part | what |
+|---|---|
+| check | what is missing, in one line |
+| tests | `pytest -m gpu` |
+| embedded | the three stages on the embedded task, by default flags |
+| ceilings | the card's matrix product and memory bandwidth |
+| W5, W6 | updates of ppo_rlhf.py: seconds, share of the matrix product, peak memory |
+| W5-trl, W6-trl | the same work by TRL, at the same micro-batch |
+| rollout | tokens per second on W6, beside `model.generate` and, where it is installed, vLLM |
+| memory | peak of W6 with --gradient-checkpointing beside the formula of benchmarks/memory.py |
+| resume | a run killed with -9 and resumed, beside a whole one |
+
+W5 and W6 are described in benchmarks/throughput.py.
+"""
+
+import importlib.util
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import memory
+import throughput
+import torch
+import transformers
+import tyro
+from measure import ROOT, machine, run_stage
+
+NEEDED = ("torch", "transformers", "datasets", "tensorboard", "tyro", "plotly", "rich", "pytest")
+# runs a script of the project and leaves its peak of allocated bytes in the file of argv[1]
+WITH_PEAK = """
+import resource, runpy, sys, torch
+peak, sys.argv = sys.argv[1], sys.argv[2:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    gpu = torch.cuda.is_available()
+    open(peak, "w").write(str(torch.cuda.max_memory_allocated() if gpu else host))
+"""
+
+
+@dataclass
+class Args:
+    part: tyro.conf.Positional[str]
+    dry_run: bool = False
+    """Small sizes on a CPU; results go into runs/gpu."""
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.dry_run else "cuda"
+
+    @property
+    def runs(self) -> Path:
+        return Path("runs/gpu/dry" if self.dry_run else "runs/gpu")
+
+
+def main(args: Args) -> None:
+    if args.part not in PARTS:
+        sys.exit(f"error: {args.part}: is no part; pass one of {', '.join(PARTS)}")
+    (ROOT / args.runs).mkdir(parents=True, exist_ok=True)
+    started = time.time()
+    report = PARTS[args.part](args)
+    report = {"machine": machine(2) | versions(), "seconds": time.time() - started} | report
+    folder = ROOT / (args.runs if args.dry_run else "benchmarks/results")
+    (folder / f"gpu-{args.part}.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(args.part, json.dumps(report), flush=True)
+
+
+def versions() -> dict[str, str]:
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {"card": card, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def check(args: Args) -> dict[str, Any]:
+    """Stop where what all parts need is missing; say what some would need."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if not args.dry_run and not torch.cuda.is_available():
+        missing.append("a CUDA device")
+    if missing:
+        sys.exit(f"error: missing: {', '.join(missing)}; install requirements-dev.txt, see README")
+    optional = [name for name in ("trl", "vllm") if importlib.util.find_spec(name) is None]
+    if optional:
+        print(f"missing: {', '.join(optional)}; what needs them is left out", flush=True)
+    return {"left_out": optional}
+
+
+def tests(args: Args) -> dict[str, Any]:
+    """How many of the tests for GPUs passed, failed and were skipped."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout[-3000:], flush=True)
+    return {"exit_code": done.returncode, "summary": done.stdout.strip().splitlines()[-1]}
+
+
+def embedded(args: Args) -> dict[str, Any]:
+    """The three stages as `make demo` runs them."""
+    report, out = {}, args.runs / "embedded"
+    less = {"sft": "--train-split train[:320]", "reward_model": "--train-split train[:320]"}
+    less["ppo_rlhf"] = "--total-episodes 256 --eval-prompts 8"
+    for stage in ("sft", "reward_model", "ppo_rlhf"):
+        flags = ["--output-dir", str(out / stage), "--overwrite", "--device", args.device]
+        if stage != "sft":
+            flags += ["--model", str(out / "sft")]
+        if stage == "ppo_rlhf":
+            flags += ["--reward-model", str(out / "reward_model")]
+        if args.dry_run:
+            flags += less[stage].split()
+        report[stage] = run_stage([f"{stage}.py", *flags], 2)
+    report["wall_seconds"] = sum(run["wall_seconds"] for run in report.values())
+    return report
+
+
+def ceilings(args: Args) -> dict[str, Any]:
+    """10^12 operations per second of a product of two square matrices, 10^9 bytes per second."""
+    size, numbers = (512, 2**20) if args.dry_run else (8192, 2**30)
+    device, rates = torch.device(args.device), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(2, size, size, device=device).to(dtype)
+        seconds = timed(lambda a=a, b=b: a @ b, device)
+        rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds / 1e12
+    x = torch.zeros(numbers, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    return {"tflops": rates, "gb_per_second": 2 * numbers / timed(lambda: y.copy_(x), device) / 1e9}
+
+
+def timed(function: Callable[[], Any], device: torch.device) -> float:
+    """Median seconds of a call, of 20 after 3."""
+    seconds = []
+    for _ in range(23):
+        started = throughput.utils.now(device)
+        function()
+        seconds.append(throughput.utils.now(device) - started)
+    return statistics.median(seconds[3:])
+
+
+def work(args: Args, name: str) -> dict[str, Any]:
+    """Flags of W5 or W6, of a dry run with a small model and few responses."""
+    paths = throughput.Args(runs=args.runs)
+    if not args.dry_run:
+        return throughput.workload(paths, name) | {"dtype": "bfloat16"}
+    config = {"W5": throughput.pythia_1b, "W6": throughput.qwen_half_b}[name]()
+    small = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128}
+    small |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config.update(small | {"layer_types": ["full_attention"] * 2})
+    flags = throughput.workload(paths, name, config)
+    flags |= {"batch-size": 16, "micro-batch-size": 8, "response-length": 16}
+    return flags | {"device": "cpu", "dtype": "bfloat16"}
+
+
+def updates(args: Args, name: str, script: str, *extra: str) -> dict[str, Any]:
+    """Medians of the measured updates of a workload, and the peak of its memory."""
+    flags = work(args, name)
+    flags["total-episodes"] = flags["batch-size"] * (2 if name == "W5" else 3)
+    out, peak = args.runs / name / Path(script).stem, ROOT / args.runs / "peak"
+    command = [sys.executable, "-c", WITH_PEAK, str(peak), script]
+    command += [*throughput.written(flags), *extra, "--output-dir", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    rows = throughput.measured_updates(out)
+    seconds = {p: statistics.median(row[f"time/{p}"] for row in rows) for p in throughput.PHASES}
+    shown = {flag: str(x) for flag, x in flags.items() if flag not in throughput.PLACES}
+    report = {"flags": shown, "seconds": seconds | {"update": sum(seconds.values())}}
+    report["peak_memory_gb"] = int(peak.read_text()) / 1e9
+    if script == "ppo_rlhf.py":
+        tflops = throughput.train_gflop(flags, rows) / seconds["train"] / 1e3
+        of = ceilings(args)["tflops"]["bfloat16"]
+        report |= {"train_tflops": tflops, "ceiling_tflops": of, "share": tflops / of}
+    return report
+
+
+def ours(args: Args) -> dict[str, Any]:
+    return updates(args, args.part, "ppo_rlhf.py", *throughput.BESIDE)
+
+
+def trl(args: Args) -> dict[str, Any]:
+    if importlib.util.find_spec("trl") is None:
+        return {"left_out": "trl"}
+    return updates(args, args.part.removesuffix("-trl"), "benchmarks/trl_ppo.py")
+
+
+def rollout(args: Args) -> dict[str, Any]:
+    """The decoding loop beside `model.generate` and vLLM, on the same prompts and lengths."""
+    flags = work(args, "W6")
+    report = throughput.beside_generate(flags, ("bfloat16",), turns=4, warm_up=1)
+    if importlib.util.find_spec("vllm"):
+        report["vllm_tokens_per_second"] = with_vllm(flags)
+    return report
+
+
+def with_vllm(flags: dict[str, Any]) -> float:
+    from vllm import LLM, SamplingParams
+
+    _, _, prompts = throughput.prompts_of(flags)
+    llm = LLM(str(ROOT / flags["model"]), dtype="bfloat16", gpu_memory_utilization=0.6)
+    length, rates = flags["response-length"], []
+    how = SamplingParams(temperature=flags["temperature"], max_tokens=length)
+    for _ in range(3):
+        started = time.perf_counter()
+        answers = llm.generate([{"prompt_token_ids": p.ids} for p in prompts], how)
+        tokens = sum(len(answer.outputs[0].token_ids) for answer in answers)
+        rates.append(tokens / (time.perf_counter() - started))
+    return statistics.median(rates[1:])
+
+
+def peak_memory(args: Args) -> dict[str, Any]:
+    """On a CPU the libraries count too, so a dry run says nothing of the formula."""
+    flags, measured = (
+        work(args, "W6"),
+        updates(args, "W6", "ppo_rlhf.py", *throughput.BESIDE, "--gradient-checkpointing"),
+    )
+    config = transformers.AutoConfig.from_pretrained(ROOT / flags["model"])
+    key_value = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    sizes = (config.vocab_size, config.hidden_size, config.intermediate_size)
+    shape = memory.Shape(*sizes, config.num_hidden_layers, key_value, tied=False)
+    batch = (flags["batch-size"], flags["micro-batch-size"])
+    needed = memory.needed(shape, *batch, 64, flags["response-length"])
+    return {"predicted_gb": needed / 1e9, "measured_gb": measured["peak_memory_gb"]}
+
+
+def resume(args: Args) -> dict[str, Any]:
+    """The largest difference of a metric between a whole run and one that was killed."""
+    models, out = args.runs / "embedded", args.runs / "resume"
+    flags = ["--model", str(models / "sft"), "--reward-model", str(models / "reward_model")]
+    flags += ["--total-episodes", "1024", "--save-every", "2", "--eval-prompts", "8"]
+    flags += ["--device", args.device]
+
+    def command(folder: str, *more: str) -> list[str]:
+        return [sys.executable, "ppo_rlhf.py", *flags, "--output-dir", str(out / folder), *more]
+
+    subprocess.run(command("whole", "--overwrite"), cwd=ROOT, check=True)
+    with subprocess.Popen(command("killed", "--overwrite"), cwd=ROOT) as run:
+        checkpoint = ROOT / out / "killed" / "checkpoint/000004/SHA256SUMS"
+        while run.poll() is None and not checkpoint.exists():
+            time.sleep(0.02)
+        run.send_signal(signal.SIGKILL)
+    subprocess.run(command("killed", "--resume"), cwd=ROOT, check=True)
+    runs = [throughput.measured_updates(out / name) for name in ("whole", "killed")]
+    times = ("time/", "eps", "tokens_per_second")
+    errors = [
+        abs(row[name] - again[name])
+        for row, again in zip(*runs, strict=True)
+        for name in row
+        if not name.startswith(times)
+    ]
+    return {"killed_with": run.returncode, "updates": len(runs[0]) + 1, "largest": max(errors)}
+
+
+PARTS: dict[str, Callable[[Args], dict[str, Any]]] = {
+    "check": check,
+    "tests": tests,
+    "embedded": embedded,
+    "ceilings": ceilings,
+    "W5": ours,
+    "W6": ours,
+    "W5-trl": trl,
+    "W6-trl": trl,
+    "rollout": rollout,
+    "memory": peak_memory,
+    "resume": resume,
+}
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -41,8 +41,9 @@ from measure import ROOT, machine, run_stage
 NEEDED = ("torch", "transformers", "datasets", "tensorboard", "tyro", "plotly", "rich", "pytest")
 # runs a script of the project and leaves its peak of allocated bytes in the file of argv[1]
 WITH_PEAK = """
-import resource, runpy, sys, torch
+import os, resource, runpy, sys, torch
 peak, sys.argv = sys.argv[1], sys.argv[2:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
@@ -73,7 +74,7 @@ def main(args: Args) -> None:
     (ROOT / args.runs).mkdir(parents=True, exist_ok=True)
     started = time.time()
     report = PARTS[args.part](args)
-    report = {"machine": machine(2) | versions(), "seconds": time.time() - started} | report
+    report = {"machine": machine(2) | versions(), "part_seconds": time.time() - started} | report
     folder = ROOT / (args.runs if args.dry_run else "benchmarks/results")
     (folder / f"gpu-{args.part}.json").write_text(json.dumps(report, indent=2) + "\n")
     print(args.part, json.dumps(report), flush=True)

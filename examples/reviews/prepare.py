@@ -71,10 +71,17 @@ def find_table(place: Path) -> bytes | None:
     """The ratings table in a folder, an archive, or an archive within either (as published)."""
     if place.is_file() and place.name != TABLE:
         with tempfile.TemporaryDirectory() as inside:
-            # "data" keeps a tar file from writing outside the folder; zip files never do and take
-            # no such option.
-            options = {} if place.suffix == ".zip" else {"filter": "data"}
-            shutil.unpack_archive(place, inside, **options)
+            if place.suffix == ".zip":
+                shutil.unpack_archive(place, inside)  # never writes outside the folder
+                return find_table(Path(inside))
+            with tarfile.open(
+                place
+            ) as archive:  # each file in a folder of its own, by its last name
+                for i, member in enumerate(archive):
+                    if member.isfile():
+                        file = Path(inside, str(i), Path(member.name).name)
+                        file.parent.mkdir()
+                        file.write_bytes(archive.extractfile(member).read())
             return find_table(Path(inside))
     tables = [place] if place.is_file() else sorted(place.rglob(TABLE))
     if tables:

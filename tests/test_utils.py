@@ -1,5 +1,6 @@
 """utils.py: each helper against an independent computation, with what went wrong elsewhere."""
 
+import copy
 import logging
 import os
 import shutil
@@ -99,6 +100,28 @@ def test_target_logits_are_those_of_the_full_forward_pass(model, at_a_time, monk
             gradients.append(torch.autograd.grad(loss, [*model.parameters()], retain_graph=True))
         for a, b in zip(*gradients, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_log_probabilities_in_chunks_against_float64(model, monkeypatch):
+    """Values to 1e-5 and gradients to 1e-4 of their size, of the plain formula over all logits."""
+    ids, _ = dataset.pad(PROMPTS * 20, 0, "right", CPU)
+    results = []
+    for float64 in (False, True):
+        own = copy.deepcopy(model).double() if float64 else model
+        monkeypatch.setattr(utils, "LOGITS_AT_A_TIME", 2**60 if float64 else 30_000)
+        hidden = own.base_model(**utils.model_inputs(own, ids)).last_hidden_state[:, :-1]
+
+        def logprobs(h, t, own=own):
+            logits = own.lm_head(h) if h.dtype == torch.float64 else utils.logits_of(own, h)
+            return logits.log_softmax(-1).gather(-1, t[:, None]).squeeze(-1)
+
+        values = utils.in_chunks(logprobs, own, hidden.flatten(0, 1), ids[:, 1:].flatten())
+        gradients = torch.autograd.grad(values.mean(), [*own.parameters()])
+        results.append((values, gradients))
+    (values, gradients), (expected, exact) = results
+    torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(gradients, exact, strict=True):
+        assert (a.double() - b).norm() <= 1e-4 * b.norm()
 
 
 def test_normalize_scores_reads_the_configuration(base):

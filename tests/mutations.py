@@ -33,8 +33,7 @@ b09_what_is_masked_may_be_anything in utils.py
 b10_padding_changes_no_probability in utils.py
     (real.cumsum(1) - 1).clamp(min=0)  ->  torch.arange(ids.shape[1]).expand_as(ids)
 b11_samples_come_from_the_distribution_that_is_scored in generate.py
-    sample(logits, temperature, top_k  ->
-    sample(logits.index_fill(1, stops, -torch.inf), temperature, top_k
+    sample(logits, *sampling  ->  sample(logits.index_fill(1, stops, -torch.inf), *sampling
 b12_accumulation_is_exact[sft-1] in sft.py
     sum_of_losses(mine[i : i + micro_batch_size]) / num_tokens  ->
     sum_of_losses(mine[i : i + 1]) / count_targets(mine[i : i + 1]) / len(mine)

@@ -20,7 +20,7 @@ PAGES = ["README.md", "CONTRIBUTING.md"]
 PAGES += ["examples/guides/README.md", "examples/reviews/README.md"]
 PAGES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 # torchrun, tyro, TensorBoard, sha256sum, prepare.py, hf
-OTHER_TOOLS = {"nproc-per-node", "help", "logdir", "check", "out", "exclude"}
+OTHER_TOOLS = {"nproc-per-node", "help", "logdir", "check", "out", "exclude", "dry-run"}
 
 
 def read(name: str) -> str:

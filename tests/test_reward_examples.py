@@ -62,6 +62,7 @@ def test_sentiment():
 
 def test_sentiment_without_its_package(monkeypatch, error_of):
     """The line says what to install."""
+    utils.load_function(f"{FILE}:analyzer", "--reward-fn").cache_clear()
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
     assert "pip install vaderSentiment" in error_of(scores, "sentiment", ["Good."])
 

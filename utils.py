@@ -191,10 +191,10 @@ def flag(name: str) -> str:
 def check_numbers(args: Any, may_be_0: str = "", at_most_1: str = "") -> None:
     """Stop unless a stage's numbers are above 0, but for the two lists of names.
 
-    Also where a flag is given twice: the first would be ignored.
+    Also where a list is given twice: the first would be ignored.
     """
-    for name in vars(args):
-        if sys.argv.count(flag(name)) > 1:
+    for name, value in vars(args).items():
+        if isinstance(value, tuple) and sys.argv.count(flag(name)) > 1:
             stop(f"{flag(name)}: is given twice; name all after one")
     may_be_0 += " seed save_every eval_every lora_rank"
     for name, value in vars(args).items():

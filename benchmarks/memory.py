@@ -8,14 +8,18 @@ compares formula and run once more.
 """
 
 import json
+import os
+import re
+import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
 import tyro
-from measure import ROOT, machine, run_process
+from measure import ROOT, machine
 from throughput import random_model
 
 sys.path.insert(0, str(ROOT))
@@ -108,7 +112,7 @@ def needed(
     cache = 2 * 2 * shape.layers * shape.key_value * batch * length
     # one step's logits, probabilities, cumulative sum
     sampling = batch * shape.vocabulary * (4 * 3 + 8)
-    merging = 2 * 4 * lm if on_cpu and lora_rank else 0  # the file's pages, and the copy
+    merging = 2 * 4 * lm if on_cpu and lora_rank else 0  # loaded, and merged
     return trained + frozen + copies + max(activations + logits, cache + sampling, merging)
 
 
@@ -138,7 +142,7 @@ def measured(
     advantage: str = "gae",
     lora_rank: int = 0,
 ) -> float:
-    """Peak resident bytes of a run of two updates."""
+    """Peak anonymous bytes of a run of two updates: those of mapped files vary from run to run."""
     with tempfile.TemporaryDirectory() as folder:
         random_model(Path(folder), llama(shape), prompt, None, response)
         flags = f"--model {folder}/model --reward-model {folder}/reward_model"
@@ -148,8 +152,17 @@ def measured(
         flags += f" --advantage {advantage} --lora-rank {lora_rank} --learning-rate 1e-9"
         flags += " --gradient-checkpointing --dtype bfloat16"  # as in the formula
         flags += " --eval-prompts 8 --eval-every 0 --save-every 0"
-        run = run_process(["ppo_rlhf.py", *flags.split()], 2)
-    return run["peak_memory_gb"] * 1e9
+        command, peak = [sys.executable, "ppo_rlhf.py", *flags.split()], 0
+        environment = os.environ | {"OMP_NUM_THREADS": "2"}
+        with subprocess.Popen(command, cwd=ROOT, env=environment) as run:
+            while run.poll() is None:
+                status = Path(f"/proc/{run.pid}/status").read_text()
+                if found := re.search(r"RssAnon:\s+(\d+) kB", status):
+                    peak = max(peak, int(found[1]) * 1024)
+                time.sleep(0.01)
+    if run.returncode:
+        sys.exit("ppo_rlhf.py failed")
+    return peak
 
 
 MINIMAL = Shape(2048, 64, 128, 1, 64, tied=False)

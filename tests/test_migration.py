@@ -63,7 +63,7 @@ def test_promised_flags_exist(stage, flag):
 
 @pytest.mark.parametrize("command", commands())
 def test_commands_parse(command):
-    script, *flags = shlex.split(command)
+    script, *flags = shlex.split(command, comments=True)
     tyro.cli(importlib.import_module(script.removesuffix(".py")).Args, args=flags)
 
 

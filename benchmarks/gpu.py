@@ -127,24 +127,12 @@ def embedded(args: Args) -> dict[str, Any]:
 def ceilings(args: Args) -> dict[str, Any]:
     """10^12 operations per second of a product of two square matrices, 10^9 bytes per second."""
     size, numbers = (512, 2**20) if args.dry_run else (8192, 2**30)
-    device, rates = torch.device(args.device), {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(2, size, size, device=device).to(dtype)
-        seconds = timed(lambda a=a, b=b: a @ b, device)
-        rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds / 1e12
+    device = torch.device(args.device)
+    rates = {dtype: rate / 1e3 for dtype, rate in throughput.ceiling(device, size).items()}
     x = torch.zeros(numbers, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
-    return {"tflops": rates, "gb_per_second": 2 * numbers / timed(lambda: y.copy_(x), device) / 1e9}
-
-
-def timed(function: Callable[[], Any], device: torch.device) -> float:
-    """Median seconds of a call, of 20 after 3."""
-    seconds = []
-    for _ in range(23):
-        started = throughput.utils.now(device)
-        function()
-        seconds.append(throughput.utils.now(device) - started)
-    return statistics.median(seconds[3:])
+    seconds = throughput.median_seconds(lambda: y.copy_(x), device)
+    return {"tflops": rates, "gb_per_second": 2 * numbers / seconds / 1e9}
 
 
 def work(args: Args, name: str) -> dict[str, Any]:
@@ -161,10 +149,11 @@ def work(args: Args, name: str) -> dict[str, Any]:
     return flags | {"device": "cpu", "dtype": "bfloat16"}
 
 
-def updates(args: Args, name: str, script: str, *extra: str) -> dict[str, Any]:
-    """Medians of the measured updates of a workload, and the peak of its memory."""
-    flags = work(args, name)
-    flags["total-episodes"] = flags["batch-size"] * (2 if name == "W5" else 3)
+def updates(
+    args: Args, name: str, flags: dict[str, Any], script: str, *extra: str
+) -> dict[str, Any]:
+    """Medians of the measured updates of a workload with its flags, and the peak of its memory."""
+    flags = flags | {"total-episodes": flags["batch-size"] * (2 if name == "W5" else 3)}
     out, peak = args.runs / name / Path(script).stem, ROOT / args.runs / "peak"
     command = [sys.executable, "-c", WITH_PEAK, str(peak), script]
     command += [*throughput.written(flags), *extra, "--output-dir", str(out)]
@@ -182,13 +171,14 @@ def updates(args: Args, name: str, script: str, *extra: str) -> dict[str, Any]:
 
 
 def ours(args: Args) -> dict[str, Any]:
-    return updates(args, args.part, "ppo_rlhf.py", *throughput.BESIDE)
+    return updates(args, args.part, work(args, args.part), "ppo_rlhf.py", *throughput.BESIDE)
 
 
 def trl(args: Args) -> dict[str, Any]:
     if importlib.util.find_spec("trl") is None:
         return {"left_out": "trl"}
-    return updates(args, args.part.removesuffix("-trl"), "benchmarks/trl_ppo.py")
+    name = args.part.removesuffix("-trl")
+    return updates(args, name, work(args, name), "benchmarks/trl_ppo.py")
 
 
 def rollout(args: Args) -> dict[str, Any]:
@@ -217,16 +207,14 @@ def with_vllm(flags: dict[str, Any]) -> float:
 
 def peak_memory(args: Args) -> dict[str, Any]:
     """On a CPU the libraries count too, so a dry run says nothing of the formula."""
-    flags, measured = (
-        work(args, "W6"),
-        updates(args, "W6", "ppo_rlhf.py", *throughput.BESIDE, "--gradient-checkpointing"),
-    )
+    flags, extra = work(args, "W6"), [*throughput.BESIDE, "--gradient-checkpointing"]
+    measured = updates(args, "W6", flags, "ppo_rlhf.py", *extra)
     config = transformers.AutoConfig.from_pretrained(ROOT / flags["model"])
     key_value = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
     sizes = (config.vocab_size, config.hidden_size, config.intermediate_size)
     shape = memory.Shape(*sizes, config.num_hidden_layers, key_value, tied=False)
     batch = (flags["batch-size"], flags["micro-batch-size"])
-    needed = memory.needed(shape, *batch, 64, flags["response-length"])
+    needed = memory.needed(memory.Work(shape, *batch, 64, flags["response-length"]))
     return {"predicted_gb": needed / 1e9, "measured_gb": measured["peak_memory_gb"]}
 
 

@@ -16,6 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import transformers
 import tyro
@@ -71,21 +72,25 @@ class Shape:
         return self.layers * rank * sides
 
 
-def needed(
-    shape: Shape,
-    batch: int,
-    micro_batch: int,
-    prompt: int,
-    response: int,
-    advantage: str = "gae",
-    lora_rank: int = 0,
-    on_cpu: bool = False,
-) -> float:
+class Work(NamedTuple):
+    """What a run works on: a model, its batches and its lengths in tokens."""
+
+    shape: Shape
+    batch: int
+    micro_batch: int
+    prompt: int
+    response: int
+    advantage: str = "gae"
+    lora_rank: int = 0
+
+
+def needed(work: Work, on_cpu: bool = False) -> float:
     """Bytes that the largest phase of ppo_rlhf.py needs with a reward model of the policy's size.
 
     With bfloat16 and --gradient-checkpointing. `on_cpu` counts what a GPU's host holds: with an
     adapter the base is read once more, in float32, to be merged and saved.
     """
+    shape, batch, micro_batch, prompt, response, advantage, lora_rank = work
     head = 0 if shape.tied else shape.embedding
     lm, classifier = shape.products + shape.embedding + head, shape.products + shape.embedding
     value_model = advantage == "gae"
@@ -133,16 +138,9 @@ def llama(shape: Shape) -> transformers.LlamaConfig:
     )
 
 
-def measured(
-    shape: Shape,
-    batch: int,
-    micro_batch: int,
-    prompt: int,
-    response: int,
-    advantage: str = "gae",
-    lora_rank: int = 0,
-) -> float:
+def measured(work: Work) -> float:
     """Peak anonymous bytes of a run of two updates: those of mapped files vary from run to run."""
+    shape, batch, micro_batch, prompt, response, advantage, lora_rank = work
     with tempfile.TemporaryDirectory() as folder:
         random_model(Path(folder), llama(shape), prompt, None, response)
         flags = f"--model {folder}/model --reward-model {folder}/reward_model"
@@ -165,26 +163,25 @@ def measured(
     return peak
 
 
-MINIMAL = Shape(2048, 64, 128, 1, 64, tied=False)
+MINIMAL = Work(Shape(2048, 64, 128, 1, 64, tied=False), 16, 8, 32, 32)
 SMALL = Shape(8192, 512, 2048, 6, 512, tied=False)
 SMOLLM2 = Shape(*MODELS["SmolLM2-135M"])
-TRIED = {  # shape, batch, micro-batch, prompt, response, advantage, rank
-    "29M, gae": (SMALL, 16, 8, 32, 32, "gae"),
-    "29M, batch_mean": (SMALL, 16, 8, 32, 32, "batch_mean"),
-    "29M, gae, LoRA": (SMALL, 16, 8, 32, 32, "gae", 16),
-    "135M, gae": (SMOLLM2, 16, 8, 32, 32, "gae"),
-    "135M, gae, LoRA": (SMOLLM2, 16, 8, 32, 32, "gae", 16),
+TRIED = {
+    "29M, gae": Work(SMALL, 16, 8, 32, 32, "gae"),
+    "29M, batch_mean": Work(SMALL, 16, 8, 32, 32, "batch_mean"),
+    "29M, gae, LoRA": Work(SMALL, 16, 8, 32, 32, "gae", 16),
+    "135M, gae": Work(SMOLLM2, 16, 8, 32, 32, "gae"),
+    "135M, gae, LoRA": Work(SMOLLM2, 16, 8, 32, 32, "gae", 16),
 }
 
 
 def predicted_and_measured(name: str, libraries: float) -> tuple[float, float]:
     """Bytes beyond those of the libraries: by the formula, and of a run."""
-    shape, *work = TRIED[name]
-    return needed(shape, *work, on_cpu=True), measured(shape, *work) - libraries
+    return needed(TRIED[name], on_cpu=True), measured(TRIED[name]) - libraries
 
 
 def main(out: Path = Path("benchmarks/results")) -> None:
-    libraries = measured(MINIMAL, 16, 8, 32, 32)
+    libraries = measured(MINIMAL)
     report = {"machine": machine(2), "libraries_gb": libraries / 1e9, "runs": {}, "largest": {}}
     for name in TRIED:
         predicted, took = predicted_and_measured(name, libraries)
@@ -193,7 +190,7 @@ def main(out: Path = Path("benchmarks/results")) -> None:
     for name, sizes in MODELS.items():
         for column, how in COLUMNS.items():
             shape = Shape(*sizes, gated="Pythia" not in name)
-            gb = needed(shape, 64, 8, 512, 128, *how) / 1e9
+            gb = needed(Work(shape, 64, 8, 512, 128, *how)) / 1e9
             # a tenth for CUDA itself and for fragments
             fits = min((gpu for gpu in GPUS if gb < 0.9 * gpu), default=None)
             row = {"needs_gb": gb, "fits_gb": fits}

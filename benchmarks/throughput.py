@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -266,18 +267,24 @@ def measured_updates(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[1:]]
 
 
-def ceiling(device: torch.device) -> dict[str, float]:
-    """10^9 operations per second of torch's product of two 2048 x 2048 matrices, medians of 20."""
+def ceiling(device: torch.device, size: int = 2048) -> dict[str, float]:
+    """10^9 operations per second of torch's product of two square matrices."""
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(2, 2048, 2048, device=device).to(dtype)
-        seconds = []
-        for _ in range(20):
-            started = utils.now(device)
-            a @ b
-            seconds.append(utils.now(device) - started)
-        rates[str(dtype).removeprefix("torch.")] = 2 * 2048**3 / statistics.median(seconds) / 1e9
+        a, b = torch.randn(2, size, size, device=device).to(dtype)
+        seconds = median_seconds(lambda a=a, b=b: a @ b, device)
+        rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds / 1e9
     return rates
+
+
+def median_seconds(function: Callable[[], Any], device: torch.device) -> float:
+    """Median of 20 calls."""
+    seconds = []
+    for _ in range(20):
+        started = utils.now(device)
+        function()
+        seconds.append(utils.now(device) - started)
+    return statistics.median(seconds)
 
 
 def update_seconds(row: dict[str, Any]) -> float:

@@ -1,17 +1,28 @@
-"""The device, the processes of torchrun, and sums over them.
+"""The device, the processes of torchrun, sums over them, and models that they share.
 
-One process without torchrun is rank 0 of 1: sums over processes are then what they are given.
-`D9` in comments points to docs/details.md.
+One process without torchrun is rank 0 of 1: sums over processes are then what they are given, and
+models stay as they are. Several have a copy of a model each (`replicate`) or a part (`shard`); by
+torch's own DistributedDataParallel and FSDP2. `D9` in comments points to docs/details.md.
 """
 
+import functools
 import os
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 
 class Process(NamedTuple):
@@ -59,11 +70,26 @@ def join(device: torch.device) -> Process:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
+    if launch() and not dist.is_initialized():
         # a slow reward function or disk of one is waited for; one that fails ends all
         backend, patience = "nccl" if device.type == "cuda" else "gloo", timedelta(days=7)
         dist.init_process_group(backend, timeout=patience)
     return Process(rank, world, device, is_main=rank == 0)
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def lost_others(error: Exception) -> bool:
+    """Whether it says that another process, or the way to it, is gone."""
+    words = str(error).lower()
+    return (
+        isinstance(error, RuntimeError)
+        and dist.is_initialized()
+        and (isinstance(error, dist.DistError) or "gloo" in words or "nccl" in words)
+    )
 
 
 def leave() -> None:
@@ -97,15 +123,6 @@ def reduce_all(x: Tensor, operation: str) -> Tensor:
     return x
 
 
-def sum_gradients(parameters: list[nn.Parameter]) -> None:
-    """Add up gradients over processes: each loss is divided by the whole batch's count (D9)."""
-    for p in parameters:
-        if dist.is_initialized() and p.requires_grad:  # not of a policy that stands still (D32)
-            if p.grad is None:  # a process whose share of the last batch is empty takes part too
-                p.grad = torch.zeros_like(p)
-            dist.all_reduce(p.grad)
-
-
 def gather(rows: list[Any]) -> list[Any]:
     """The lists of all processes, interleaved as they were dealt out by `rows[rank::world]`."""
     if not dist.is_initialized():
@@ -121,3 +138,198 @@ def from_main(x: Any) -> Any:
     if dist.is_initialized():
         dist.broadcast_object_list(box)
     return box[0]
+
+
+def micro_batches(rows: list[Any], size: int, length: Callable[[Any], int]) -> list[list[Any]]:
+    """This process's share of the rows, by length, in parts of at most `size`.
+
+    There are as many in each process; one may be empty.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = sorted(rows[rank::world], key=length)  # little padding
+    count = -(-len(rows) // (size * world))
+    bounds = [len(mine) * i // count for i in range(count + 1)]
+    return [mine[i:j] for i, j in zip(bounds, bounds[1:], strict=False)]
+
+
+class Interruption:
+    """SIGTERM or Ctrl-C: noted when it comes, acted on where the loop asks; a second ends it."""
+
+    def __init__(self, process: Process):
+        self.device, self.owner, self.signal, self.time = process.device, os.getpid(), 0, 0.0
+        signal.signal(signal.SIGTERM, self.note)
+        signal.signal(signal.SIGINT, self.note)
+
+    def note(self, number: int, frame: Any) -> None:
+        # a forked worker of a reward function ends when it is told to; a Ctrl-C that torchrun
+        # passes on has come to its processes already, and is not a second one
+        if os.getpid() != self.owner or (self.signal and time.monotonic() - self.time > 1):
+            os._exit(128 + number)
+        self.signal, self.time = self.signal or number, self.time or time.monotonic()
+
+    def came(self) -> int:
+        """The signal that has come to any process, or 0; all ask at the same places."""
+        return int(max_all(torch.tensor(self.signal, device=self.device)))
+
+
+def launch() -> str | None:
+    """What names this start of torchrun, the same when it starts its processes again."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return name and f"{name} {os.getppid()}"
+
+
+def started_again() -> bool:
+    """Whether torchrun has started its processes again after one had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+# ---- models of several processes
+
+
+class Pass(nn.Module):
+    """A model whose forward pass is a function of it: for torch, head and body are one."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable, *inputs: Any, **options: Any) -> Any:
+        return function(self.model, *inputs, **options)
+
+
+def forward_pass(function: Callable) -> Callable:
+    """Decorates f(model, ...), which reads all weights that it needs by itself.
+
+    Inside, a sharded model has its weights; the gradients of a replicated one will be summed. All
+    processes call it equally often.
+    """
+
+    @functools.wraps(function)
+    def through_torch(model: Any, *inputs: Any, **options: Any) -> Any:
+        across = vars(model).get("across")
+        if across is None or (replicated(model) and not torch.is_grad_enabled()):
+            return function(model, *inputs, **options)
+        return across(function, *inputs, **options)
+
+    return through_torch
+
+
+def gathers_once(function: Callable) -> Callable:
+    """The same, for one that makes many steps: weights stay whole until it ends."""
+
+    @functools.wraps(function)
+    def whole(model: Any, *inputs: Any, **options: Any) -> Any:
+        shards = [m for m in vars(model).get("across", nn.Module()).modules() if is_shard(m)]
+        for shard in shards:
+            shard.set_reshard_after_forward(False, recurse=False)
+        try:
+            return forward_pass(function)(model, *inputs, **options)
+        finally:
+            for shard in shards:
+                shard.set_reshard_after_forward(True, recurse=False)
+                shard.reshard()
+
+    return whole
+
+
+def replicated(model: Any) -> bool:
+    return isinstance(vars(model).get("across"), DistributedDataParallel)
+
+
+def is_shard(module: nn.Module) -> bool:
+    return isinstance(module, FSDPModule)
+
+
+def is_sharded(model: Any) -> bool:
+    return is_shard(vars(model).get("across"))
+
+
+def replicate(model: Any) -> None:
+    """Sum a model's gradients over processes while the backward pass still goes on (D9).
+
+    The gradients are views of the buffers that are sent, no second copy.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        how = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+        across = DistributedDataParallel(Pass(model), find_unused_parameters=True, **how)
+        across.register_comm_hook(None, sum_bucket)  # torch's own would be the mean
+        across.require_backward_grad_sync = False
+        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+        vars(model)["across"] = across  # no submodule: it holds the model
+
+
+def sum_bucket(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Start the sum of some gradients over processes."""
+    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return future.then(lambda done: done.value()[0])
+
+
+def shard(model: Any, dtype: str, offload: bool = False) -> None:
+    """Leave each process a part of each weight, gradient and moment; layers are gathered in turn.
+
+    With `offload` the part is in the CPU's memory. In bfloat16 a layer's weights are gathered as
+    that; embeddings, the last norm and the head stay in float32, and gradients are summed in it.
+    """
+    mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
+    how: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
+    if offload:
+        how["offload_policy"] = CPUOffloadPolicy(pin_memory=model.device.type != "cpu")
+    half = torch.bfloat16 if dtype == "bfloat16" else None
+    precision = {"reduce_dtype": torch.float32, "cast_forward_inputs": False}
+    for module in list(model.modules()):
+        if type(module).__name__ in (model._no_split_modules or ()):
+            fully_shard(module, **how, mp_policy=MixedPrecisionPolicy(half, **precision))
+    across = fully_shard(Pass(model), **how, mp_policy=MixedPrecisionPolicy(**precision))
+    for module in filter(is_shard, across.modules()):
+        module.set_gradient_divide_factor(1.0)  # a sum, not the mean (D9)
+        module.set_force_sum_reduction_for_comms(True)
+    vars(model)["across"] = across
+
+
+def sums_in_last(parts: list[Any], models: Any) -> Iterator[Any]:
+    """The micro-batches of an optimizer step; the last one's backward pass sums the gradients.
+
+    Those of sharded models are summed in each: whole they would take the memory that is saved.
+    """
+    models = [model for model in models if replicated(model)]
+    for i, part in enumerate(parts, 1):
+        for model in models:
+            trains = any(p.requires_grad for p in model.parameters())  # not in a warm-up (D32)
+            model.across.require_backward_grad_sync = trains and i == len(parts)
+        yield part
+    for model in models:
+        model.across.require_backward_grad_sync = False
+
+
+def full(x: Tensor) -> Tensor:
+    """A tensor that the processes have parts of, put together in each; any other as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def whole_weights(model: Any) -> dict[str, Tensor]:
+    """A sharded model's weights in the main process's CPU memory, one gathered after the other."""
+    weights = {}
+    for name, weight in model.state_dict().items():
+        weight = full(weight)
+        if is_main() and name not in model.all_tied_weights_keys:
+            weights[name] = weight.cpu()
+    return weights
+
+
+def save_shards(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write what each process has of the tensors, as safetensors; called by all."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(
+            tensors, storage_writer=dcp.HuggingFaceStorageWriter(folder, save_distributed=True)
+        )
+
+
+def load_shards(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Fill the tensors, or this process's parts of them, from what any number of them wrote."""
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder))
+
+
+def names_in_shards(folder: Path) -> list[str]:
+    """Names of the tensors in there."""
+    return [*dcp.HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata]

@@ -33,46 +33,50 @@ COLUMNS = 128  # of the cache that a captured graph reads: a multiple of these
 
 
 @torch.no_grad()
+@distributed.gathers_once
 def generate(
     model: Any,
     prompt_ids: Tensor,
     prompt_mask: Tensor,
-    response_length: int,
+    uniform: Tensor,
     stop_ids: list[int],
     *,
     pad_id: int,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    rng: torch.Generator | None = None,
     stride: int | None = None,
     watch: Callable[[Tensor], Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample a response to each prompt: (response_ids [B, R], response_mask [B, R]).
 
-    prompt_ids and prompt_mask [B, P] are padded on the left (D2). R = response_length tokens are
-    sampled at most. The mask is 1 up to and including the first of `stop_ids`; what follows it is
-    `pad_id` (D16). Logits are divided by the temperature (D5); 0 takes the most probable token.
-    top_k (0: all) samples among the k most probable tokens, top_p (1.0: all) among the fewest that
-    hold probability p (D36). Each row has its own random numbers from `rng`, a generator on the
-    model's device, whatever the other rows do.
+    prompt_ids and prompt_mask [B, P] are padded on the left (D2). At most R tokens are sampled,
+    each by a random number of its own: uniform [B, R] (D7). The mask is 1 up to and including the
+    first of `stop_ids`; what follows it is `pad_id` (D16). Logits are divided by the temperature
+    (D5); 0 takes the most probable token. top_k (0: all) samples among the k most probable tokens,
+    top_p (1.0: all) among the fewest that hold probability p (D36).
 
     Every `stride` tokens (1 on a CPU, 32 elsewhere) the device is asked which rows have ended; they
     are dropped once they are a quarter. The device never waits in between. `watch`
     gets the ids so far.
     """
     rows, device = len(prompt_ids), prompt_ids.device
-    uniform = torch.rand(response_length, rows, generator=rng, device=device, dtype=torch.float64)
     stride = stride or (1 if device.type == "cpu" else 32)
     stops, sampling = torch.tensor(stop_ids, device=device), (temperature, top_k, top_p)
-    parts = -(-rows // rows_at_once(model, prompt_ids.shape[1], response_length))
-    each = (prompt_ids, prompt_mask, uniform.T)  # rows first
+    parts = -(-rows // rows_at_once(model, prompt_ids.shape[1], uniform.shape[1]))
+    each = (prompt_ids, prompt_mask, uniform)
     decoded = [
         decode(model, *part, stops, pad_id, sampling, stride, watch)
         for part in zip(*(x.tensor_split(parts) for x in each), strict=True)
     ]
     response_ids, response_mask = (torch.cat(x) for x in zip(*decoded, strict=True))
     return response_ids, response_mask
+
+
+def random_numbers(rows: int, response_length: int, rng: torch.Generator | None = None) -> Tensor:
+    """What `generate` samples by, in [0, 1): float64 [rows, R] on the device of `rng`."""
+    device = rng and rng.device
+    return torch.rand(response_length, rows, generator=rng, device=device, dtype=torch.float64).T
 
 
 def decode(
@@ -86,7 +90,7 @@ def decode(
     stride: int,
     watch: Callable[[Tensor], Any] | None,
 ) -> tuple[Tensor, Tensor]:
-    """What `generate` says, for B of its rows, with the random numbers uniform [B, R]."""
+    """What `generate` says, for B of its rows."""
     (rows, prompt_length), response_length = prompt_ids.shape, uniform.shape[1]
     device = prompt_ids.device
     if model.config.model_type == "gpt_neo":
@@ -367,7 +371,8 @@ def main(args: Args) -> None:
         ids = torch.tensor([prompt.ids], device=device)
         stops = stop_token_ids(tokenizer, "eos", model.generation_config)
         more = {"pad_id": 0, "stride": 1, "watch": show} | settings
-        ids, mask = generate(model, ids, torch.ones_like(ids), min(length, room), stops, **more)
+        uniform = random_numbers(1, min(length, room)).to(device)
+        ids, mask = generate(model, ids, torch.ones_like(ids), uniform, stops, **more)
         text = show(ids[:, : mask.sum()])
         chat[:] = [*messages, {"role": "assistant", "content": text}] * typed
         if args.score:

@@ -12,11 +12,12 @@ Hugging Face folder, with metrics.jsonl, summary.json, samples.jsonl and TensorB
         --dataset my/prompts --learning-rate 3e-6 --output-dir runs/my-ppo
     torchrun --nproc-per-node 8 ppo_rlhf.py
 
-On several GPUs each process takes its share of the prompts (training and held-out) and has random
-numbers of its own for sampling and shuffling. Gradients, token counts, means and the whitening's
-mean and variance are over all of them. Every process holds whole models.
+On several GPUs each process takes its share of the episodes, by turns. A batch is the same on any
+number of them: sampling's random numbers belong to the episode, one permutation makes mini-batches;
+gradients, token counts, means and the whitening's mean and variance are over all processes. Each
+holds whole models or, with --fsdp, a part of each (docs/scaling.md).
 
-Left out: sharding, asynchronous rollouts, a KL loss (the KL is in the reward). The
+Left out: asynchronous rollouts, a KL loss (the KL is in the reward). The
 decoding loop is in generate.py. `D17` (a detail) and `B14` (a bug that others shipped) point to
 docs/details.md.
 
@@ -28,6 +29,7 @@ metrics are over the tokens where the mask is 1. A response cut off at R has end
 """
 
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -104,6 +106,10 @@ class Args:
     """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
     """torch.compile the models: a minute at the start, then faster on GPUs."""
+    fsdp: bool = False
+    """Under torchrun: shard weights, gradients and moments over the processes."""
+    cpu_offload: bool = False
+    """With --fsdp: keep the shards of reference and reward models in the CPU's memory."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of products; auto: bfloat16 where the device has it, else float32."""
     device: str = "auto"
@@ -279,24 +285,26 @@ def main(args: Args) -> None:
         max_length = utils.context_length(policy)
         ptx_rows = dataset.encode_demonstrations(tokenizer, ptx_data, max_length)
     num_updates = args.total_episodes // args.batch_size
-    micro_batch_size = utils.micro_batch_size(args, process.world, args.num_mini_batches)
+    utils.check_batch(args, process.world, args.num_mini_batches)
     trained = {"model": policy}
     if value_model is not None:
         trained["value_model"] = value_model
     for model in (policy, reference, value_model, *reward_models):
         if args.compile and model is not None:
             utils.compile_model(model)
+        if model is not None:
+            utils.spread(model, args, trained=model in trained.values())
 
     # ---- what the loop calls
     def sample_responses(
-        model: Any, prompts: list[dataset.Prompt], width: int, rng: torch.Generator
+        model: Any, prompts: list[dataset.Prompt], width: int, uniform: Tensor
     ) -> Batch:
-        """A response to each prompt, the prompts padded to `width` at least."""
+        """A response to each prompt; these are padded to `width` at least."""
         prompt_ids = [p.ids for p in prompts]
         prompt_ids, prompt_mask = dataset.pad(prompt_ids, pad_id, "left", device, width)  # D2
         with utils.autocast(device, args.dtype):
             response_ids, response_mask = generate.generate(  # [B, R], [B, R] D16
-                model, prompt_ids, prompt_mask, R, stop_ids, pad_id=pad_id, rng=rng, **sampling
+                model, prompt_ids, prompt_mask, uniform, stop_ids, pad_id=pad_id, **sampling
             )
         # all padding moves to the right, where causal attention needs no mask to leave it out
         mask = torch.cat([prompt_mask, response_mask], 1)  # [B, T]
@@ -305,18 +313,23 @@ def main(args: Args) -> None:
         is_response = F.pad(response_mask, (prompt_ids.shape[1], 0)).gather(1, order).bool()
         return Batch(prompt_ids, prompt_mask, response_ids, response_mask, ids, is_response)
 
-    def micro_batches(batch: Batch, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def micro_batches(
+        batch: Batch, rows: Tensor, most: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The batch's `rows` in micro-batches of similar length, cut to their longest sequence.
 
-        Each is rows [b], ids [b, T'] and is_response [b, T'].
+        Each is rows [b], ids [b, T'] and is_response [b, T']. There are as many as the process with
+        `most` rows needs; one without rows has one sequence, of which nothing is read.
         """
         lengths = (batch.prompt_mask.sum(1) + batch.response_mask.sum(1)).cpu()
-        rows = rows.sort().values  # one mini-batch: the same micro-batches as the rollout (D26)
-        for part in rows[lengths[rows].argsort(stable=True)].split(micro_batch_size):
-            longest = int(lengths[part].max())
-            part = part.to(device)
-            yield part, batch.ids[part, :longest], batch.is_response[part, :longest]
+        count = math.ceil(most / args.micro_batch_size)
+        for part in rows[lengths[rows].argsort(stable=True)].tensor_split(count):
+            longest = int(lengths[part].max()) if len(part) else 1
+            some = part.to(device) if len(part) else torch.zeros(1, dtype=int, device=device)
+            is_response = batch.is_response[some, :longest] & (len(part) > 0)
+            yield part.to(device), batch.ids[some, :longest], is_response
 
+    @distributed.forward_pass
     def policy_outputs(model: Any, ids: Tensor, is_response: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of a micro-batch's responses, in nats: both [b, R].
 
@@ -339,7 +352,8 @@ def main(args: Args) -> None:
         logprobs, entropies = outputs.unbind(1)
         return on_responses(logprobs, is_response), on_responses(entropies, is_response)
 
-    def value_outputs(ids: Tensor, is_response: Tensor) -> Tensor:
+    @distributed.forward_pass
+    def value_outputs(value_model: Any, ids: Tensor, is_response: Tensor) -> Tensor:
         """Values [b, R] of the states before the tokens, on the scale of the scores."""
         with utils.autocast(device, args.dtype):
             hidden = utils.hidden_states(value_model, ids)[:, :-1][is_response[:, 1:]]  # [N, H] B14
@@ -359,7 +373,7 @@ def main(args: Args) -> None:
         sequences, shortened = dataset.as_judged(reader, number, prompts, answers)  # D1
         scores = torch.zeros(len(sequences), device=device)
         order = torch.tensor([len(s) for s in sequences]).argsort(stable=True)  # little padding
-        for part in order.split(micro_batch_size):
+        for part in order.tensor_split(math.ceil(len(order) / args.micro_batch_size)):
             some = [sequences[i] for i in part]
             ids, mask = dataset.pad(some, reader[0].pad_token_id, "right", device)
             with utils.autocast(device, args.dtype):
@@ -400,12 +414,16 @@ def main(args: Args) -> None:
     def evaluate(model: Any) -> list[dict[str, Any]]:
         """A response to each held-out prompt, scored without EOS penalty and clip."""
         results: list[dict[str, Any]] = []
-        mine = eval_prompts[process.rank :: process.world]
-        share = args.batch_size // process.world
-        for i in range(0, len(mine), share):
-            prompts = mine[i : i + share]
-            rng = utils.generator(device, args.seed, EVALUATION, i, process.rank)
-            batch = sample_responses(model, prompts, 0, rng)
+        for i in range(0, len(eval_prompts), args.batch_size):
+            count = min(args.batch_size, len(eval_prompts) - i)
+            real = len(range(process.rank, count, process.world))
+            # as many in each process: one that has less answers the last prompt too
+            mine = torch.arange(process.rank, count + -count % process.world, process.world)
+            mine = mine.clamp(max=count - 1)
+            prompts = [eval_prompts[i + j] for j in mine.tolist()]
+            rng = utils.generator(device, args.seed, EVALUATION, i, 0)
+            uniform = generate.random_numbers(count, R, rng)[mine.to(device)]
+            batch = sample_responses(model, prompts, 0, uniform)
             responses, scored = real_tokens(batch), score_responses(prompts, batch)
             judged = [None] * len(prompts)
             if judge is not None:
@@ -413,11 +431,11 @@ def main(args: Args) -> None:
                     judge, judge_file, prompts, scored.texts, responses, update=update
                 )
             kl = torch.zeros(len(prompts), device=device)
-            for rows, ids, is_response in micro_batches(batch, torch.arange(len(prompts))):
+            for rows, ids, is_response in micro_batches(batch, torch.arange(len(mine)), len(mine)):
                 logprobs, _ = policy_outputs(model, ids, is_response)
                 ref_logprobs, _ = policy_outputs(reference, ids, is_response)
                 kl[rows] = (logprobs - ref_logprobs).sum(1)
-            for j, ids in enumerate(responses):
+            for j, ids in enumerate(responses[:real]):
                 result = {"prompt": prompts[j].text, "response": scored.texts[j]}
                 result |= {"score": scored.total[j].item(), "judge": judged[j], "kl": kl[j].item()}
                 results.append(result | {"length": len(ids), "eos_rate": ids[-1] in stop_ids})
@@ -426,29 +444,33 @@ def main(args: Args) -> None:
     def keep_best(result: dict[str, Any]) -> None:
         """Keep the policy of the best evaluation so far in best/ (D42)."""
         mean = result["policy"][result["win_rate_by"]]
-        if args.keep_best and mean > state["best"] and process.is_main:
+        if args.keep_best and mean > state["best"]:
             utils.save_model(policy, tokenizer, out / "best")
         state["best"] = max(state["best"], mean)
 
     def ptx_backward(count: int, rng: torch.Generator) -> Tensor:
         """Add the gradient of ptx_coef times the loss, in nats per token, on `count` rows (D31)."""
         rows = [ptx_rows[i] for i in torch.randint(len(ptx_rows), (count,), generator=rng).tolist()]
-        num_tokens = torch.tensor(sum(sum(x[1:]) for _, x in rows), device=device)
-        num_tokens = distributed.sum_all(num_tokens)
+        num_tokens = sum(sum(learned[1:]) for _, learned in rows)  # of all processes
         total = torch.zeros((), device=device)
 
         def cross_entropy(hidden: Tensor, tokens: Tensor) -> Tensor:
             return F.cross_entropy(utils.logits_of(policy, hidden), tokens, reduction="none")
 
-        for i in range(0, count, micro_batch_size):
-            micro = rows[i : i + micro_batch_size]
-            ids, _ = dataset.pad([ids for ids, _ in micro], pad_id, "right", device)  # [b, T]
-            is_target, _ = dataset.pad([learned for _, learned in micro], False, "right", device)
+        @distributed.forward_pass
+        def sum_of_losses(policy: Any, rows: list[tuple[list[int], list[bool]]]) -> Tensor:
+            rows = rows or [([pad_id], [False])]
+            ids, _ = dataset.pad([ids for ids, _ in rows], pad_id, "right", device)  # [b, T]
+            is_target, _ = dataset.pad([learned for _, learned in rows], False, "right", device)
             is_target = is_target[:, 1:]  # [b, T - 1]
             with utils.autocast(device, args.dtype):
                 hidden = utils.hidden_states(policy, ids)[:, :-1][is_target]  # [N, H]
                 losses = utils.in_chunks(cross_entropy, policy, hidden, ids[:, 1:][is_target])
-            loss = losses.sum() / num_tokens
+            return losses.sum()
+
+        size = args.micro_batch_size
+        for micro in distributed.micro_batches(rows, size, lambda row: len(row[0])):
+            loss = sum_of_losses(policy, micro) / num_tokens
             (args.ptx_coef * loss).backward()
             total += loss.detach()
         return distributed.sum_all(total)
@@ -464,11 +486,9 @@ def main(args: Args) -> None:
     groups = [{"params": some} for some in own]
     optimizer = torch.optim.AdamW(groups, lr=0.0, eps=1e-5, weight_decay=0.0, fused=True)
     checkpoints = utils.Checkpoints(out, trained, tokenizer, optimizer, args.keep_checkpoints)
-    state = {"step": 0, "processes": process.world, "kl_coef": args.kl_coef, "best": -float("inf")}
+    state = {"step": 0, "kl_coef": args.kl_coef, "best": -float("inf")}
     if args.resume:
         state |= checkpoints.load() or {}
-    if state["processes"] != process.world:  # each has random numbers of its own
-        utils.stop(f"--resume: it had {state['processes']} processes; start as many")
     size = f"{sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M parameters"
     work = f"{len(train_prompts)} prompts, {num_updates} updates"
     ends = " or ".join(tokenizer.convert_ids_to_tokens(stop_ids))
@@ -481,28 +501,31 @@ def main(args: Args) -> None:
         do_sample=True, max_new_tokens=R, eos_token_id=stop_ids, **sampling, **special
     )
     logger = utils.Logger(out, args, process, "update", done, num_updates, shown)
-    interruption = utils.Interruption(process)
+    interruption = distributed.Interruption(process)
     for update in range(done + 1, num_updates + 1):
         clock, kl_coef = [utils.now(device)], state["kl_coef"]
 
-        # 1. sample prompts: each process its share of the same order
+        # 1. sample prompts; processes take them by turns, with all responses to each
         count = args.batch_size // args.samples_per_prompt
         drawn = dataset.cycle(train_prompts, (update - 1) * count, count, args.seed)
         width = max(len(p.ids) for p in drawn)  # P
-        mine = drawn[process.rank :: process.world]
-        prompts = [p for p in mine for _ in range(args.samples_per_prompt)]
+        prompt_of = torch.arange(args.batch_size) // args.samples_per_prompt  # of each episode
+        process_of = prompt_of % process.world
+        mine = (process_of == process.rank).nonzero().squeeze(1)  # [B] numbers of its episodes
+        prompts = [drawn[i] for i in prompt_of[mine]]
 
         # 2. generate responses, then read log-probabilities and values as training will (D26)
-        rng = utils.generator(device, args.seed, SAMPLING, update, process.rank)  # D7
-        batch = sample_responses(policy, prompts, width, rng)
+        rng = utils.generator(device, args.seed, SAMPLING, update, 0)
+        uniform = generate.random_numbers(args.batch_size, R, rng)[mine.to(device)]  # D7
+        batch = sample_responses(policy, prompts, width, uniform)
         response_mask = batch.response_mask  # [B, R]
         logprobs, ref_logprobs, values = torch.zeros(3, *response_mask.shape, device=device)
         with torch.no_grad():
-            for rows, ids, is_response in micro_batches(batch, torch.arange(len(prompts))):
+            for rows, ids, is_response in micro_batches(batch, torch.arange(len(mine)), len(mine)):
                 logprobs[rows], _ = policy_outputs(policy, ids, is_response)
                 ref_logprobs[rows], _ = policy_outputs(reference, ids, is_response)
                 if value_model is not None:
-                    values[rows] = value_outputs(ids, is_response)
+                    values[rows] = value_outputs(value_model, ids, is_response)
         clock.append(utils.now(device))
 
         # 3. score them
@@ -568,28 +591,35 @@ def main(args: Args) -> None:
         rollout |= {"advantages": advantages, "token_rewards": scored.token_rewards}
 
         # 6. PPO update
-        if interruption.came():  # nothing is changed yet: the models are the last update's
-            interruption.leave(checkpoints, update - 1, state)
+        if (
+            signal := interruption.came()
+        ):  # nothing is changed yet: the models are the last update's
+            utils.leave(signal, checkpoints, update - 1, state)
         left = 1 - (update - 1) / num_updates
         for group, rate in zip(optimizer.param_groups, rates, strict=False):
             group["lr"] = rate * left  # D6, D38
         policy_weights.requires_grad_(update > args.critic_warmup_updates)  # D32
         for model in trained.values():
             utils.set_gradient_checkpointing(model, args.gradient_checkpointing)
-        shuffle = utils.generator("cpu", args.seed, SHUFFLING, update, process.rank)
-        ptx_rng = utils.generator("cpu", args.seed, PTX, update, process.rank)
+        shuffle = utils.generator("cpu", args.seed, SHUFFLING, update, 0)
+        ptx_rng = utils.generator("cpu", args.seed, PTX, update, 0)
         batch_tokens = distributed.sum_all(response_mask.sum())
         epoch_means: list[dict[str, float]] = []
         grad_norms, ptx_losses = [], []
-        ratio_error = torch.zeros((), device=device)  # the largest |ratio - 1| at the start
         ratios = torch.ones_like(logprobs)  # [B, R] of the last pass over the batch
         for _ in range(args.num_ppo_epochs):  # D25
             sums: dict[str, Any] = defaultdict(float)
-            order = torch.randperm(len(prompts), generator=shuffle)
+            order = torch.randperm(args.batch_size, generator=shuffle)  # of all processes' episodes
             for minibatch in order.chunk(args.num_mini_batches):
+                rows = torch.isin(mine, minibatch).nonzero().squeeze(1)  # its own, in their order
+                most = int(process_of[minibatch].bincount().max())
                 # losses are sums over tokens, divided by the count of all processes (D9, B12)
-                num_tokens = distributed.sum_all(response_mask[minibatch.to(device)].sum())
-                for rows, ids, is_response in micro_batches(batch, minibatch):
+                num_tokens = distributed.sum_all(response_mask[rows.to(device)].sum())
+                if args.ptx_coef and update > args.critic_warmup_updates:  # as many texts (D31)
+                    ptx_losses.append(ptx_backward(len(minibatch), ptx_rng))
+                # one mini-batch: the same micro-batches as in the rollout (D26)
+                parts = [*micro_batches(batch, rows, most)]
+                for rows, ids, is_response in distributed.sums_in_last(parts, trained.values()):
                     mask = response_mask[rows]  # [b, R]
                     new_logprobs, entropies = policy_outputs(policy, ids, is_response)  # [b, R]
                     log_ratio = new_logprobs - logprobs[rows]  # [b, R]
@@ -607,7 +637,7 @@ def main(args: Args) -> None:
                     # it shares no trained weight with the policy, whose graph is gone now
                     value_losses = value_clipped = torch.zeros_like(ratio)
                     if value_model is not None:
-                        new_values = value_outputs(ids, is_response)  # [b, R]
+                        new_values = value_outputs(value_model, ids, is_response)  # [b, R]
                         low = values[rows] - args.cliprange_value
                         high = values[rows] + args.cliprange_value
                         errors = (new_values - returns[rows]).square()
@@ -629,17 +659,15 @@ def main(args: Args) -> None:
                     }
                     for name, x in token_stats.items():
                         sums[name] += utils.masked_sum(x.detach().double(), mask)
-                    if not grad_norms:  # no step yet: it is 1 (D26)
-                        ratio_error = torch.max(ratio_error, (ratio - 1).abs().max().detach())
-                if args.ptx_coef and update > args.critic_warmup_updates:  # as many texts (D31)
-                    ptx_losses.append(ptx_backward(len(minibatch), ptx_rng))
-                distributed.sum_gradients(parameters)
+                if not grad_norms:  # no step yet: it is 1 (D26)
+                    ratio_error = (ratios - 1).abs().max()
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)  # D29
+                norm = distributed.full(norm)
                 losses = {f"{name}_loss": sums[f"loss/{name}_avg"] for name in ("policy", "value")}
                 numbers = rollout | losses | {"gradient_norm": norm}
                 utils.check_finite(f"update {update}", numbers)
                 optimizer.step()
-                optimizer.zero_grad()
+                optimizer.zero_grad(set_to_none=process.world == 1)  # else views of buckets
                 grad_norms.append(norm)
             means = distributed.sum_all(torch.stack([*sums.values()])) / batch_tokens
             epoch_means.append(dict(zip(sums, means.tolist(), strict=True)))
@@ -711,14 +739,12 @@ def main(args: Args) -> None:
             error = min(max(metrics["objective/kl"] / args.kl_target - 1, -0.2), 0.2)
             state["kl_coef"] *= 1 + error * args.batch_size / args.kl_horizon
         if args.save_every and update % args.save_every == 0 and update < num_updates:
-            if process.is_main:
-                checkpoints.save(update, state)
-        if interruption.came():
-            interruption.leave(checkpoints, update, state)
+            checkpoints.save(update, state)
+        if signal := interruption.came():
+            utils.leave(signal, checkpoints, update, state)
 
     # ---- what it leaves
-    if process.is_main:  # before the evaluation, in which a judge may fail
-        utils.save_model(policy, tokenizer, out)
+    utils.save_model(policy, tokenizer, out)  # before the evaluation, in which a judge may fail
     after = evaluate(policy)
     show_samples(logger, num_updates, before, after, shown=4)
     result, seconds = compare(before, after), time.time() - started

@@ -93,6 +93,8 @@ class Args:
     """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
     """torch.compile the model: a minute at the start, then faster on GPUs."""
+    fsdp: bool = False
+    """Under torchrun: shard weights, gradients and moments over the processes."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of products; auto: bfloat16 where the device has it, else float32."""
     device: str = "auto"
@@ -129,7 +131,7 @@ def main(args: Args) -> None:
     args.lm_coef = 1.0 * embedded if args.lm_coef is None else args.lm_coef
     may_be_0 = "warmup_ratio prefix_coef lm_coef"
     utils.check_numbers(args, may_be_0, at_most_1="warmup_ratio")
-    micro_batch_size = utils.micro_batch_size(args, process.world)
+    utils.check_batch(args, process.world)
     utils.check_output(args, "reward_model")
     if not embedded and args.normalize_with == Args.normalize_with:
         utils.stop("--normalize-with: names the embedded task's data; pass your own, or none")
@@ -172,6 +174,7 @@ def main(args: Args) -> None:
             utils.stop(f"--max-length: all demonstrations exceed {max_length} tokens; raise it")
     if args.compile:
         utils.compile_model(model)
+    utils.spread(model, args)
     out = utils.open_output(args, "reward_model", process)
 
     # AdamW without weight decay; its rate rises in a line, then falls to 0 as a cosine (D6)
@@ -194,26 +197,51 @@ def main(args: Args) -> None:
     shown = "loss accuracy tokens_per_second"
     logger = utils.Logger(out, args, process, "step", start, num_steps, shown)
 
-    def score(texts: list[list[int]]) -> Tensor:
-        """Raw scores [B] of token ids that end with EOS, read at their last token (D10)."""
-        ids, mask = dataset.pad(texts, pad_id, "right", device)  # [B, T]
-        with utils.autocast(device, args.dtype):
-            return utils.last_token_scores(model, ids, mask)
-
     def cross_entropy(hidden: Tensor, tokens: Tensor) -> Tensor:
         """Nats [n] of tokens [n] after hidden states [n, H]."""
         return F.cross_entropy(utils.logits_of(model, hidden), tokens, reduction="none")
 
+    @distributed.forward_pass
+    def losses_of(model: Any, pairs: list[Pair], num_pairs: int, num_tokens: int) -> Tensor:
+        """A micro-batch's parts of three losses, accuracy and margin: [5]."""
+        # both sides in one forward pass, the chosen first (D11)
+        texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+        ids, mask = dataset.pad(texts or [[eos_id]] * 2, pad_id, "right", device)  # [2B, T]
+        with utils.autocast(device, args.dtype):
+            hidden = utils.hidden_states(model, ids)  # [2B, T, H]
+        scores = utils.head_outputs(model, hidden)  # [2B, T] of each text up to each token
+        last = mask.sum(1, keepdim=True) - 1  # [2B, 1] where the whole text is scored (D10)
+        margins = scores.gather(1, last).squeeze(1).chunk(2)  # [B] of chosen and rejected
+        margins = (margins[0] - margins[1])[: len(pairs)]  # none of a process without pairs
+        pair_loss = -F.logsigmoid(margins).sum() / num_pairs  # D9, B12, B22
+        prefix_loss = lm_loss = torch.zeros((), device=device)
+        if args.prefix_coef:  # the same for the beginnings that differ (D45)
+            (a, b), (in_a, in_b) = ids.chunk(2), mask.bool().chunk(2)
+            differ = (a != b).cumsum(1).bool() & in_a & in_b  # [B, T]
+            chosen, rejected = scores.chunk(2)
+            losses = -F.logsigmoid(chosen - rejected)  # [B, T]
+            means = torch.where(differ, losses, 0.0).sum(1) / differ.sum(1).clamp(min=1)
+            prefix_loss = means.sum() / num_pairs
+        if args.lm_coef:  # the chosen text's tokens, each after those before it (D46)
+            is_target = mask.chunk(2)[0][:, 1:].bool()  # [B, T - 1]
+            states = hidden.chunk(2)[0][:, :-1][is_target]  # [N, H]
+            tokens = ids.chunk(2)[0][:, 1:][is_target]  # [N]
+            lm_loss = utils.in_chunks(cross_entropy, model, states, tokens).sum() / num_tokens
+        accuracy, margin = (margins > 0).sum() / num_pairs, margins.sum() / num_pairs
+        return torch.stack([pair_loss, prefix_loss, lm_loss, accuracy, margin])
+
     @torch.no_grad()
     def score_all(texts: list[list[int]]) -> np.ndarray:
-        """Raw scores of many texts, in their order, each process scoring its share."""
-        mine = texts[process.rank :: process.world]
-        order = sorted(range(len(mine)), key=lambda i: len(mine[i]))
-        scores = torch.zeros(len(mine))
-        for i in range(0, len(mine), 2 * micro_batch_size):
-            part = order[i : i + 2 * micro_batch_size]
-            scores[part] = score([mine[j] for j in part]).cpu()
-        return np.array(distributed.gather(scores.tolist()))
+        """Raw scores of many texts that end with EOS, each process scoring its share (D10)."""
+        scores, numbers = torch.zeros(len(texts), device=device), range(len(texts))
+        size = 2 * args.micro_batch_size
+        for part in distributed.micro_batches(numbers, size, lambda i: len(texts[i])):
+            some = [texts[i] for i in part] or [[eos_id]]
+            ids, mask = dataset.pad(some, pad_id, "right", device)  # [B, T]
+            with utils.autocast(device, args.dtype):
+                raw = utils.last_token_scores(model, ids, mask)  # [B]
+            scores[part] = raw[: len(part)]
+        return distributed.sum_all(scores).cpu().numpy()
 
     def evaluate() -> dict[str, float]:
         """Accuracy, margin and dependence on length over the held-out pairs (D14)."""
@@ -231,7 +259,7 @@ def main(args: Args) -> None:
 
     # ---- train
     utils.set_gradient_checkpointing(model, args.gradient_checkpointing)
-    interruption = utils.Interruption(process)
+    interruption = distributed.Interruption(process)
     steps = dataset.batches(len(train_pairs), args.batch_size, args.epochs, args.seed, start)
     for step, indices in steps:
         step_started = time.time()
@@ -244,42 +272,20 @@ def main(args: Args) -> None:
             group["lr"] = lr
 
         batch = [train_pairs[i] for i in indices]
-        mine = sorted(batch[process.rank :: process.world], key=length)  # little padding
         num_tokens = sum(len(pair.chosen) - 1 for pair in batch)  # that follow another
         totals = torch.zeros(5, device=device)
-        for i in range(0, len(mine), micro_batch_size):
-            micro = mine[i : i + micro_batch_size]
-            # both sides in one forward pass, the chosen first (D11)
-            texts = [pair.chosen for pair in micro] + [pair.rejected for pair in micro]
-            ids, mask = dataset.pad(texts, pad_id, "right", device)  # [2B, T]
-            with utils.autocast(device, args.dtype):
-                hidden = utils.hidden_states(model, ids)  # [2B, T, H]
-            scores = utils.head_outputs(model, hidden)  # [2B, T] of each text up to each token
-            last = mask.sum(1, keepdim=True) - 1  # [2B, 1] where the whole text is scored (D10)
-            chosen, rejected = scores.gather(1, last).squeeze(1).chunk(2)  # [B], [B]
-            pair_loss = -F.logsigmoid(chosen - rejected).sum() / len(batch)  # D9, B12, B22
-            prefix_loss = lm_loss = torch.zeros((), device=device)
-            if args.prefix_coef:  # the same for the beginnings that differ (D45)
-                (a, b), (in_a, in_b) = ids.chunk(2), mask.bool().chunk(2)
-                differ = (a != b).cumsum(1).bool() & in_a & in_b  # [B, T]
-                losses = -F.logsigmoid(scores[: len(micro)] - scores[len(micro) :])  # [B, T]
-                means = torch.where(differ, losses, 0.0).sum(1) / differ.sum(1).clamp(min=1)
-                prefix_loss = means.sum() / len(batch)
-            if args.lm_coef:  # the chosen text's tokens, each after those before it (D46)
-                is_target = mask[: len(micro), 1:].bool()  # [B, T - 1]
-                states = hidden[: len(micro), :-1][is_target]  # [N, H]
-                tokens = ids[: len(micro), 1:][is_target]  # [N]
-                lm_loss = utils.in_chunks(cross_entropy, model, states, tokens).sum() / num_tokens
+        micro_batches = distributed.micro_batches(batch, args.micro_batch_size, length)
+        for micro in distributed.sums_in_last(micro_batches, [model]):
+            sums = losses_of(model, micro, len(batch), num_tokens)
+            pair_loss, prefix_loss, lm_loss = sums[:3]
             (pair_loss + args.prefix_coef * prefix_loss + args.lm_coef * lm_loss).backward()
-            accuracy, margin = (chosen > rejected).sum(), (chosen - rejected).sum()
-            sums = [pair_loss, prefix_loss, lm_loss, accuracy / len(batch), margin / len(batch)]
-            totals += torch.stack(sums).detach()
+            totals += sums.detach()
         loss, prefix_loss, lm_loss, accuracy, margin = distributed.sum_all(totals).tolist()
-        distributed.sum_gradients(parameters)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()  # D29
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)  # D29
+        grad_norm = distributed.full(grad_norm).item()
         utils.check_finite(f"step {step}", {"loss": loss, "gradient_norm": grad_norm})
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=process.world == 1)  # else they are views of buckets
 
         tokens_per_second = sum(map(length, batch)) / (time.time() - step_started)
         metrics = {"loss": loss, "accuracy": accuracy, "margin": margin, "lr": lr}
@@ -290,10 +296,9 @@ def main(args: Args) -> None:
             metrics |= {f"eval/{name}": value for name, value in evaluate().items()}
         logger.log(step, metrics)
         if args.save_every and step % args.save_every == 0 and step < num_steps:
-            if process.is_main:
-                checkpoints.save(step, {})
-        if interruption.came():
-            interruption.leave(checkpoints, step, {})
+            checkpoints.save(step, {})
+        if signal := interruption.came():
+            utils.leave(signal, checkpoints, step, {})
 
     # ---- normalize
     if sft_texts:
@@ -308,8 +313,8 @@ def main(args: Args) -> None:
     low, high = wilson_interval(result["accuracy"], pairs)
     result["mean_margin"] /= model.config.reward_std
     seconds = time.time() - started
+    utils.save_model(model, tokenizer, out)
     if process.is_main:
-        utils.save_model(model, tokenizer, out)
         summary = result | {"accuracy_interval": [low, high], "pairs": pairs, "seconds": seconds}
         utils.write_summary(out, args, model, summary)
     logger.close()

@@ -19,11 +19,12 @@ B sequences, T tokens, N of them to learn from, H hidden size, V vocabulary. `D8
 points to docs/details.md.
 """
 
+import functools
 import itertools
 import math
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +88,8 @@ class Args:
     """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
     """torch.compile the model: a minute at the start, then faster on GPUs."""
+    fsdp: bool = False
+    """Under torchrun: shard weights, gradients and moments over the processes."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of products; auto: bfloat16 where the device has it, else float32."""
     device: str = "auto"
@@ -119,7 +122,7 @@ def main(args: Args) -> None:
     process = utils.start_process(args)
     device = process.device
     utils.check_numbers(args, may_be_0="warmup_ratio", at_most_1="warmup_ratio")
-    micro_batch_size = utils.micro_batch_size(args, process.world)
+    utils.check_batch(args, process.world)
     utils.check_output(args, "sft")
 
     # ---- data and model
@@ -144,6 +147,7 @@ def main(args: Args) -> None:
         utils.say(f"sft: {cut} of {len(train_rows)} completions are cut (--max-length)")
     if args.compile:
         utils.compile_model(model)
+    utils.spread(model, args)
     out = utils.open_output(args, "sft", process)
 
     # AdamW without weight decay; its rate rises in a line, then falls to 0 as a cosine (D6)
@@ -167,12 +171,18 @@ def main(args: Args) -> None:
     shown = "loss grad_norm tokens_per_second"
     logger = utils.Logger(out, args, process, "step", start, num_steps, shown)
 
+    micro_batches = functools.partial(  # this process's, as many as the others'
+        distributed.micro_batches, size=args.micro_batch_size, length=length
+    )
+
     def cross_entropy(hidden: Tensor, tokens: Tensor) -> Tensor:
         """Of some of the N tokens, in nats: [n], from the hidden states [n, H] before them."""
         return F.cross_entropy(utils.logits_of(model, hidden), tokens, reduction="none")
 
-    def sum_of_losses(rows: list[tuple[list[int], list[bool]]]) -> Tensor:
+    @distributed.forward_pass
+    def sum_of_losses(model: Any, rows: list[tuple[list[int], list[bool]]]) -> Tensor:
         """Cross-entropy in nats, summed over the learned tokens."""
+        rows = rows or [([tokenizer.eos_token_id], [False])]  # no tokens: the sum is 0
         ids, _ = dataset.pad([ids for ids, _ in rows], tokenizer.pad_token_id, "right", device)
         # the answers' tokens only, EOS among them (D8, D44)
         is_target, _ = dataset.pad([learned for _, learned in rows], False, "right", device)
@@ -185,18 +195,16 @@ def main(args: Args) -> None:
     @torch.no_grad()
     def evaluate() -> float:
         """Cross-entropy per completion token of the held-out rows, in nats."""
-        mine = sorted(eval_rows[process.rank :: process.world], key=length)
         totals = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
-        for i in range(0, len(mine), micro_batch_size):
-            rows = mine[i : i + micro_batch_size]
-            totals[0] += sum_of_losses(rows).double()
+        for rows in micro_batches(eval_rows):
+            totals[0] += sum_of_losses(model, rows).double()
             totals[1] += count_targets(rows)
         nats, tokens = distributed.sum_all(totals).tolist()
         return nats / tokens
 
     # ---- train
     utils.set_gradient_checkpointing(model, args.gradient_checkpointing)
-    interruption = utils.Interruption(process)
+    interruption = distributed.Interruption(process)
     steps = dataset.batches(len(train_rows), args.batch_size, args.epochs, args.seed, start)
     for step, indices in steps:
         step_started = time.time()
@@ -210,19 +218,18 @@ def main(args: Args) -> None:
 
         batch = [train_rows[i] for i in indices]
         num_tokens = count_targets(batch)  # over all processes: each knows the whole batch
-        mine = sorted(batch[process.rank :: process.world], key=length)  # little padding
         loss = torch.zeros((), device=device)
-        for i in range(0, len(mine), micro_batch_size):
+        for rows in distributed.sums_in_last(micro_batches(batch), [model]):
             # a sum over tokens by the whole batch's count, never a mean of means (D9, B12, B22)
-            micro_loss = sum_of_losses(mine[i : i + micro_batch_size]) / num_tokens
+            micro_loss = sum_of_losses(model, rows) / num_tokens
             micro_loss.backward()
             loss += micro_loss.detach()
         loss = distributed.sum_all(loss).item()
-        distributed.sum_gradients(parameters)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()  # D29
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)  # D29
+        grad_norm = distributed.full(grad_norm).item()
         utils.check_finite(f"step {step}", {"loss": loss, "gradient_norm": grad_norm})
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=process.world == 1)  # else they are views of buckets
 
         tokens_per_second = sum(map(length, batch)) / (time.time() - step_started)
         metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
@@ -231,14 +238,12 @@ def main(args: Args) -> None:
             metrics["eval_loss"] = evaluate()
         logger.log(step, metrics)
         if args.save_every and step % args.save_every == 0 and step < num_steps:
-            if process.is_main:
-                checkpoints.save(step, {})
-        if interruption.came():
-            interruption.leave(checkpoints, step, {})
+            checkpoints.save(step, {})
+        if signal := interruption.came():
+            utils.leave(signal, checkpoints, step, {})
 
     # ---- what it leaves
-    if process.is_main:
-        utils.save_model(model, tokenizer, out)
+    utils.save_model(model, tokenizer, out)
     eval_loss, seconds = evaluate(), time.time() - started
     perplexity = math.exp(eval_loss)
     if process.is_main:

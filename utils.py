@@ -13,7 +13,6 @@ import inspect
 import json
 import os
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -57,7 +56,7 @@ def visible(text: str) -> str:
 
 def say(line: str) -> None:
     """Print a line, in the main process only."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if distributed.is_main():
         print(visible(line), flush=True)
 
 
@@ -95,7 +94,10 @@ def stage() -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             fix = "lower --micro-batch-size or add --gradient-checkpointing"
         elif not isinstance(error, OSError) and "os error" not in str(error):
-            raise  # a bug
+            if not distributed.lost_others(error):
+                raise  # a bug
+            fix = "its own error says why"
+            error = ConnectionError("another process has ended")
         where = f"{progress.unit} {progress.n + 1}" if progress is not None else "start"
         stop(f"{where}: {first_line(error)}; {fix}", 1)
     finally:
@@ -121,6 +123,14 @@ def start_process(args: Any) -> Process:
     except ValueError as error:
         stop(f"--device: {error}; leave it out")
     process = distributed.join(device)
+    if getattr(args, "fsdp", False):
+        if not distributed.launch():
+            stop("--fsdp: shards models over processes; start it by torchrun")
+        for name in ("lora_rank", "compile"):
+            if getattr(args, name):
+                stop(f"--fsdp: does not go with {flag(name)}; leave one out")
+    elif getattr(args, "cpu_offload", False):
+        stop("--cpu-offload: goes with --fsdp; pass both or neither")
     torch.manual_seed(args.seed % 2**63)  # heads start alike in all processes
     if args.dtype == "auto":
         native = "bfloat16" if distributed.multiplies_bfloat16(device) else "float32"
@@ -143,37 +153,16 @@ def generator(device: torch.device | str, *numbers: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
-class Interruption:
-    """SIGTERM or Ctrl-C: noted when it comes, acted on where the loop asks; a second ends it."""
-
-    def __init__(self, process: Process):
-        self.process, self.owner, self.signal, self.time = process, os.getpid(), 0, 0.0
-        signal.signal(signal.SIGTERM, self.note)
-        signal.signal(signal.SIGINT, self.note)
-
-    def note(self, number: int, frame: Any) -> None:
-        # a forked worker of a reward function ends when it is told to; a Ctrl-C that torchrun
-        # passes on has come to its processes already, and is not a second one
-        if os.getpid() != self.owner or (self.signal and time.monotonic() - self.time > 1):
-            os._exit(128 + number)
-        self.signal, self.time = self.signal or number, self.time or time.monotonic()
-
-    def came(self) -> bool:
-        """Whether a signal has come to any process; all ask at the same places."""
-        number = torch.tensor(self.signal, device=self.process.device)
-        self.agreed = int(distributed.max_all(number))
-        return self.agreed != 0
-
-    def leave(self, checkpoints: "Checkpoints", step: int, state: dict[str, Any]) -> NoReturn:
-        """Save the state after `step`, say how to continue, exit with 128 + the signal's number."""
-        if step and self.process.is_main:  # a run without checkpoints starts from step 0
-            checkpoints.save(step, state)
-        distributed.barrier()
-        if self.process.is_main:
-            progress.close()
-            line = f"interrupted after {progress.unit} {step}; add --resume to continue"
-            print(line, file=sys.stderr)
-        raise SystemExit(128 + self.agreed)
+def leave(signal: int, saver: "Checkpoints", step: int, state: dict[str, Any]) -> NoReturn:
+    """Save the state after `step`, say how to continue, exit with 128 + the signal's number."""
+    if step:  # a run without checkpoints starts from step 0
+        saver.save(step, state)
+    distributed.barrier()
+    if distributed.is_main():
+        progress.close()
+        line = f"interrupted after {progress.unit} {step}; add --resume to continue"
+        print(line, file=sys.stderr)
+    raise SystemExit(128 + signal)
 
 
 # ---- flags and folders
@@ -205,17 +194,19 @@ def check_numbers(args: Any, may_be_0: str = "", at_most_1: str = "") -> None:
                 stop(f"{flag(name)}: {value} is out of range; pass {wanted}")
 
 
-def micro_batch_size(args: Any, world: int, mini_batches: int = 1) -> int:
-    """`--micro-batch-size`, or a process's share of a mini-batch where that is smaller."""
-    size = max(1, min(args.micro_batch_size, args.batch_size // (world * mini_batches)))
-    if args.batch_size % (multiple := size * world * mini_batches):
+def check_batch(args: Any, world: int, parts: int = 1) -> None:
+    """Stop unless each process gets as many rows of a batch, or of its `parts`."""
+    if args.batch_size % (multiple := world * parts):
         stop(f"--batch-size: {args.batch_size} does not divide; pass a multiple of {multiple}")
-    return size
 
 
 def check_output(args: Any, stage: str) -> None:
     """Stop if `--output-dir` holds what this run must not touch."""
     out = Path(args.output_dir).expanduser()
+    if distributed.started_again():  # as far as a checkpoint, whatever its flags
+        same = flags_of(out).get("launch") == distributed.launch()
+        if distributed.from_main(same):
+            args.resume, args.overwrite = True, False
     if args.resume and args.overwrite:
         stop("--resume: contradicts --overwrite; pass one")
     if args.track:
@@ -263,7 +254,10 @@ def open_output(args: Any, stage: str, process: Process) -> Path:
             for path in sorted(out.iterdir(), key=lambda path: path.name == "args.json"):
                 if args.overwrite and path.name != "run.lock":  # args.json, which names it, last
                     discard(path)
-            text = json.dumps({"stage": stage} | vars(args), indent=2)
+            facts = {"stage": stage} | vars(args)
+            if launch := distributed.launch():
+                facts["launch"] = launch
+            text = json.dumps(facts, indent=2)
             write_text(out / "args.json", text + "\n")
         except filelock.Timeout:
             stop(f"{out}: is in use by another run; pass another --output-dir")
@@ -329,6 +323,8 @@ def from_pretrained(auto_class: Any, model: str, **kwargs: Any) -> Any:
     """`auto_class.from_pretrained` of a folder or hub id; what it raises becomes one line."""
     path = Path(model).expanduser()
     local = path.exists() or model.startswith((".", "/", "~", "runs/")) or model.count("/") > 1
+    if (path / "shards").is_dir():
+        stop(f"{model}: is a checkpoint in shards; pass the folder of its run once that has ended")
     if local and not [*path.glob("config.json"), *path.glob("adapter_config.json")]:
         stop(f"{model}: holds no model; run the stage that makes it, or pass another")
     try:
@@ -465,6 +461,14 @@ def attention(module: Any, *inputs: Tensor | None, **kwargs: Any) -> tuple:
 transformers.AttentionInterface.register("sdpa", attention)
 
 
+def spread(model: Any, args: Any, trained: bool = True) -> None:
+    """Let the processes of torchrun, if any, share the work on a model; with --fsdp the model."""
+    if args.fsdp:
+        distributed.shard(model, args.dtype, offload=not trained and args.cpu_offload)
+    elif trained:
+        distributed.replicate(model)
+
+
 def compile_model(model: Any) -> None:
     """Compile what comes before the head, on first use; decoding does without."""
     torch._dynamo.config.recompile_limit = 64  # models of one class share code
@@ -532,6 +536,7 @@ def head_outputs(model: Any, hidden: Tensor) -> Tensor:
         return model.score(hidden.float()).squeeze(-1)
 
 
+@distributed.forward_pass
 def last_token_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """Raw reward [B] of right-padded ids [B, T], at the last real token (D1, D10, B20, B21)."""
     hidden, last = hidden_states(model, ids), mask.sum(1) - 1
@@ -657,8 +662,15 @@ def short_names(names: list[str]) -> list[str]:
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write an ordinary Hugging Face folder: config.json last, without which it is no model."""
-    part = folder / "model.part"
+    """Write an ordinary Hugging Face folder: config.json last, without which it is no model.
+
+    All processes call it; the main one writes.
+    """
+    part, weights = folder / "model.part", None
+    if distributed.is_sharded(model):
+        weights = distributed.whole_weights(model)
+    if not distributed.is_main():
+        return
     discard(part)
     if hasattr(model, "lora_config"):  # merged in float32
         like, adapter = model, part / "adapter"
@@ -666,7 +678,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
         model = load_model(type(like), str(adapter), torch.device("cpu"), config=like.config)
         if like.can_generate():
             model.generation_config = like.generation_config
-    model.save_pretrained(part)
+    model.save_pretrained(part, state_dict=weights)
     tokenizer.save_pretrained(part)
     for path in sorted(part.iterdir(), key=lambda path: path.name == "config.json"):
         discard(folder / path.name)
@@ -722,20 +734,33 @@ class Checkpoints(NamedTuple):
     keep: int  # of the newest
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write `checkpoint/STEP`, which gets its name once it is whole and on the disk."""
-        final = self.out / "checkpoint" / f"{step:06d}"
+        """Write `checkpoint/STEP`, which gets its name once it is whole and on the disk.
+
+        All processes call it; of sharded models each writes its part, else the main one all.
+        """
+        final, main = self.out / "checkpoint" / f"{step:06d}", distributed.is_main()
         part = final.with_name(final.name + ".part")
-        if final.exists() and not damage(final):  # interrupted right after it was saved
+        # interrupted right after it was saved
+        if distributed.from_main(main and final.exists() and not damage(final)):
             return
-        discard(final)
-        discard(part)
-        part.mkdir(parents=True)
-        for name, model in self.models.items():
-            save_weights(model, part, name)
-        self.tokenizer.save_pretrained(part)
+        if main:
+            discard(final)
+            discard(part)
+            part.mkdir(parents=True)
+        distributed.barrier()
         moments = self.optimizer.state_dict()["state"]
         flat = {f"{i}.{name}": x for i, of_i in moments.items() for name, x in of_i.items()}
-        safetensors.torch.save_file(flat, part / "optimizer.safetensors")
+        if self.is_sharded():
+            flat = self.tensors() | {f"optimizer.{key}": x for key, x in flat.items()}
+            distributed.save_shards(flat, part / "shards")
+            distributed.barrier()
+        if not main:
+            return
+        if not self.is_sharded():
+            for name, model in self.models.items():
+                save_weights(model, part, name)
+            safetensors.torch.save_file(flat, part / "optimizer.safetensors")
+        self.tokenizer.save_pretrained(part)
         (part / "state.json").write_text(json.dumps({"step": step} | state))
         (part / "SHA256SUMS").write_text(checksums(part))
         sync(self.out / "metrics.jsonl")  # a checkpoint is never ahead of its records
@@ -743,9 +768,17 @@ class Checkpoints(NamedTuple):
         for path in {*checkpoints(self.out)[self.keep :]} - {final}:
             discard(path)
 
+    def is_sharded(self) -> bool:
+        return any(map(distributed.is_sharded, self.models.values()))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights of all models by the names of model and weight."""
+        of_models = [(name, weights_of(model, name)[1]) for name, model in self.models.items()]
+        return {f"{name}.{key}": x for name, weights in of_models for key, x in weights.items()}
+
     def load(self) -> dict[str, Any] | None:
         """Restore the newest whole checkpoint and return its numbers; None where there is none."""
-        found = checkpoints(self.out) if os.environ.get("RANK", "0") == "0" else []
+        found = checkpoints(self.out) if distributed.is_main() else []
         while found and (what := damage(found[0])):
             say(f"{found.pop(0)} is damaged ({what})")
             if not found:
@@ -753,10 +786,22 @@ class Checkpoints(NamedTuple):
         folder = distributed.from_main(found[0] if found else None)  # all take the same one
         if folder is None:
             return None
-        for name, model in self.models.items():
-            load_weights(model, folder, name)
         whole, moments = self.optimizer.state_dict(), defaultdict(dict)
-        for key, value in safetensors.torch.load_file(folder / "optimizer.safetensors").items():
+        if self.is_sharded():
+            flat, groups = {}, self.optimizer.param_groups
+            like = [p for group in groups for p in group["params"]]
+            for name in distributed.names_in_shards(folder / "shards"):
+                if name.startswith("optimizer."):
+                    _, index, what = name.split(".")
+                    of = torch.zeros(()) if what == "step" else like[int(index)]
+                    flat[f"{index}.{what}"] = torch.zeros_like(of)
+            to_fill = self.tensors() | {f"optimizer.{key}": x for key, x in flat.items()}
+            distributed.load_shards(to_fill, folder / "shards")
+        else:
+            for name, model in self.models.items():
+                load_weights(model, folder, name)
+            flat = safetensors.torch.load_file(folder / "optimizer.safetensors")
+        for key, value in flat.items():
             index, name = key.split(".", 1)
             moments[int(index)][name] = value
         self.optimizer.load_state_dict(whole | {"state": dict(moments)})

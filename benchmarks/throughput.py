@@ -348,8 +348,8 @@ def beside_generate(
         for turn in range(turns):
             started = utils.now(device)
             with utils.autocast(device, dtype):
-                rng = utils.generator(device, turn)
-                _, real = generate.generate(model, ids, mask, R, [stop], **ours, rng=rng)
+                uniform = generate.random_numbers(len(ids), R, utils.generator(device, turn))
+                _, real = generate.generate(model, ids, mask, uniform, [stop], **ours)
             rates["generate"].append(real.sum().item() / (utils.now(device) - started))
             torch.manual_seed(turn)
             transformers.AttentionInterface.register("sdpa", sdpa_attention_forward)  # its own

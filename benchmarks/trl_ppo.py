@@ -107,8 +107,8 @@ def main(args: Args) -> None:
         ids, mask = dataset.pad([p.ids for p in held_out], tokenizer.pad_token_id, "left", device)
         R, stops = args.response_length, [tokenizer.eos_token_id]
         sampling = {"pad_id": tokenizer.pad_token_id, "temperature": args.temperature}
-        rng = utils.generator(device, args.seed)
-        replies, real = generate.generate(policy, ids, mask, R, stops, **sampling, rng=rng)
+        uniform = generate.random_numbers(len(ids), R, utils.generator(device, args.seed))
+        replies, real = generate.generate(policy, ids, mask, uniform, stops, **sampling)
         kept = [reply[m.bool()] for reply, m in zip(replies, real, strict=True)]
         texts = [tokenizer.decode(reply, skip_special_tokens=True) for reply in kept]
         return statistics.mean(gold.score([p.text for p in held_out], texts))

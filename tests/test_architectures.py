@@ -107,9 +107,10 @@ def test_decoding_without_a_look_at_the_device_is_the_same(family, dtype):
     model, results = utils.load_causal_lm(family, CPU), []
     ids, mask = dataset.pad(PROMPTS * 3, 0, "left", CPU)
     for stride in (1, 8):
-        flags = {"pad_id": 0, "rng": utils.generator(CPU, 1), "stride": stride}
+        uniform = generate.random_numbers(len(ids), 20, utils.generator(CPU, 1))
+        flags = {"pad_id": 0, "stride": stride}
         with utils.autocast(CPU, dtype):
-            results.append(generate.generate(model, ids, mask, 20, [1, 2, 3, 4, 5], **flags))
+            results.append(generate.generate(model, ids, mask, uniform, [1, 2, 3, 4, 5], **flags))
     (a, a_mask), (b, b_mask) = results
     assert a_mask.sum(1).unique().numel() > 2  # rows end at different times, some are dropped
     if dtype == "float32":
@@ -124,7 +125,8 @@ def test_greedy_decoding_is_that_of_transformers(family):
     """D2: token for token, over prompts of different lengths padded on the left."""
     model = utils.load_causal_lm(family, CPU)
     ids, mask = dataset.pad(PROMPTS, 0, "left", CPU)
-    got, _ = generate.generate(model, ids, mask, 20, [1], pad_id=0, temperature=0)
+    uniform = generate.random_numbers(len(ids), 20)
+    got, _ = generate.generate(model, ids, mask, uniform, [1], pad_id=0, temperature=0)
     flags = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": 1, "pad_token_id": 0}
     expected = model.generate(input_ids=ids, attention_mask=mask, **flags)[:, ids.shape[1] :]
     assert torch.equal(got[:, : expected.shape[1]], expected)
@@ -156,8 +158,8 @@ def test_sampled_tokens_have_the_probabilities_of_teacher_forcing(family, monkey
 
     monkeypatch.setattr(generate, "sample", recorded)
     monkeypatch.setattr(generate.KeyValueCache, "keep", recorded_keep)
-    rng = utils.generator(CPU, 1)
-    got, got_mask = generate.generate(model, ids, mask, 15, [1], pad_id=0, rng=rng)
+    uniform = generate.random_numbers(len(ids), 15, utils.generator(CPU, 1))
+    got, got_mask = generate.generate(model, ids, mask, uniform, [1], pad_id=0)
     responses = [row[real.bool()].tolist() for row, real in zip(got, got_mask, strict=True)]
     whole = [p + r for p, r in zip(PROMPTS, responses, strict=True)]
     whole, real = dataset.pad(whole, 0, "right", CPU)

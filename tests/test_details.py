@@ -51,7 +51,8 @@ def test_d02_prompts_are_padded_on_the_left(runs):
     recomputed.check_masks(runs("default"))
     model = make_gpt2()
     ids, mask = dataset.pad(PROMPTS, 0, "left", CPU, 12)
-    got, _ = generate.generate(model, ids, mask, 9, [1], pad_id=0, temperature=0)
+    uniform = generate.random_numbers(len(ids), 9)
+    got, _ = generate.generate(model, ids, mask, uniform, [1], pad_id=0, temperature=0)
     flags = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": 1, "pad_token_id": 0}
     for row, prompt in zip(got, PROMPTS, strict=True):
         alone = model.generate(input_ids=torch.tensor([prompt]), **flags)[0, len(prompt) :].tolist()
@@ -63,7 +64,8 @@ def test_d03_masks_come_from_lengths(model):
 
     def greedy(stop: int, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
         ids, mask = dataset.pad(PROMPTS, pad_id, "left", CPU)
-        return generate.generate(model, ids, mask, 9, [stop], pad_id=pad_id, temperature=0)
+        uniform = generate.random_numbers(len(ids), 9)
+        return generate.generate(model, ids, mask, uniform, [stop], pad_id=pad_id, temperature=0)
 
     free = greedy(10_000, 0)[0].tolist()
     pairs = ((row, t) for row in range(4) for t in range(2, 9))

@@ -79,8 +79,8 @@ def test_b23_ids_that_the_tokenizer_does_not_know(models, tmp_path):
     model = utils.load_causal_lm(folder, CPU, tokenizer)
     prompt = torch.tensor([tokenizer("Q: two ripe plums?\nA:")["input_ids"]] * 64)
     flags = {"pad_id": tokenizer.pad_token_id, "temperature": 5.0}
-    flags |= {"rng": torch.Generator().manual_seed(1)}
-    given = (model, prompt, torch.ones_like(prompt), 20, [tokenizer.eos_token_id])
+    uniform = generate.random_numbers(64, 20, torch.Generator().manual_seed(1))
+    given = (model, prompt, torch.ones_like(prompt), uniform, [tokenizer.eos_token_id])
     ids, _ = generate.generate(*given, **flags)
     assert ids.max() < known
     with torch.no_grad():
@@ -367,7 +367,8 @@ def test_b35_sampling_reads_the_same_logits(tokenizer, monkeypatch):
     model, asked = make_model(tokenizer), []
     monkeypatch.setattr(utils, "logits_of", lambda m, h: asked.append(h) or m.lm_head(h))
     prompt = torch.tensor([[7, 8, 9]])
-    generate.generate(model, prompt, torch.ones_like(prompt), 4, [1], pad_id=0, temperature=0)
+    real, uniform = torch.ones_like(prompt), generate.random_numbers(1, 4)
+    generate.generate(model, prompt, real, uniform, [1], pad_id=0, temperature=0)
     assert asked
 
 

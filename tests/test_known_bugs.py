@@ -163,7 +163,8 @@ def test_b11_samples_come_from_the_distribution_that_is_scored(model):
     with torch.no_grad():
         p = model(torch.tensor([LONG])).logits[0, -1].double().softmax(-1)
     eos = int(p.argmax())  # a token that is often the very first
-    ids, _ = generate.generate(model, *prompts, 1, [eos], pad_id=0, rng=utils.generator(CPU, 1))
+    uniform = generate.random_numbers(len(prompts[0]), 1, utils.generator(CPU, 1))
+    ids, _ = generate.generate(model, *prompts, uniform, [eos], pad_id=0)
     counts = torch.bincount(ids[:, 0], minlength=len(p)).double()
     standard_error = (p * (1 - p) / 4000).sqrt()
     assert ((counts / 4000 - p).abs() <= 5 * standard_error + 1e-3).all()

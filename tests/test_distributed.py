@@ -1,11 +1,10 @@
-"""Two processes of torchrun on the CPU (gloo) against one: the same result, one set of files."""
+"""Two and four processes of torchrun on the CPU (gloo) against one: the same, one set of files."""
 
 import json
 import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -47,11 +46,11 @@ for i, (name, flags) in enumerate(runs, 1):
 """
 
 
-def launch(*words: str, **env: str) -> str:
-    """Run torchrun with two processes and return its stdout; nothing is left running."""
+def launch(*words: str, processes: int = 2, **env: str) -> str:
+    """Run torchrun and return its stdout; nothing is left running."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
-    command, env = [*command, "--nproc-per-node", "2", *words], os.environ | env
+    command, env = [*command, "--nproc-per-node", str(processes), *words], os.environ | env
     process = subprocess.Popen(command, env=env | {"OMP_NUM_THREADS": "1"}, **pipes)
     try:
         stdout, stderr = process.communicate(timeout=120)
@@ -79,12 +78,12 @@ def flags(models, base, rewards, tmp_path_factory) -> dict[str, tuple[str, dict]
     ppo = common | {"model": str(models.sft), "reward_model": str(models.reward_model)}
     ppo |= {"dataset": data["prompts"], "batch_size": 8, "micro_batch_size": 2, "eval_prompts": 5}
     ppo |= {"num_ppo_epochs": 2, "response_length": 10, "total_episodes": 16, "save_rollouts": 1}
-    ppo |= {"temperature": 1.0}
+    ppo |= {"temperature": 1.0, "kl_coef": 0.05}
     rloo = {"advantage": "rloo", "samples_per_prompt": 2, "whiten_advantages": False}
     rloo |= {"reward_fn": f"{rewards}:letter"}
     batch_mean = {"advantage": "batch_mean", "dataset": alike, "num_mini_batches": 2}
     batch_mean |= {"ptx_coef": 0.1, "ptx_dataset": data["sft"]}
-    often = {"eval_every": 1, "save_every": 1}
+    often = {"eval_every": 1, "save_every": 1, "total_episodes": 24, "num_mini_batches": 2}
     warm = {"total_episodes": 24, "critic_warmup_updates": 1, "save_every": 2}
     preferences = {"dataset": data["preferences"], "normalize_with": data["sft"]}
     return {
@@ -98,53 +97,110 @@ def flags(models, base, rewards, tmp_path_factory) -> dict[str, tuple[str, dict]
     }
 
 
-@pytest.fixture(scope="module")
-def two(flags, tmp_path_factory):
-    """The runs by two processes; the late one finds a folder that the main one has made."""
-    folder = tmp_path_factory.mktemp("two")
-    runs = [(kind, f | {"output_dir": str(folder / name)}) for name, (kind, f) in flags.items()]
+def run_all(folder, flags, processes: int, **more) -> None:
+    """The runs by several processes; the late ones find a folder that the main one has made."""
+    runs = [
+        (kind, f | more | {"output_dir": str(folder / name)}) for name, (kind, f) in flags.items()
+    ]
     (folder / "driver.py").write_text(DRIVER)
     (folder / "runs.json").write_text(json.dumps(runs))
-    launch(str(folder / "driver.py"), str(folder / "runs.json"), PYTHONPATH=str(ROOT))
+    words = (str(folder / "driver.py"), str(folder / "runs.json"))
+    launch(*words, processes=processes, PYTHONPATH=str(ROOT))
     assert all((folder / name / "summary.json").exists() for name in flags)
+
+
+@pytest.fixture(scope="module")
+def two(flags, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    run_all(folder, flags, 2)
     return folder
 
 
-@pytest.mark.parametrize("name", ["sft", "reward_model"])
-def test_two_processes_learn_what_one_does(two, flags, request, name, tmp_path):
-    """D7, D9, B22: weights, metrics, normalization, though the last batch leaves one idle."""
-    one = request.getfixturevalue(name)(tmp_path / "out", **flags[name][1])
-    assert_same_run(one, two / name, tolerance=1e-5)
-    a, b = (json.loads((out / "config.json").read_text()) for out in (one, two / name))
+@pytest.fixture(scope="module")
+def two_sharded(flags, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_sharded")
+    run_all(folder, flags, 2, fsdp=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(flags, tmp_path_factory, sft, reward_model, ppo):
+    """The same runs by one process, without torchrun."""
+    folder = tmp_path_factory.mktemp("one")
+    stages = {"sft": sft, "reward_model": reward_model, "ppo": ppo}
+    for name, (kind, f) in flags.items():
+        stages[kind](folder / name, **f)
+    return folder
+
+
+NAMES = ["sft", "reward_model", "ppo", "ppo_one_step", "ppo_rloo", "ppo_batch_mean", "ppo_warm"]
+
+
+def approx(x):
+    return pytest.approx(x, rel=1e-4, abs=1e-4)
+
+
+def assert_same_results(one, several, name):
+    """Weights, rollouts, metrics, normalization and files of a run, up to rounding."""
+    one, several = one / name, several / name
+    assert_same_run(one, several, tolerance=1e-5)
+    a, b = (json.loads((out / "config.json").read_text()) for out in (one, several))
     assert b.get("reward_mean") == pytest.approx(a.get("reward_mean"), abs=1e-5)
-    a, b = summary_of(one), summary_of(two / name)
+    a, b = summary_of(one), summary_of(several)
     assert a.keys() == b.keys()
-    for key in a.keys() - {"seconds"}:
+    for key in a.keys() - {"seconds", "eval"}:
         assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-5)
+    if (one / "samples.jsonl").exists():
+        for x, y in zip(samples_of(one), samples_of(several), strict=True):
+            close = {k: v if isinstance(v, str | None) else approx(v) for k, v in x.items()}
+            assert y == close
+        rollouts = zip(rollouts_of(one), rollouts_of(several), strict=True)
+        for x, y in rollouts:
+            assert x.tensors.keys() == y.tensors.keys()
+            for key, tensor in x.tensors.items():
+                torch.testing.assert_close(y.tensors[key], tensor, rtol=1e-4, atol=1e-4)
+            assert torch.equal(x.tensors["response_ids"], y.tensors["response_ids"])
 
 
-def test_two_processes_leave_one_set_of_files(two, flags, ppo, tmp_path):
-    """One line an update, one event file, one checkpoint; samples and prompts in their order."""
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_do_what_one_does(one, two, name):
+    """D7, D9, B22: the same prompts, responses, statistics and weights, though of the last batch
+    one process has no rows."""
+    assert_same_results(one, two, name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_share_models(one, two_sharded, name):
+    """--fsdp: the same again."""
+    assert_same_results(one, two_sharded, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_four_processes_do_what_one_does(one, flags, tmp_path, fsdp):
+    """Some have no rows of a mini-batch, or of the held-out data."""
+    run_all(tmp_path, flags, 4, fsdp=fsdp)
+    for name in NAMES:
+        assert_same_results(one, tmp_path, name)
+
+
+def test_two_processes_leave_one_set_of_files(two):
+    """One line an update, one event file, one checkpoint; samples in the order of the prompts."""
     out = two / "ppo"
-    assert [row["update"] for row in metrics_of(out)] == [1, 2]
+    assert [row["update"] for row in metrics_of(out)] == [1, 2, 3]
     assert len(list(out.glob("events.out.tfevents.*"))) == 1
-    assert [p.name for p in (out / "checkpoint").iterdir()] == ["000001"]
+    assert [p.name for p in sorted((out / "checkpoint").iterdir())] == ["000001", "000002"]
     assert (out / "best" / "model.safetensors").exists()
     samples = samples_of(out)
     assert [s["prompt"] for s in samples] == [row["prompt"] for row in prompt_rows()[1::4][:5]]
     assert summary_of(out)["eval"]["prompts"] == 5
-    one = ppo(tmp_path / "out", **flags["ppo"][1])
-    for a, b in zip(rollouts_of(one), rollouts_of(out), strict=True):
-        assert b.tensors["prompt_ids"].shape[0] == 8
-        assert torch.equal(a.tensors["prompt_ids"], b.tensors["prompt_ids"])
 
 
-def test_each_process_samples_with_its_own_numbers(two):
-    """D7: where all prompts are alike, the responses of the two processes are not."""
+def test_each_episode_has_its_own_numbers(two):
+    """D7: where all prompts are alike, the responses are not."""
     rollout = rollouts_of(two / "ppo_batch_mean")[0]
     assert (rollout.a["prompt_ids"] == rollout.a["prompt_ids"][:1]).all()
-    responses = rollout.a["response_ids"]
-    assert not np.array_equal(responses[0::2], responses[1::2])
+    assert len({tuple(row) for row in rollout.a["response_ids"].tolist()}) == 8
 
 
 @pytest.mark.parametrize("name", ["ppo", "ppo_one_step", "ppo_rloo", "ppo_batch_mean", "ppo_warm"])
@@ -165,10 +221,10 @@ def test_metrics_and_gradient_are_those_of_the_whole_batch(two, models):
     check_first_pass(two / "ppo_one_step", models)
 
 
-def test_critic_warmup_counts_no_policy_steps(two, flags, ppo, tmp_path):
+def test_critic_warmup_counts_no_policy_steps(one, two):
     """D32: Adam's step count of the policy starts after the warm-up, as with one process."""
     steps = []
-    for out in (ppo(tmp_path / "out", **flags["ppo_warm"][1]), two / "ppo_warm"):
+    for out in (one / "ppo_warm", two / "ppo_warm"):
         state = load_file(out / "checkpoint" / "000002" / "optimizer.safetensors")
         steps.append({key: value.item() for key, value in state.items() if key.endswith(".step")})
     assert steps[0] == steps[1]
@@ -195,4 +251,4 @@ def test_torchrun_on_the_script_itself(flags, tmp_path):
     words = [[utils.flag(k)] if v is True else [utils.flag(k), str(v)] for k, v in given]
     stdout = launch("ppo_rlhf.py", *sum(words, []))
     assert stdout.count("ppo_rlhf: wins") == 1
-    assert summary_of(tmp_path / "out")["updates"] == 2
+    assert summary_of(tmp_path / "out")["updates"] == 3

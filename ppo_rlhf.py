@@ -285,7 +285,7 @@ def main(args: Args) -> None:
         max_length = utils.context_length(policy)
         ptx_rows = dataset.encode_demonstrations(tokenizer, ptx_data, max_length)
     num_updates = args.total_episodes // args.batch_size
-    utils.check_batch(args, process.world, args.num_mini_batches)
+    micro_batch_size = utils.micro_batch_size(args, process.world, args.num_mini_batches)
     trained = {"model": policy}
     if value_model is not None:
         trained["value_model"] = value_model
@@ -322,7 +322,7 @@ def main(args: Args) -> None:
         `most` rows needs; one without rows has one sequence, of which nothing is read.
         """
         lengths = (batch.prompt_mask.sum(1) + batch.response_mask.sum(1)).cpu()
-        count = math.ceil(most / args.micro_batch_size)
+        count = math.ceil(most / micro_batch_size)
         for part in rows[lengths[rows].argsort(stable=True)].tensor_split(count):
             longest = int(lengths[part].max()) if len(part) else 1
             some = part.to(device) if len(part) else torch.zeros(1, dtype=int, device=device)
@@ -373,7 +373,7 @@ def main(args: Args) -> None:
         sequences, shortened = dataset.as_judged(reader, number, prompts, answers)  # D1
         scores = torch.zeros(len(sequences), device=device)
         order = torch.tensor([len(s) for s in sequences]).argsort(stable=True)  # little padding
-        for part in order.tensor_split(math.ceil(len(order) / args.micro_batch_size)):
+        for part in order.tensor_split(math.ceil(len(order) / micro_batch_size)):
             some = [sequences[i] for i in part]
             ids, mask = dataset.pad(some, reader[0].pad_token_id, "right", device)
             with utils.autocast(device, args.dtype):
@@ -468,8 +468,7 @@ def main(args: Args) -> None:
                 losses = utils.in_chunks(cross_entropy, policy, hidden, ids[:, 1:][is_target])
             return losses.sum()
 
-        size = args.micro_batch_size
-        for micro in distributed.micro_batches(rows, size, lambda row: len(row[0])):
+        for micro in distributed.micro_batches(rows, micro_batch_size, lambda row: len(row[0])):
             loss = sum_of_losses(policy, micro) / num_tokens
             (args.ptx_coef * loss).backward()
             total += loss.detach()

@@ -131,7 +131,7 @@ def main(args: Args) -> None:
     args.lm_coef = 1.0 * embedded if args.lm_coef is None else args.lm_coef
     may_be_0 = "warmup_ratio prefix_coef lm_coef"
     utils.check_numbers(args, may_be_0, at_most_1="warmup_ratio")
-    utils.check_batch(args, process.world)
+    micro_batch_size = utils.micro_batch_size(args, process.world)
     utils.check_output(args, "reward_model")
     if not embedded and args.normalize_with == Args.normalize_with:
         utils.stop("--normalize-with: names the embedded task's data; pass your own, or none")
@@ -234,7 +234,7 @@ def main(args: Args) -> None:
     def score_all(texts: list[list[int]]) -> np.ndarray:
         """Raw scores of many texts that end with EOS, each process scoring its share (D10)."""
         scores, numbers = torch.zeros(len(texts), device=device), range(len(texts))
-        size = 2 * args.micro_batch_size
+        size = 2 * micro_batch_size
         for part in distributed.micro_batches(numbers, size, lambda i: len(texts[i])):
             some = [texts[i] for i in part] or [[eos_id]]
             ids, mask = dataset.pad(some, pad_id, "right", device)  # [B, T]
@@ -274,7 +274,7 @@ def main(args: Args) -> None:
         batch = [train_pairs[i] for i in indices]
         num_tokens = sum(len(pair.chosen) - 1 for pair in batch)  # that follow another
         totals = torch.zeros(5, device=device)
-        micro_batches = distributed.micro_batches(batch, args.micro_batch_size, length)
+        micro_batches = distributed.micro_batches(batch, micro_batch_size, length)
         for micro in distributed.sums_in_last(micro_batches, [model]):
             sums = losses_of(model, micro, len(batch), num_tokens)
             pair_loss, prefix_loss, lm_loss = sums[:3]

@@ -122,7 +122,7 @@ def main(args: Args) -> None:
     process = utils.start_process(args)
     device = process.device
     utils.check_numbers(args, may_be_0="warmup_ratio", at_most_1="warmup_ratio")
-    utils.check_batch(args, process.world)
+    micro_batch_size = utils.micro_batch_size(args, process.world)
     utils.check_output(args, "sft")
 
     # ---- data and model
@@ -172,7 +172,7 @@ def main(args: Args) -> None:
     logger = utils.Logger(out, args, process, "step", start, num_steps, shown)
 
     micro_batches = functools.partial(  # this process's, as many as the others'
-        distributed.micro_batches, size=args.micro_batch_size, length=length
+        distributed.micro_batches, size=micro_batch_size, length=length
     )
 
     def cross_entropy(hidden: Tensor, tokens: Tensor) -> Tensor:

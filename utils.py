@@ -194,10 +194,12 @@ def check_numbers(args: Any, may_be_0: str = "", at_most_1: str = "") -> None:
                 stop(f"{flag(name)}: {value} is out of range; pass {wanted}")
 
 
-def check_batch(args: Any, world: int, parts: int = 1) -> None:
-    """Stop unless each process gets as many rows of a batch, or of its `parts`."""
-    if args.batch_size % (multiple := world * parts):
+def micro_batch_size(args: Any, world: int, mini_batches: int = 1) -> int:
+    """`--micro-batch-size`, or a process's share of a mini-batch where that is smaller."""
+    size = max(1, min(args.micro_batch_size, args.batch_size // (world * mini_batches)))
+    if args.batch_size % (multiple := size * world * mini_batches):
         stop(f"--batch-size: {args.batch_size} does not divide; pass a multiple of {multiple}")
+    return size
 
 
 def check_output(args: Any, stage: str) -> None:

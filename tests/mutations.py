@@ -35,10 +35,10 @@ b10_padding_changes_no_probability in utils.py
 b11_samples_come_from_the_distribution_that_is_scored in generate.py
     sample(logits, *sampling  ->  sample(logits.index_fill(1, stops, -torch.inf), *sampling
 b12_accumulation_is_exact[sft-1] in sft.py
-    sum_of_losses(mine[i : i + micro_batch_size]) / num_tokens  ->
-    sum_of_losses(mine[i : i + 1]) / count_targets(mine[i : i + 1]) / len(mine)
+    sum_of_losses(model, rows) / num_tokens  ->
+    sum_of_losses(model, rows) / count_targets(rows) * len(rows) / len(batch)
 b12_accumulation_is_exact[reward_model-2] in reward_model.py
-    rejected).sum() / len(batch)  ->  rejected).mean()
+    F.logsigmoid(margins).sum() / num_pairs  ->  F.logsigmoid(margins).mean()
 b12_accumulation_is_exact[ppo-2] in ppo_rlhf.py
     utils.masked_sum(policy_losses - bonus, mask) / num_tokens  ->
     utils.masked_sum(policy_losses - bonus, mask) / mask.sum() * len(rows) / len(minibatch)
@@ -69,7 +69,7 @@ b22_a_smaller_last_batch_counts_by_its_own_size[sft] in sft.py
     num_tokens = count_targets(batch)  ->
     num_tokens = count_targets(batch) * args.batch_size / len(batch)
 b22_a_smaller_last_batch_counts_by_its_own_size[reward_model] in reward_model.py
-    rejected).sum() / len(batch)  ->  rejected).sum() / args.batch_size
+    F.logsigmoid(margins).sum() / num_pairs  ->  F.logsigmoid(margins).sum() / args.batch_size
 b22_ppo_has_full_batches_only in ppo_rlhf.py
     args.total_episodes // args.batch_size  ->  -(-args.total_episodes // args.batch_size)
 d01_reward_and_value_read_prompt_and_response in dataset.py
@@ -90,13 +90,13 @@ d06_optimizer_and_schedule[reward_model] in reward_model.py
 d06_optimizer_and_schedule[ppo] in ppo_rlhf.py
     rate * left  ->  rate
 d07_random_numbers_depend_on_seed_and_update in ppo_rlhf.py
-    utils.generator(device, args.seed, SAMPLING, update, process.rank)  ->
-    utils.generator(device, args.seed, SAMPLING, process.rank)
+    utils.generator(device, args.seed, SAMPLING, update, 0)  ->
+    utils.generator(device, args.seed, SAMPLING, 0)
 d08_the_loss_is_on_the_completion_and_its_eos in sft.py
     [learned for _, learned in rows]  ->  [[True] * len(ids) for ids, _ in rows]
 d09_a_batch_is_a_mean_over_its_tokens in sft.py
-    sum_of_losses(mine[i : i + micro_batch_size]) / num_tokens  ->
-    sum_of_losses(mine[i : i + 4]) / count_targets(mine[i : i + 4]) / 3
+    sum_of_losses(model, rows) / num_tokens  ->
+    sum_of_losses(model, rows) / count_targets(rows) / 3
 d10_the_head_starts_small_and_random in reward_model.py
     std=1 / math.sqrt(model.score.in_features + 1)  ->  std=0.02
 d11_the_loss_is_bradley_terry in reward_model.py
@@ -110,7 +110,7 @@ d14_accuracy_comes_with_interval_and_length in reward_model.py
 d45_the_pairwise_loss_on_beginnings in reward_model.py
     (a != b).cumsum(1).bool() & in_a & in_b  ->  in_a & in_b
 d46_the_language_model_loss_on_the_chosen_texts in reward_model.py
-    hidden[: len(micro), :-1][is_target]  ->  hidden[: len(micro), 1:][is_target]
+    hidden.chunk(2)[0][:, :-1][is_target]  ->  hidden.chunk(2)[0][:, 1:][is_target]
 d15_values_start_from_the_reward_model in ppo_rlhf.py
     args.value_model or first  ->  args.value_model or args.model
 d16_responses_end_with_the_first_stop_token in generate.py
@@ -153,7 +153,7 @@ d29_gradients_are_clipped_by_their_norm[ppo] in ppo_rlhf.py
 d30_scores_are_clipped_after_the_penalty in ppo_rlhf.py
     scores.clamp(-args.reward_clip, args.reward_clip)  ->  scores.clamp(max=args.reward_clip)
 d31_ptx_adds_a_language_model_loss in ppo_rlhf.py
-    [learned for _, learned in micro]  ->  [[True] * len(ids) for ids, _ in micro]
+    [learned for _, learned in rows]  ->  [[True] * len(ids) for ids, _ in rows]
 d32_the_critic_may_be_trained_alone_first in ppo_rlhf.py
     policy_weights.requires_grad_(update > args.critic_warmup_updates)  ->
     policy_weights.requires_grad_(True)
@@ -168,7 +168,7 @@ d35_responses_to_one_prompt_are_compared[rloo] in ppo_rlhf.py
 d35_responses_to_one_prompt_are_compared[grpo] in ppo_rlhf.py
     grouped_rewards.std(1, keepdim=True, correction=0)  ->  grouped_rewards.std(1, keepdim=True)
 d36_top_k_and_top_p_change_sampling_only in ppo_rlhf.py
-    pad_id=pad_id, rng=rng, **sampling  ->  pad_id=pad_id, rng=rng
+    stop_ids, pad_id=pad_id, **sampling  ->  stop_ids, pad_id=pad_id
 d37_explained_variance in ppo_rlhf.py
     utils.masked_variance(returns - values, response_mask)  ->
     utils.masked_mean((returns - values) ** 2, response_mask)

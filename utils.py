@@ -123,6 +123,10 @@ def start_process(args: Any) -> Process:
     except ValueError as error:
         stop(f"--device: {error}; leave it out")
     process = distributed.join(device)
+    if distributed.started_again():  # its own run goes on, whatever the flags
+        before = flags_of(Path(args.output_dir).expanduser())
+        if distributed.from_main(before.get("launch") == distributed.launch()):
+            args.resume, args.overwrite = True, False
     if getattr(args, "fsdp", False):
         if not distributed.launch():
             stop("--fsdp: shards models over processes; start it by torchrun")
@@ -205,10 +209,6 @@ def micro_batch_size(args: Any, world: int, mini_batches: int = 1) -> int:
 def check_output(args: Any, stage: str) -> None:
     """Stop if `--output-dir` holds what this run must not touch."""
     out = Path(args.output_dir).expanduser()
-    if distributed.started_again():  # as far as a checkpoint, whatever its flags
-        same = flags_of(out).get("launch") == distributed.launch()
-        if distributed.from_main(same):
-            args.resume, args.overwrite = True, False
     if args.resume and args.overwrite:
         stop("--resume: contradicts --overwrite; pass one")
     if args.track:

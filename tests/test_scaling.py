@@ -11,9 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT, assert_same_run, make_model, prompt_rows, weights_of, write_data
-from safetensors.torch import load_file
 
 import distributed
 import utils
@@ -107,8 +105,8 @@ def test_the_first_start_does_not_resume_what_is_there(tmp_path, monkeypatch):
     for launch, resumes in ((distributed.launch(), True), ("another", False), (None, False)):
         facts = {"stage": "ppo_rlhf", "launch": launch}
         (tmp_path / "args.json").write_text(json.dumps(facts))
-        args = Args(output_dir=str(tmp_path), overwrite=True)
-        utils.check_output(args, "ppo_rlhf")
+        args = Args(output_dir=str(tmp_path), overwrite=True, device="cpu")
+        utils.start_process(args)
         assert (args.resume, args.overwrite) == (resumes, not resumes)
 
 
@@ -142,7 +140,7 @@ def test_one_that_fails_ends_all_with_its_line(words, tmp_path, fsdp):
 
 
 def test_two_machines(words, alone, tmp_path):
-    """Two torchruns that meet on the loopback; the second's folder is the first's, as it must be."""
+    """Two torchruns that meet on the loopback, with one output folder, as it must be."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -235,7 +233,8 @@ report["moments"] = sum(
 calls.clear()
 uniform = generate.random_numbers(4, 12, torch.Generator().manual_seed(1))
 generate.generate(model, ids, torch.ones_like(ids), uniform, [1], pad_id=0)
-report["gathers"], report["units"] = len(calls), sum(map(distributed.is_shard, model.__dict__["across"].modules()))
+parts = vars(model)["across"].modules()
+report["gathers"], report["units"] = len(calls), sum(map(distributed.is_shard, parts))
 report["left"] = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in model.parameters())
 json.dump(report, open(f"{folder}/{how}{process.rank}.json", "w"))
 distributed.leave()

@@ -514,7 +514,17 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
     return logits
 
 
-LOGITS_AT_A_TIME = 2**26  # 256 MB in float32
+LOGITS_AT_A_TIME = 2**26  # 256 MB in float32; on a GPU with room up to 8 times as many
+
+
+def logits_at_a_time(device: torch.device) -> int:
+    """How many logits `in_chunks` makes at once: a GPU multiplies few rows of them slowly."""
+    free = distributed.free_memory(device)
+    if free is None:
+        return LOGITS_AT_A_TIME
+    fit = free // 4 // (5 * 4)  # a quarter; the backward pass holds five float32 tensors
+    power = 1 << fit.bit_length() >> 1  # rarely another, so that rounding is the same
+    return max(LOGITS_AT_A_TIME, min(power, 8 * LOGITS_AT_A_TIME))
 
 
 def in_chunks(
@@ -524,7 +534,8 @@ def in_chunks(
 
     Where their logits [N, V] are large, it is called on chunks, in the backward pass once more.
     """
-    width = max(1, LOGITS_AT_A_TIME // model.get_output_embeddings().weight.shape[0])
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    width = max(1, logits_at_a_time(hidden.device) // vocabulary)
     if len(tokens) <= width:
         return function(hidden, tokens)
     chunks = zip(hidden.split(width), tokens.split(width), strict=True)

@@ -38,6 +38,8 @@ import transformers
 import tyro
 from measure import ROOT, machine, run_stage
 
+import utils
+
 NEEDED = ("torch", "transformers", "datasets", "tensorboard", "tyro", "plotly", "rich", "pytest")
 # runs a script of the project and leaves its peak of allocated bytes in the file of argv[1]
 WITH_PEAK = """
@@ -214,7 +216,9 @@ def peak_memory(args: Args) -> dict[str, Any]:
     sizes = (config.vocab_size, config.hidden_size, config.intermediate_size)
     shape = memory.Shape(*sizes, config.num_hidden_layers, key_value, tied=False)
     batch = (flags["batch-size"], flags["micro-batch-size"])
-    needed = memory.needed(memory.Work(shape, *batch, 64, flags["response-length"]))
+    given = memory.Work(shape, *batch, 64, flags["response-length"])
+    at_a_time = utils.logits_at_a_time(torch.device(args.device))  # of what is free without the run
+    needed = memory.needed(given, logits_at_a_time=at_a_time)
     return {"predicted_gb": needed / 1e9, "measured_gb": measured["peak_memory_gb"]}
 
 

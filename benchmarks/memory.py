@@ -84,11 +84,15 @@ class Work(NamedTuple):
     lora_rank: int = 0
 
 
-def needed(work: Work, on_cpu: bool = False) -> float:
+def needed(
+    work: Work, on_cpu: bool = False, logits_at_a_time: int = utils.LOGITS_AT_A_TIME
+) -> float:
     """Bytes that the largest phase of ppo_rlhf.py needs with a reward model of the policy's size.
 
     With bfloat16 and --gradient-checkpointing. `on_cpu` counts what a GPU's host holds: with an
-    adapter the base is read once more, in float32, to be merged and saved.
+    adapter the base is read once more, in float32, to be merged and saved. Where a GPU is short of
+    memory, chunks of logits are the smallest and responses are decoded in parts: a batch of 1 here
+    is the least that is needed.
     """
     shape, batch, micro_batch, prompt, response, advantage, lora_rank = work
     head = 0 if shape.tied else shape.embedding
@@ -100,12 +104,12 @@ def needed(work: Work, on_cpu: bool = False) -> float:
     frozen += 2 * shape.products + 4 * shape.embedding  # the reward model
     if lora_rank:
         trained = 16 * shape.adapter(lora_rank) * (2 if value_model else 1)
-        copies = 0
+        copy = 0
     else:
         # float32: weights 4, gradient 4, Adam's moments 8
         trained = 16 * (lm + (classifier if value_model else 0))
-        # autocast's bfloat16 copies of trained weights, kept from the forward to the backward pass
-        copies = 2 * shape.products * (2 if value_model else 1)
+        # autocast's bfloat16 copy of a trained model, kept from the forward to the backward pass
+        copy = 2 * shape.products
     length = prompt + response
     tokens = micro_batch * length
     # checkpointed: a float32 hidden state for each layer, and all that one layer makes, forward and
@@ -113,12 +117,15 @@ def needed(work: Work, on_cpu: bool = False) -> float:
     layer = 4 * shape.hidden * 14 + 10 * shape.intermediate
     layer += 2 * (4 * shape.hidden + 2 * shape.key_value)
     activations = tokens * (4 * shape.hidden * shape.layers + layer)
-    logits = 4 * 4 * min(utils.LOGITS_AT_A_TIME, micro_batch * response * shape.vocabulary)
-    cache = 2 * 2 * shape.layers * shape.key_value * batch * length
-    # one step's logits, probabilities, cumulative sum
-    sampling = batch * shape.vocabulary * (4 * 3 + 8)
+    logits = 4 * 4 * min(logits_at_a_time, micro_batch * response * shape.vocabulary)
     merging = 2 * 4 * lm if on_cpu and lora_rank else 0  # loaded, and merged
-    return trained + frozen + copies + max(activations + logits, cache + sampling, merging)
+    training = trained + copy * (2 if value_model else 1) + max(activations + logits, merging)
+    cache = 2 * 2 * shape.layers * shape.key_value * batch * length
+    # what a layer makes of the prompts, then one step's logits, probabilities, cumulative sum
+    prefill = batch * prompt * (10 * shape.hidden + 8 * shape.intermediate)
+    sampling = batch * shape.vocabulary * (4 * 3 + 8)
+    rollout = 12 / 16 * trained + copy + cache + max(prefill, sampling)  # without gradients
+    return frozen + max(training, rollout)
 
 
 def llama(shape: Shape) -> transformers.LlamaConfig:
@@ -180,21 +187,29 @@ def predicted_and_measured(name: str, libraries: float) -> tuple[float, float]:
     return needed(TRIED[name], on_cpu=True), measured(TRIED[name]) - libraries
 
 
+def largest() -> dict[str, dict[str, dict[str, float | None]]]:
+    """Of each model: what it needs, decoded as one batch and in parts, and the GPUs that fit."""
+    report: dict[str, dict[str, dict[str, float | None]]] = {}
+    for name, sizes in MODELS.items():
+        for column, how in COLUMNS.items():
+            work = Work(Shape(*sizes, gated="Pythia" not in name), 64, 8, 512, 128, *how)
+            row = report.setdefault(name, {})[column] = {}
+            for key, part in (("", work), ("_in_parts", work._replace(batch=1))):
+                gb = needed(part) / 1e9
+                # a tenth for CUDA itself and for fragments
+                fits = min((gpu for gpu in GPUS if gb < 0.9 * gpu), default=None)
+                row |= {f"needs_gb{key}": gb, f"fits_gb{key}": fits}
+    return report
+
+
 def main(out: Path = Path("benchmarks/results")) -> None:
     libraries = measured(MINIMAL)
-    report = {"machine": machine(2), "libraries_gb": libraries / 1e9, "runs": {}, "largest": {}}
+    report = {"machine": machine(2), "libraries_gb": libraries / 1e9, "runs": {}}
     for name in TRIED:
         predicted, took = predicted_and_measured(name, libraries)
         report["runs"][name] = {"predicted_gb": predicted / 1e9, "measured_gb": took / 1e9}
         print(name, report["runs"][name], flush=True)
-    for name, sizes in MODELS.items():
-        for column, how in COLUMNS.items():
-            shape = Shape(*sizes, gated="Pythia" not in name)
-            gb = needed(Work(shape, 64, 8, 512, 128, *how)) / 1e9
-            # a tenth for CUDA itself and for fragments
-            fits = min((gpu for gpu in GPUS if gb < 0.9 * gpu), default=None)
-            row = {"needs_gb": gb, "fits_gb": fits}
-            report["largest"].setdefault(name, {})[column] = row
+    report["largest"] = largest()
     (ROOT / out / "memory.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report["largest"], indent=1))
 

@@ -342,8 +342,10 @@ def memory() -> str:
     for name, by_column in result("memory.json")["largest"].items():
         row: list[object] = [name]
         for needs in by_column.values():
-            fits = f"{needs['fits_gb']} GB" if needs["fits_gb"] else "none of these"
-            row += [f"{needs['needs_gb']:.1f}", fits]
+            gb, fits = f"{needs['needs_gb']:.1f}", needs["fits_gb_in_parts"]
+            if fits != needs["fits_gb"]:
+                gb += f", in parts {needs['needs_gb_in_parts']:.1f}"
+            row += [gb, f"{fits} GB" if fits else "none of these"]
         rows.append(row)
     return table(head, rows)
 

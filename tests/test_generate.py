@@ -3,10 +3,12 @@
 import gc
 import math
 import weakref
+from collections import Counter
 
 import pytest
 import torch
 from conftest import make_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dataset
 import distributed
@@ -170,6 +172,31 @@ def test_keys_and_values_go_when_decoding_ends(model, monkeypatch):
         assert [cache() for cache in caches] == [None]
     finally:
         gc.enable()
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often each weight of a model's matrix products is cast."""
+
+    def __init__(self, model):
+        super().__init__()
+        linear = [m for m in model.base_model.modules() if isinstance(m, torch.nn.Linear)]
+        self.weights, self.counts = {m.weight.data_ptr() for m in linear}, Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function == torch.ops.aten._to_copy.default and args[0].data_ptr() in self.weights:
+            self.counts[args[0].data_ptr()] += 1
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_weights_are_cast_once_a_rollout(tokenizer, trained):
+    """To bfloat16; autocast keeps casts of trained weights only, others are cast for each token."""
+    model = make_model(tokenizer).requires_grad_(trained)
+    with utils.autocast(CPU, "bfloat16"), Casts(model) as casts:
+        decode(model, length=10, stops=[never(model)])
+    assert casts.counts.keys() == casts.weights
+    assert len(casts.weights) == 2 * 7  # layers, products
+    assert {*casts.counts.values()} == {1 if trained else 10}
 
 
 def p_value(counts, probabilities):

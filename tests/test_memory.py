@@ -1,5 +1,6 @@
 """The table in docs/results.md of which model fits which GPU: its formula held against a run."""
 
+import json
 import sys
 
 import pytest
@@ -7,6 +8,21 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import memory
+
+
+def test_the_result_file_has_the_numbers_of_the_formula():
+    """Also beside the runs, which are measured rarely."""
+    result = json.loads((ROOT / "benchmarks/results/memory.json").read_text())
+    assert result["largest"] == memory.largest()
+    for name, run in result["runs"].items():
+        assert run["predicted_gb"] == memory.needed(memory.TRIED[name], on_cpu=True) / 1e9
+
+
+def test_in_parts_the_batch_size_does_not_count():
+    """Keys and values of one response fit into what training needs; those of many do not."""
+    works = [memory.Work(memory.SMOLLM2, batch, 8, 512, 128) for batch in (1, 8, 4096)]
+    one, few, many = map(memory.needed, works)
+    assert one == few < many
 
 
 @pytest.mark.slow

@@ -29,13 +29,13 @@ from throughput import BESIDE, PHASES, measured_updates, random_model, update_se
 @dataclass
 class Args:
     parts: tuple[str, ...] = ("paper", "measure")
-    """What to do; the result file keeps the other part."""
+    """What to do; the file keeps the rest."""
     fsdp: bool = True
     """Measure --fsdp too."""
     rounds: int = 2
-    """Turns of each way."""
+    """Turns of all ways."""
     updates: int = 3
-    """Updates of each turn, after one to warm up."""
+    """Updates of a turn, after one to warm up."""
     out: Path = Path("benchmarks/results")
     """Folder of the result file."""
 
@@ -50,7 +50,7 @@ def measure(args: Args) -> dict:
     flags |= {"dataset": RUNS / "prompts", "response-length": 32, "micro-batch-size": 8}
     flags |= {"learning-rate": 1e-9, "dtype": "bfloat16", "device": "cpu", "batch-size": 32}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ways = {  # words before the script, batch size, words after, how many at once
+    ways = {  # words before the script, batch size, words after, how many
         "1 process": ([], 32, [], 1),
         "1 process, half the batch": ([], 16, [], 1),
         "2 apart, half the batch each": ([], 16, [], 2),
@@ -88,7 +88,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """The work, an H100's data sheet, and the shares of it that are assumed to be reached."""
+    """The work, an H100's data sheet, and the shares of it taken as reached."""
 
     batch: int = 512
     prompt: int = 512
@@ -117,7 +117,7 @@ A100 = {"tflops": 312, "hbm": 2039, "nvlink": 300, "nic": 25}
 
 
 def on_paper(i: Inputs, model: str, gpus: int, fsdp: bool, advantage: str = "gae") -> dict:
-    """GB per GPU and, if that fits, seconds per update, with --gradient-checkpointing."""
+    """GB per GPU and, if that fits, seconds per update, activations recomputed."""
     shape, length, value = SHAPES[model], i.prompt + i.response, advantage == "gae"
     policy = shape.products + (1 if shape.tied else 2) * shape.embedding
     classifier = shape.products + shape.embedding
@@ -146,7 +146,7 @@ def on_paper(i: Inputs, model: str, gpus: int, fsdp: bool, advantage: str = "gae
     link = min(i.nvlink, i.nic * i.gpus_per_machine) if gpus > i.gpus_per_machine else i.nvlink
 
     def move(size: float) -> float:
-        """Seconds to gather or scatter so many bytes."""
+        """Seconds to gather or scatter these bytes."""
         return size * (gpus - 1) / gpus / (link * i.of_links * 1e9)
 
     parts, tokens = math.ceil(rows / i.micro_batch), i.batch * length
@@ -173,7 +173,7 @@ def paper() -> dict:
     main = ("Llama-3.2-1B", "Llama-3.1-8B", "Llama-3.1-70B")
     cases = [(model, gpus, fsdp) for model in main for gpus in (8, 32) for fsdp in (False, True)]
     cases.insert(6, ("Llama-3.1-8B", 8, True, "rloo"))
-    # bytes per parameter: of four models 36, sharded; of the policy 6, whole; all else: 6 GB
+    # bytes per parameter: 36 of four models, sharded, and 6 of the policy; all else 6 GB
     largest = {n: (i.usable * i.gpu_gb - 6) / (36 / n + 6) for n in (8, 32, 128)}
     other = dataclasses.replace(i, batch=1024, prompt=256, response=256, epochs=1, **A100)
     published = [

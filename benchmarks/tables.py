@@ -389,7 +389,10 @@ def scaling_measured() -> str:
         rows.append([*row, f"{way['peak_gb']:.2f}"])
     header = ["", "rollout, s", "score, s", "train, s", "update, s", "faster than 1 process"]
     header += ["communication", "peak GB of a process"]
-    return table(header, rows) + f"\n\n{where(report)} for each process, gloo."
+    return (
+        table(header, rows)
+        + f"\n\n{report['machine']['processor']}, one thread for each process, gloo."
+    )
 
 
 def scaling_inputs() -> str:

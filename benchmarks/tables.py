@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
-PAGES = ("README.md", "docs/results.md", "examples/reviews/README.md")
+PAGES = ("README.md", "docs/results.md", "docs/scaling.md", "examples/reviews/README.md")
 
 
 def result(name: str) -> dict:
@@ -370,13 +370,95 @@ def soak() -> str:
     return table(["", f"update {report['settled']}", f"update {report['updates']}", ""], rows)
 
 
+# ---- several GPUs
+
+
+def scaling_measured() -> str:
+    """Two processes beside one, on a CPU."""
+    report = result("scaling.json").get("measure")
+    if report is None:
+        return "Not measured yet."
+    ways, rows = report["ways"], []
+    one, apart = (ways[name]["update"] for name in ("1 process", "2 apart, half the batch each"))
+    for name, way in ways.items():
+        row = [name, *(f"{way[p]:.2f}" for p in ("rollout", "score", "train", "update"))]
+        both = name.startswith("2 processes")
+        row += (
+            [f"{one / way['update']:.2f}x", f"{1 - apart / way['update']:.0%}"]
+            if both
+            else ["", ""]
+        )
+        rows.append([*row, f"{way['peak_gb']:.2f}"])
+    header = ["", "rollout, s", "score, s", "train, s", "update, s", "faster than 1 process"]
+    header += ["communication", "peak GB of a process"]
+    return (
+        table(header, rows)
+        + f"\n\n{report['machine']['processor']}, one thread for each process, gloo."
+    )
+
+
+def scaling_inputs() -> str:
+    """What the numbers on paper come from."""
+    x = result("scaling.json")["paper"]["inputs"]
+    return (
+        f"Work: {x['batch']} responses of {x['response']} tokens to prompts of {x['prompt']},"
+        f" {x['epochs']} epochs, 1 mini-batch, `--micro-batch-size {x['micro_batch']}`,"
+        f" `--gradient-checkpointing`, a reward model of the policy's size.\n"
+        f"GPU: {x['gpu_gb']:.0f} GB, of which {x['usable']:.0%} can be used; {x['tflops']} TFLOP/s"
+        f" in bfloat16, of which {x['of_tflops']:.0%} are reached; memory at {x['hbm']} GB/s,"
+        f" {x['of_hbm']:.0%} reached.\nLinks, each way: {x['nvlink']} GB/s in a machine of"
+        f" {x['gpus_per_machine']} GPUs, {x['nic']} GB/s per GPU between machines;"
+        f" {x['of_links']:.0%} reached."
+    )
+
+
+def scaling_paper() -> str:
+    """Memory and seconds on GPUs by the formula."""
+    rows = []
+    for x in result("scaling.json")["paper"]["rows"]:
+        how = "`--fsdp`" if x["fsdp"] else "plain"
+        how += "" if x["advantage"] == "gae" else f", `--advantage {x['advantage']}`"
+        alike = not x["fsdp"] and "update" not in x  # plain, too large: however many GPUs
+        if alike and x["gpus"] > 8:
+            continue
+        row = [x["model"], "8, 32" if alike else x["gpus"], how, f"{x['gb']:.0f}"]
+        parts = ("decode", "score", "train", "communication")
+        if "update" in x:
+            row += [*(f"{x[part]:.1f}" for part in (*parts, "sent", "update"))]
+            row.append(max(parts, key=x.__getitem__))
+        else:
+            row += ["does not fit"] + [""] * 5 + ["memory"]
+        rows.append(row)
+    header = ["model", "GPUs", "", "GB per GPU", "decode, s", "score, s", "train, s"]
+    header += ["waits for links, s", "links busy, s", "update, s", "limited by"]
+    return table(header, rows)
+
+
+def scaling_limits() -> str:
+    """The largest models that --fsdp can train."""
+    most = result("scaling.json")["paper"]["largest_billions"]
+    words = [f"{x:.1f}B on {gpus}" for gpus, x in most.items()]
+    return f"With 80 GB each the largest policy is about {', '.join(words)} GPUs."
+
+
+def scaling_published() -> str:
+    """DeepSpeed-Chat's published times beside the formula on the same GPUs."""
+    rows = []
+    for x in result("scaling.json")["paper"]["published"]:
+        ours = f"{x['update']:.0f}" if "update" in x else f"does not fit: {x['gb']:.0f} GB per GPU"
+        rows.append([x["gpus"], x["theirs"], f"{x['seconds']:.0f}", x["model"], ours])
+    header = ["A100s of 80 GB", "DeepSpeed-Chat trained", "published, s", "here"]
+    return table([*header, "on paper, not measured, s"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
         embedded_line, embedded_two_samples, embedded_samples, embedded_seeds,
         embedded_reward_model, embedded_parts, embedded_losses, embedded_times, embedded_kl,
         embedded_precision, reviews_results, reviews_samples, parity_trl, throughput, rollouts,
-        machine_share, scaling, startup, memory, memory_runs, soak,
+        machine_share, scaling, startup, memory, memory_runs, soak, scaling_measured,
+        scaling_inputs, scaling_paper, scaling_limits, scaling_published,
     )
 }  # fmt: skip
 

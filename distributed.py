@@ -70,10 +70,13 @@ def join(device: torch.device) -> Process:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if launch() and not dist.is_initialized():
         # a slow reward function or disk of one is waited for; one that fails ends all
         backend, patience = "nccl" if device.type == "cuda" else "gloo", timedelta(days=7)
-        dist.init_process_group(backend, timeout=patience)
+        # processes that were started again would else read where those before them listened
+        store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
+        dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=world)
     return Process(rank, world, device, is_main=rank == 0)
 
 
@@ -251,10 +254,12 @@ def replicate(model: Any) -> None:
     """
     if dist.is_initialized() and dist.get_world_size() > 1:
         how = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
-        across = DistributedDataParallel(Pass(model), find_unused_parameters=True, **how)
+        # an expert that no token went to has no gradient
+        how["find_unused_parameters"] = any("expert" in name for name, _ in model.named_modules())
+        with warnings.catch_warnings(action="ignore"):  # broadcast_buffers has another name in 2.13
+            across = DistributedDataParallel(Pass(model), **how)
         across.register_comm_hook(None, sum_bucket)  # torch's own would be the mean
         across.require_backward_grad_sync = False
-        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
         vars(model)["across"] = across  # no submodule: it holds the model
 
 

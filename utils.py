@@ -173,7 +173,7 @@ def leave(signal: int, saver: "Checkpoints", step: int, state: dict[str, Any]) -
 
 # what may change when a run is resumed
 FREE_ON_RESUME = "resume overwrite output_dir device micro_batch_size track save_every eval_every "
-FREE_ON_RESUME += "keep_checkpoints gradient_checkpointing trust_remote_code"
+FREE_ON_RESUME += "keep_checkpoints cpu_offload gradient_checkpointing trust_remote_code"
 
 
 def flag(name: str) -> str:

@@ -122,7 +122,10 @@ def on_paper(i: Inputs, model: str, gpus: int, fsdp: bool, advantage: str = "gae
     policy = shape.products + (1 if shape.tied else 2) * shape.embedding
     classifier = shape.products + shape.embedding
     trained = policy + value * classifier
-    frozen = 4 * (policy + classifier - shape.products)  # bytes of reference and reward model
+    # bytes when gathered: layers in bfloat16; policy, value model, and with them the frozen two
+    whole = 2 * shape.products + 4 * (policy - shape.products)
+    whole_trained = whole + value * (2 * shape.products + 4 * shape.embedding)
+    whole_all = whole_trained + whole + 2 * shape.products + 4 * shape.embedding
 
     # bytes, from the parts of memory.py's formula
     work = Work(shape, 0, 0, i.prompt, i.response, advantage)
@@ -130,7 +133,7 @@ def on_paper(i: Inputs, model: str, gpus: int, fsdp: bool, advantage: str = "gae
     steps = needed(work._replace(micro_batch=i.micro_batch)) - kept
     if fsdp:  # whole: in a rollout the policy; in training two layers, embedding, head
         kept = (kept - 2 * shape.products * (1 + value)) / gpus
-        rollout = 4 * policy + 2 * shape.products
+        rollout = whole
         steps += 12 * shape.products / shape.layers + 8 * (policy - shape.products)
     cache = 4 * shape.layers * shape.key_value * length  # of a sequence
     rows, room = math.ceil(i.batch / gpus), 1e9 * i.usable * i.gpu_gb - kept
@@ -157,8 +160,8 @@ def on_paper(i: Inputs, model: str, gpus: int, fsdp: bool, advantage: str = "gae
     score = 2 * (trained + policy + classifier) * tokens / flops
     train = i.epochs * 8 * trained * tokens / flops  # 6, and 2 to recompute activations
     if fsdp:  # hidden behind arithmetic, but for the gathering before a rollout
-        sent = [move(4 * policy), parts * move(4 * trained + frozen)]
-        sent.append(i.epochs * parts * move(12 * trained))
+        sent = [move(whole), parts * move(whole_all)]
+        sent.append(i.epochs * parts * move(2 * whole_trained + 4 * trained))
         shown = sent[0] + max(0, sent[1] - score) + max(0, sent[2] - train)
     else:  # beside the backward pass of an epoch's last micro-batch
         sent = [i.epochs * 2 * move(4 * trained)]
@@ -173,8 +176,8 @@ def paper() -> dict:
     main = ("Llama-3.2-1B", "Llama-3.1-8B", "Llama-3.1-70B")
     cases = [(model, gpus, fsdp) for model in main for gpus in (8, 32) for fsdp in (False, True)]
     cases.insert(6, ("Llama-3.1-8B", 8, True, "rloo"))
-    # bytes per parameter: 36 of four models, sharded, and 6 of the policy; all else 6 GB
-    largest = {n: (i.usable * i.gpu_gb - 6) / (36 / n + 6) for n in (8, 32, 128)}
+    # bytes per parameter: 36 of four models, sharded, and 2 of the policy; all else 6 GB
+    largest = {n: (i.usable * i.gpu_gb - 6) / (36 / n + 2) for n in (8, 32, 128)}
     other = dataclasses.replace(i, batch=1024, prompt=256, response=256, epochs=1, **A100)
     published = [
         {"theirs": theirs, "seconds": hours * 3600 * 1024 / 131_900} | on_paper(other, m, n, True)

@@ -21,6 +21,10 @@ PAGES += ["examples/guides/README.md", "examples/reviews/README.md"]
 PAGES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 # torchrun, tyro, TensorBoard, sha256sum, prepare.py, hf
 OTHER_TOOLS = {"nproc-per-node", "help", "logdir", "check", "out", "exclude", "dry-run"}
+# of torchrun and Slurm
+OTHER_TOOLS |= {"nnodes", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "max-restarts", "nodes"}
+OTHER_TOOLS |= {"ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "signal", "requeue"}
+OTHER_TOOLS |= {"open-mode", "parts"}
 
 
 def read(name: str) -> str:

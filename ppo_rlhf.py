@@ -256,9 +256,7 @@ def main(args: Args) -> None:
     M = len(reward_models)
     weights = args.reward_weights or [1.0] * len(names)
     value_model = judge = None
-    if (
-        args.advantage == "gae"
-    ):  # weights of its own; on a language model its head starts at 0 (D15)
+    if args.advantage == "gae":  # with weights of its own; a language model's head is 0 (D15)
         first = args.reward_model[0] if any(shares_tokens[:1]) else args.model
         value_start = args.value_model or first
         if args.lora_rank:
@@ -318,16 +316,17 @@ def main(args: Args) -> None:
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The batch's `rows` in micro-batches of similar length, cut to their longest sequence.
 
-        Each is rows [b], ids [b, T'] and is_response [b, T']. There are as many as the process with
-        `most` rows needs; one without rows has one sequence, of which nothing is read.
+        Each is rows [b], ids [b, T'] and is_response [b, T']: as many as a process with `most` rows
+        needs, so that all make as many passes. One without rows is a sequence without a response.
         """
         lengths = (batch.prompt_mask.sum(1) + batch.response_mask.sum(1)).cpu()
         count = math.ceil(most / micro_batch_size)
         for part in rows[lengths[rows].argsort(stable=True)].tensor_split(count):
-            longest = int(lengths[part].max()) if len(part) else 1
-            some = part.to(device) if len(part) else torch.zeros(1, dtype=int, device=device)
+            some = part if len(part) else torch.tensor([0])
+            longest = int(lengths[some].max())
+            part, some = part.to(device), some.to(device)
             is_response = batch.is_response[some, :longest] & (len(part) > 0)
-            yield part.to(device), batch.ids[some, :longest], is_response
+            yield part, batch.ids[some, :longest], is_response
 
     @distributed.forward_pass
     def policy_outputs(model: Any, ids: Tensor, is_response: Tensor) -> tuple[Tensor, Tensor]:
@@ -459,7 +458,7 @@ def main(args: Args) -> None:
 
         @distributed.forward_pass
         def sum_of_losses(policy: Any, rows: list[tuple[list[int], list[bool]]]) -> Tensor:
-            rows = rows or [([pad_id], [False])]
+            rows = rows or [([pad_id], [False])]  # no tokens
             ids, _ = dataset.pad([ids for ids, _ in rows], pad_id, "right", device)  # [b, T]
             is_target, _ = dataset.pad([learned for _, learned in rows], False, "right", device)
             is_target = is_target[:, 1:]  # [b, T - 1]

@@ -77,7 +77,7 @@ def test_it_samples_as_in_training(talk, chain, monkeypatch, tmp_path):
     asked, decode = [], generate.generate
 
     def recorded(*given, **named):
-        asked.append((given[3], *(named[k] for k in ("temperature", "top_k", "top_p"))))
+        asked.append((given[3].shape[1], *(named[k] for k in ("temperature", "top_k", "top_p"))))
         return decode(*given, **named)
 
     monkeypatch.setattr(generate, "generate", recorded)

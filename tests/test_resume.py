@@ -153,15 +153,6 @@ def test_what_never_changes_the_result_may_change(sft, copy, saved):
     assert_same_run(saved, copy, tolerance=1e-4)
 
 
-def test_another_number_of_processes_is_refused(ppo, whole, error_of, monkeypatch, tmp_path):
-    """Each process samples with its own random numbers."""
-    out, load = Path(shutil.copytree(whole("ppo"), tmp_path / "out")), utils.Checkpoints.load
-    monkeypatch.setattr(utils.Checkpoints, "load", lambda self: load(self) | {"processes": 2})
-    line = error_of(ppo, out, **FLAGS["ppo"], resume=True)
-    assert "--resume" in line
-    assert "2 processes" in line
-
-
 # ---- signals
 
 
@@ -220,7 +211,7 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
     ended, now = [], [100.0]
     monkeypatch.setattr(os, "_exit", ended.append)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    interruption = utils.Interruption(distributed.Process(0, 1, torch.device("cpu"), True))
+    interruption = distributed.Interruption(distributed.Process(0, 1, torch.device("cpu"), True))
     assert not interruption.came()
     for seconds, number in ((0, signal.SIGINT), (0.6, signal.SIGTERM), (0.6, signal.SIGTERM)):
         now[0] += seconds
@@ -244,7 +235,7 @@ def test_before_training_a_signal_is_pythons_own(ppo, monkeypatch, tmp_path):
 
 def test_a_worker_of_a_reward_function_ends_when_it_is_told_to(tmp_path):
     """A forked process shares handlers and lock: it does not note a signal, nor free the folder."""
-    utils.Interruption(distributed.Process(0, 1, torch.device("cpu"), True))
+    distributed.Interruption(distributed.Process(0, 1, torch.device("cpu"), True))
     lock, other = (filelock.FileLock(tmp_path / "run.lock", is_singleton=False) for _ in range(2))
     ready, told = os.pipe()
     with lock:

@@ -64,6 +64,8 @@ def stop(message: str, code: int = 2) -> NoReturn:
     """Print `error: WHERE: WHAT; HOW TO FIX` and exit: 2 for wrong input, 1 for a failed run."""
     if progress is not None:
         progress.close()  # ends its line
+        if not distributed.is_main():  # that of the main process
+            print(file=sys.stderr)
     print(visible(f"error: {message}".replace("\n", " ")), file=sys.stderr, flush=True)
     raise SystemExit(code)
 

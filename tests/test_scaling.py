@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, assert_same_run, make_model, prompt_rows, weights_of, write_data
 
 import distributed
@@ -99,6 +100,8 @@ def test_the_first_start_does_not_resume_what_is_there(tmp_path, monkeypatch):
     """A group that starts again resumes its own run only: --overwrite still holds for another's."""
     from ppo_rlhf import Args
 
+    alone = distributed.Process(0, 1, torch.device("cpu"), is_main=True)
+    monkeypatch.setattr(distributed, "join", lambda device: alone)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     (tmp_path / "checkpoint").mkdir()
@@ -116,7 +119,7 @@ def test_one_that_fails_ends_all_with_its_line(words, tmp_path, fsdp):
     judge = tmp_path / "judge.py"
     judge.write_text(
         "import os\n"
-        "def score(prompts, completions):\n"
+        "def score(prompts, completions, **columns):\n"
         "    if os.environ['RANK'] == '1' and os.path.exists(os.environ['HOME_OF'] + '/000001'):\n"
         "        raise ValueError('no more')\n"
         "    return [0.0] * len(prompts)\n"

@@ -70,12 +70,11 @@ def join(device: torch.device) -> Process:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if launch() and not dist.is_initialized():
         # a slow reward function or disk of one is waited for; one that fails ends all
         backend, patience = "nccl" if device.type == "cuda" else "gloo", timedelta(days=7)
         # processes that were started again would else read where those before them listened
-        store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
+        store = dist.PrefixStore(f"{starts()}", next(dist.rendezvous("env://"))[0])
         dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=world)
     return Process(rank, world, device, is_main=rank == 0)
 
@@ -88,11 +87,8 @@ def is_main() -> bool:
 def lost_others(error: Exception) -> bool:
     """Whether it says that another process, or the way to it, is gone."""
     words = str(error).lower()
-    return (
-        isinstance(error, RuntimeError)
-        and dist.is_initialized()
-        and (isinstance(error, dist.DistError) or "gloo" in words or "nccl" in words)
-    )
+    kind = isinstance(error, dist.DistError) or "gloo" in words or "nccl" in words
+    return kind and isinstance(error, RuntimeError) and dist.is_initialized()
 
 
 def leave() -> None:
@@ -176,14 +172,14 @@ class Interruption:
 
 
 def launch() -> str | None:
-    """What names this start of torchrun, the same when it starts its processes again."""
+    """What names this torchrun, also when it starts its processes again; None without one."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     return name and f"{name} {os.getppid()}"
 
 
-def started_again() -> bool:
-    """Whether torchrun has started its processes again after one had failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def starts() -> int:
+    """How often torchrun has started its processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 # ---- models of several processes
@@ -323,11 +319,9 @@ def whole_weights(model: Any) -> dict[str, Tensor]:
 
 def save_shards(tensors: dict[str, Tensor], folder: Path) -> None:
     """Write what each process has of the tensors, as safetensors; called by all."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.save(
-            tensors, storage_writer=dcp.HuggingFaceStorageWriter(folder, save_distributed=True)
-        )
+    writer = dcp.HuggingFaceStorageWriter(folder, save_distributed=True)
+    with warnings.catch_warnings(action="ignore"):
+        dcp.save(tensors, storage_writer=writer)
 
 
 def load_shards(tensors: dict[str, Tensor], folder: Path) -> None:

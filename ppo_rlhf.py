@@ -12,10 +12,9 @@ Hugging Face folder, with metrics.jsonl, summary.json, samples.jsonl and TensorB
         --dataset my/prompts --learning-rate 3e-6 --output-dir runs/my-ppo
     torchrun --nproc-per-node 8 ppo_rlhf.py
 
-On several GPUs each process takes its share of the episodes, by turns. A batch is the same on any
-number of them: sampling's random numbers belong to the episode, one permutation makes mini-batches;
-gradients, token counts, means and the whitening's mean and variance are over all processes. Each
-holds whole models or, with --fsdp, a part of each (docs/scaling.md).
+On several GPUs each process takes its share of the episodes; the batch is the same on any number of
+them. Gradients, token counts, means and the whitening's mean and variance are over all of them.
+Each holds whole models or, with --fsdp, a part of each (docs/scaling.md).
 
 Left out: asynchronous rollouts, a KL loss (the KL is in the reward). The
 decoding loop is in generate.py. `D17` (a detail) and `B14` (a bug that others shipped) point to
@@ -457,7 +456,7 @@ def main(args: Args) -> None:
             return F.cross_entropy(utils.logits_of(policy, hidden), tokens, reduction="none")
 
         @distributed.forward_pass
-        def sum_of_losses(policy: Any, rows: list[tuple[list[int], list[bool]]]) -> Tensor:
+        def sum_of_losses(policy: Any, rows: list) -> Tensor:
             rows = rows or [([pad_id], [False])]  # no tokens
             ids, _ = dataset.pad([ids for ids, _ in rows], pad_id, "right", device)  # [b, T]
             is_target, _ = dataset.pad([learned for _, learned in rows], False, "right", device)

@@ -125,7 +125,7 @@ def start_process(args: Any) -> Process:
     except ValueError as error:
         stop(f"--device: {error}; leave it out")
     process = distributed.join(device)
-    if distributed.started_again():  # its own run goes on, whatever the flags
+    if distributed.starts():  # again: its own run goes on, whatever the flags
         before = flags_of(Path(args.output_dir).expanduser())
         if distributed.from_main(before.get("launch") == distributed.launch()):
             args.resume, args.overwrite = True, False

@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_run, make_model, prompt_rows, weights_of, write_data
+from conftest import (
+    ROOT,
+    assert_same_run,
+    make_model,
+    metrics_of,
+    prompt_rows,
+    weights_of,
+    write_data,
+)
 
 import distributed
 import utils
@@ -140,6 +148,50 @@ def test_one_that_fails_ends_all_with_its_line(words, tmp_path, fsdp):
     assert len(lines) <= 2
     # torchrun's own report has no traceback of ours
     assert 'ppo_rlhf.py", line' not in stderr
+
+
+SAVING = ["--fsdp", "--cpu-offload", "--gradient-checkpointing"]
+
+
+@pytest.mark.parametrize("more", [SAVING, ["--gradient-checkpointing"], ["--compile"]])
+def test_what_goes_with_several_processes(words, alone, tmp_path, more):
+    """The result is that of one process without these flags."""
+    given = ["ppo_rlhf.py", *words, *more, "--output-dir", str(tmp_path / "out")]
+    code, _, stderr = finished(torchrun("--standalone", "--nproc-per-node", "2", *given), 300)
+    assert code == 0, stderr[-3000:]
+    assert_same_run(alone, tmp_path / "out", tolerance=1e-4)
+    assert "Warning" not in stderr
+
+
+def test_shards_in_bfloat16(words, tmp_path):
+    """Rollout and training round alike, policy and reference too: ratio 1 and KL 0 at the start."""
+    given = [*words, "--fsdp", "--dtype", "bfloat16", "--output-dir", str(tmp_path / "out")]
+    run = torchrun("--standalone", "--nproc-per-node", "2", "ppo_rlhf.py", *given)
+    code, _, stderr = finished(run)
+    assert code == 0, stderr[-3000:]
+    rows = metrics_of(tmp_path / "out")
+    assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
+    assert all(row["val/ratio_start_error"] < 1e-4 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ({"fsdp": True}, "--fsdp: shards models over processes; start it by torchrun"),
+        ({"cpu_offload": True}, "--cpu-offload: goes with --fsdp; pass both or neither"),
+    ],
+)
+def test_sharding_alone_is_refused(ppo, error_of, tmp_path, flags, line):
+    assert line in error_of(ppo, tmp_path / "out", **flags)
+
+
+@pytest.mark.parametrize("name", ["lora_rank", "compile"])
+def test_what_sharding_does_not_go_with_is_refused(ppo, error_of, monkeypatch, tmp_path, name):
+    alone = distributed.Process(0, 1, torch.device("cpu"), is_main=True)
+    monkeypatch.setattr(distributed, "join", lambda device: alone)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    line = error_of(ppo, tmp_path / "out", fsdp=True, **{name: 1})
+    assert f"--fsdp: does not go with {utils.flag(name)}; leave one out" in line
 
 
 def test_two_machines(words, alone, tmp_path):

@@ -44,7 +44,7 @@ RUNS = Path("runs/scaling")
 
 
 def measure(args: Args) -> dict:
-    """Median seconds per update and phase, and a process's peak memory, of each way."""
+    """Median seconds per update and phase of each way."""
     random_model(RUNS, llama(SMALL), 32, None, 32)
     flags = {"model": RUNS / "model", "reward-model": RUNS / "reward_model"}
     flags |= {"dataset": RUNS / "prompts", "response-length": 32, "micro-batch-size": 8}
@@ -58,22 +58,21 @@ def measure(args: Args) -> dict:
     }
     if args.fsdp:
         ways["2 processes, `--fsdp`"] = (torchrun, 32, ["--fsdp"], 1)
-    rows, peaks = ({name: [] for name in ways} for _ in range(2))
+    rows = {name: [] for name in ways}
     for _ in range(args.rounds):
         for name, (before, batch, after, count) in ways.items():
             some = flags | {"batch-size": batch, "total-episodes": batch * (1 + args.updates)}
             outs = [RUNS / f"out{i}" for i in range(count)]
             command = [*before, "ppo_rlhf.py", *written(some), *BESIDE, *after, "--output-dir"]
             with ThreadPoolExecutor() as pool:
-                done = pool.map(lambda out, c=command: run_process([*c, str(out)], 1), outs)
-                peaks[name] += [run["peak_memory_gb"] for run in done]
+                list(pool.map(lambda out, c=command: run_process([*c, str(out)], 1), outs))
             rows[name] += [row for out in outs for row in measured_updates(out)]
     named = {flag: x for flag, x in flags.items() if not isinstance(x, Path)}
     report = {"machine": machine(1), "flags": named, "ways": {}}
     for name, measured in rows.items():
         way = {"update": statistics.median(map(update_seconds, measured))}
         way |= {p: statistics.median(row[f"time/{p}"] for row in measured) for p in PHASES}
-        report["ways"][name] = way | {"peak_gb": max(peaks[name])}
+        report["ways"][name] = way
     return report
 
 

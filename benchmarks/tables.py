@@ -383,18 +383,11 @@ def scaling_measured() -> str:
     for name, way in ways.items():
         row = [name, *(f"{way[p]:.2f}" for p in ("rollout", "score", "train", "update"))]
         both = name.startswith("2 processes")
-        row += (
-            [f"{one / way['update']:.2f}x", f"{1 - apart / way['update']:.0%}"]
-            if both
-            else ["", ""]
-        )
-        rows.append([*row, f"{way['peak_gb']:.2f}"])
+        gain = [f"{one / way['update']:.2f}x", f"{1 - apart / way['update']:.0%}"]
+        rows.append([*row, *(gain if both else ["", ""])])
     header = ["", "rollout, s", "score, s", "train, s", "update, s", "faster than 1 process"]
-    header += ["communication", "peak GB of a process"]
-    return (
-        table(header, rows)
-        + f"\n\n{report['machine']['processor']}, one thread for each process, gloo."
-    )
+    where = f"{report['machine']['processor']}, one thread for each process, gloo."
+    return table([*header, "communication"], rows) + f"\n\n{where}"
 
 
 def scaling_inputs() -> str:

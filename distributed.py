@@ -115,7 +115,7 @@ def max_all(x: Tensor) -> Tensor:
 
 
 def reduce_all(x: Tensor, operation: str) -> Tensor:
-    """`x` of all processes reduced to one by an operation of torch.distributed."""
+    """`x` of all processes, reduced to one."""
     if dist.is_initialized():
         x = x.clone()
         dist.all_reduce(x, getattr(dist.ReduceOp, operation))
@@ -197,10 +197,9 @@ class Pass(nn.Module):
 
 
 def forward_pass(function: Callable) -> Callable:
-    """Decorates f(model, ...), which reads all weights that it needs by itself.
+    """Decorates f(model, ...): in it, a sharded model has its weights.
 
-    Inside, a sharded model has its weights; the gradients of a replicated one will be summed. All
-    processes call it equally often.
+    Gradients of a replicated one will be summed. All processes call it equally often.
     """
 
     @functools.wraps(function)
@@ -290,7 +289,7 @@ def shard(model: Any, dtype: str, offload: bool = False) -> None:
 def sums_in_last(parts: list[Any], models: Any) -> Iterator[Any]:
     """The micro-batches of an optimizer step; the last one's backward pass sums the gradients.
 
-    Those of sharded models are summed in each: whole they would take the memory that is saved.
+    Those of sharded models are summed in each: whole they would fill the memory that is saved.
     """
     models = [model for model in models if replicated(model)]
     for i, part in enumerate(parts, 1):
@@ -303,7 +302,7 @@ def sums_in_last(parts: list[Any], models: Any) -> Iterator[Any]:
 
 
 def full(x: Tensor) -> Tensor:
-    """A tensor that the processes have parts of, put together in each; any other as it is."""
+    """A tensor of which processes have parts, put together; any other as it is."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
@@ -330,5 +329,5 @@ def load_shards(tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def names_in_shards(folder: Path) -> list[str]:
-    """Names of the tensors in there."""
+    """Of its tensors."""
     return [*dcp.HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata]

@@ -310,16 +310,14 @@ def main(args: Args) -> None:
         is_response = F.pad(response_mask, (prompt_ids.shape[1], 0)).gather(1, order).bool()
         return Batch(prompt_ids, prompt_mask, response_ids, response_mask, ids, is_response)
 
-    def micro_batches(
-        batch: Batch, rows: Tensor, most: int
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def micro_batches(batch: Batch, rows: Tensor, most: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """The batch's `rows` in micro-batches of similar length, cut to their longest sequence.
 
-        Each is rows [b], ids [b, T'] and is_response [b, T']: as many as a process with `most` rows
-        needs, so that all make as many passes. One without rows is a sequence without a response.
+        Each is rows [b], ids [b, T'] and is_response [b, T']. There are as many as a process with
+        `most` rows needs; one without rows is a sequence without a response.
         """
         lengths = (batch.prompt_mask.sum(1) + batch.response_mask.sum(1)).cpu()
-        count = math.ceil(most / micro_batch_size)
+        count = math.ceil(max(most, len(rows)) / micro_batch_size)
         for part in rows[lengths[rows].argsort(stable=True)].tensor_split(count):
             some = part if len(part) else torch.tensor([0])
             longest = int(lengths[some].max())
@@ -429,7 +427,7 @@ def main(args: Args) -> None:
                     judge, judge_file, prompts, scored.texts, responses, update=update
                 )
             kl = torch.zeros(len(prompts), device=device)
-            for rows, ids, is_response in micro_batches(batch, torch.arange(len(mine)), len(mine)):
+            for rows, ids, is_response in micro_batches(batch, torch.arange(len(mine))):
                 logprobs, _ = policy_outputs(model, ids, is_response)
                 ref_logprobs, _ = policy_outputs(reference, ids, is_response)
                 kl[rows] = (logprobs - ref_logprobs).sum(1)
@@ -518,7 +516,7 @@ def main(args: Args) -> None:
         response_mask = batch.response_mask  # [B, R]
         logprobs, ref_logprobs, values = torch.zeros(3, *response_mask.shape, device=device)
         with torch.no_grad():
-            for rows, ids, is_response in micro_batches(batch, torch.arange(len(mine)), len(mine)):
+            for rows, ids, is_response in micro_batches(batch, torch.arange(len(mine))):
                 logprobs[rows], _ = policy_outputs(policy, ids, is_response)
                 ref_logprobs[rows], _ = policy_outputs(reference, ids, is_response)
                 if value_model is not None:

@@ -100,7 +100,7 @@ d09_a_batch_is_a_mean_over_its_tokens in sft.py
 d10_the_head_starts_small_and_random in reward_model.py
     std=1 / math.sqrt(model.score.in_features + 1)  ->  std=0.02
 d11_the_loss_is_bradley_terry in reward_model.py
-    -F.logsigmoid(chosen - rejected)  ->  (1 - chosen + rejected).clamp(min=0)
+    -F.logsigmoid(margins)  ->  (1 - margins).clamp(min=0)
 d12_the_reward_model_sees_each_pair_once in reward_model.py
     epochs: int = 1  ->  epochs: int = 2
 d13_the_mean_score_of_the_demonstrations_is_zero in reward_model.py

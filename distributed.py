@@ -74,7 +74,9 @@ def join(device: torch.device) -> Process:
         # a slow reward function or disk of one is waited for; one that fails ends all
         backend, patience = "nccl" if device.type == "cuda" else "gloo", timedelta(days=7)
         # processes that were started again would else read where those before them listened
-        store = dist.PrefixStore(f"{starts()}", next(dist.rendezvous("env://"))[0])
+        shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if shared else ""
+        store = dist.PrefixStore(start, next(dist.rendezvous("env://"))[0])
         dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=world)
     return Process(rank, world, device, is_main=rank == 0)
 
@@ -177,9 +179,10 @@ def launch() -> str | None:
     return name and f"{name} {os.getppid()}"
 
 
-def starts() -> int:
-    """How often torchrun has started its processes again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+def started_again(device: torch.device) -> bool:
+    """Whether a torchrun, of which each counts for itself, has started its processes again."""
+    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return int(max_all(torch.tensor(count, device=device))) > 0
 
 
 # ---- models of several processes
@@ -218,10 +221,16 @@ def gathers_once(function: Callable) -> Callable:
     @functools.wraps(function)
     def whole(model: Any, *inputs: Any, **options: Any) -> Any:
         shards = [m for m in vars(model).get("across", nn.Module()).modules() if is_shard(m)]
+
+        def gathered(model: Any, *inputs: Any, **options: Any) -> Any:
+            for shard in shards:
+                shard.unshard()  # now, so that the memory that is free is what is left
+            return function(model, *inputs, **options)
+
         for shard in shards:
             shard.set_reshard_after_forward(False, recurse=False)
         try:
-            return forward_pass(function)(model, *inputs, **options)
+            return forward_pass(gathered)(model, *inputs, **options)
         finally:
             for shard in shards:
                 shard.set_reshard_after_forward(True, recurse=False)
@@ -249,8 +258,10 @@ def replicate(model: Any) -> None:
     """
     if dist.is_initialized() and dist.get_world_size() > 1:
         how = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
-        # an expert that no token went to has no gradient
-        how["find_unused_parameters"] = any("expert" in name for name, _ in model.named_modules())
+        # an expert that no token went to has no gradient, nor has a tower for images
+        names = " ".join(name for name, _ in model.named_modules())
+        unused = any(word in names for word in ("expert", "vision", "audio"))
+        how["find_unused_parameters"] = unused
         with warnings.catch_warnings(action="ignore"):  # broadcast_buffers has another name in 2.13
             across = DistributedDataParallel(Pass(model), **how)
         across.register_comm_hook(None, sum_bucket)  # torch's own would be the mean
@@ -264,17 +275,18 @@ def sum_bucket(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Ten
     return future.then(lambda done: done.value()[0])
 
 
-def shard(model: Any, dtype: str, offload: bool = False) -> None:
+def shard(model: Any, device: torch.device, dtype: str, offload: bool = False) -> None:
     """Leave each process a part of each weight, gradient and moment; layers are gathered in turn.
 
-    With `offload` the part is in the CPU's memory. In bfloat16 a layer's weights are gathered as
+    With `offload` the part is in the CPU's memory. In bfloat16 a GPU gathers a layer's weights as
     that; embeddings, the last norm and the head stay in float32, and gradients are summed in it.
     """
-    mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     how: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
     if offload:
-        how["offload_policy"] = CPUOffloadPolicy(pin_memory=model.device.type != "cpu")
-    half = torch.bfloat16 if dtype == "bfloat16" else None
+        how["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type != "cpu")
+    # a CPU's layer norm takes no bfloat16 weights beside float32 inputs
+    half = torch.bfloat16 if dtype == "bfloat16" and device.type != "cpu" else None
     precision = {"reduce_dtype": torch.float32, "cast_forward_inputs": False}
     for module in list(model.modules()):
         if type(module).__name__ in (model._no_split_modules or ()):
@@ -320,7 +332,10 @@ def save_shards(tensors: dict[str, Tensor], folder: Path) -> None:
     """Write what each process has of the tensors, as safetensors; called by all."""
     writer = dcp.HuggingFaceStorageWriter(folder, save_distributed=True)
     with warnings.catch_warnings(action="ignore"):
-        dcp.save(tensors, storage_writer=writer)
+        try:
+            dcp.save(tensors, storage_writer=writer)
+        except dcp.CheckpointException as error:  # which is no Exception: of a full disk
+            raise OSError(str(error).strip().splitlines()[-1]) from error
 
 
 def load_shards(tensors: dict[str, Tensor], folder: Path) -> None:

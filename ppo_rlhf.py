@@ -236,15 +236,19 @@ def main(args: Args) -> None:
     tokenizer = utils.load_tokenizer(args.model)
     pad_id = tokenizer.pad_token_id
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    reference = utils.freeze(utils.load_causal_lm(args.model, device, tokenizer), args.dtype)
+    at = utils.load_device(args, device)
+    reference = utils.freeze(utils.load_causal_lm(args.model, at, tokenizer), args.dtype)
     if args.lora_rank:  # one base for policy, reference and value function (D43)
         policy = lora.adapt(reference, args)
     else:
-        policy = utils.load_causal_lm(args.model, device, tokenizer)
+        policy = utils.load_causal_lm(args.model, at, tokenizer)
+    utils.spread(reference, args, device, trained=False)
+    utils.spread(policy, args, device)
     stop_ids = generate.stop_token_ids(tokenizer, args.stop_token, policy.generation_config)
     reward_models, readers, shares_tokens = [], [], []  # readers: their tokenizers and contexts
     for name in args.reward_model:
-        model = utils.freeze(utils.load_classifier(name, device, trained=True), args.dtype)
+        model = utils.freeze(utils.load_classifier(name, at, trained=True), args.dtype)
+        utils.spread(model, args, device, trained=False)
         reward_models.append(model)
         readers.append((utils.load_tokenizer(name), utils.context_length(model)))
         shares_tokens.append(utils.same_tokenizer(tokenizer, readers[-1][0]))
@@ -261,7 +265,8 @@ def main(args: Args) -> None:
         if args.lora_rank:
             value_model = lora.value_on(reference, args, value_start)
         else:
-            value_model = utils.load_classifier(value_start, device)
+            value_model = utils.load_classifier(value_start, at)
+        utils.spread(value_model, args, device)
         if not utils.same_tokenizer(tokenizer, utils.load_tokenizer(value_start)):
             utils.stop(f"--value-model: {value_start} has another tokenizer; pass another")
     labeler = "data/support/gold.py:score" if args.dataset == Args.dataset else None
@@ -289,8 +294,6 @@ def main(args: Args) -> None:
     for model in (policy, reference, value_model, *reward_models):
         if args.compile and model is not None:
             utils.compile_model(model)
-        if model is not None:
-            utils.spread(model, args, trained=model in trained.values())
 
     # ---- what the loop calls
     def sample_responses(
@@ -662,7 +665,7 @@ def main(args: Args) -> None:
                 numbers = rollout | losses | {"gradient_norm": norm}
                 utils.check_finite(f"update {update}", numbers)
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=process.world == 1)  # else views of buckets
+                optimizer.zero_grad(set_to_none=not distributed.replicated(policy))
                 grad_norms.append(norm)
             means = distributed.sum_all(torch.stack([*sums.values()])) / batch_tokens
             epoch_means.append(dict(zip(sums, means.tolist(), strict=True)))

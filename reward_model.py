@@ -142,7 +142,7 @@ def main(args: Args) -> None:
     formats = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]
     train_data, eval_data = dataset.load_splits(args, formats)
     tokenizer = utils.load_tokenizer(args.model)
-    model = utils.load_classifier(args.model, device)
+    model = utils.load_classifier(args.model, utils.load_device(args, device))
     if model.score.weight.any():
         utils.say(f"reward_model: {args.model} has a trained head, which is kept")  # B27
     else:
@@ -151,8 +151,7 @@ def main(args: Args) -> None:
     if args.lm_coef:
         if not model.config.get_text_config().tie_word_embeddings:
             utils.stop(f"--lm-coef: {args.model} has an output layer of its own; pass --lm-coef 0")
-        lm_head = torch.nn.Linear(1, 1, bias=False)  # a classifier has none; the embeddings serve
-        lm_head.weight = model.get_input_embeddings().weight
+        lm_head = TiedHead(model.get_input_embeddings())  # a classifier has none
         model.get_output_embeddings = lambda: lm_head
     if args.lora_rank:
         model = lora.adapt(model, args)
@@ -174,7 +173,7 @@ def main(args: Args) -> None:
             utils.stop(f"--max-length: all demonstrations exceed {max_length} tokens; raise it")
     if args.compile:
         utils.compile_model(model)
-    utils.spread(model, args)
+    utils.spread(model, args, device)
     out = utils.open_output(args, "reward_model", process)
 
     # AdamW without weight decay; its rate rises in a line, then falls to 0 as a cosine (D6)
@@ -285,7 +284,7 @@ def main(args: Args) -> None:
         grad_norm = distributed.full(grad_norm).item()
         utils.check_finite(f"step {step}", {"loss": loss, "gradient_norm": grad_norm})
         optimizer.step()
-        optimizer.zero_grad(set_to_none=process.world == 1)  # else they are views of buckets
+        optimizer.zero_grad(set_to_none=not distributed.replicated(model))
 
         tokens_per_second = sum(map(length, batch)) / (time.time() - step_started)
         metrics = {"loss": loss, "accuracy": accuracy, "margin": margin, "lr": lr}
@@ -323,6 +322,19 @@ def main(args: Args) -> None:
         f"on {pairs} held-out pairs, margin {result['mean_margin']:.2f}, correlation with length "
         f"{result['score_length_correlation']:+.2f}; {seconds:.0f} s; model in {out}"
     )
+
+
+class TiedHead(NamedTuple):
+    """A head of the embeddings' weight as it is when called: --fsdp puts others in its place."""
+
+    embeddings: torch.nn.Embedding
+
+    @property
+    def weight(self) -> Tensor:
+        return self.embeddings.weight
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight)
 
 
 class Pair(NamedTuple):

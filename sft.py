@@ -133,7 +133,7 @@ def main(args: Args) -> None:
         model, tokenizer = build_tiny(train_data, device)
     else:
         tokenizer = utils.load_tokenizer(args.model)
-        model = utils.load_causal_lm(args.model, device, tokenizer)
+        model = utils.load_causal_lm(args.model, utils.load_device(args, device), tokenizer)
     if args.lora_rank:
         model = lora.adapt(model, args)
     max_length = min(args.max_length, utils.context_length(model))
@@ -147,7 +147,7 @@ def main(args: Args) -> None:
         utils.say(f"sft: {cut} of {len(train_rows)} completions are cut (--max-length)")
     if args.compile:
         utils.compile_model(model)
-    utils.spread(model, args)
+    utils.spread(model, args, device)
     out = utils.open_output(args, "sft", process)
 
     # AdamW without weight decay; its rate rises in a line, then falls to 0 as a cosine (D6)
@@ -229,7 +229,7 @@ def main(args: Args) -> None:
         grad_norm = distributed.full(grad_norm).item()
         utils.check_finite(f"step {step}", {"loss": loss, "gradient_norm": grad_norm})
         optimizer.step()
-        optimizer.zero_grad(set_to_none=process.world == 1)  # else they are views of buckets
+        optimizer.zero_grad(set_to_none=not distributed.replicated(model))
 
         tokens_per_second = sum(map(length, batch)) / (time.time() - step_started)
         metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm}

@@ -99,7 +99,7 @@ def stage() -> Iterator[None]:
             if not distributed.lost_others(error):
                 raise  # a bug
             fix = "its own error says why"
-            error = ConnectionError("another process has ended")
+            error = ConnectionError(f"another process has ended ({first_line(error)})")
         where = f"{progress.unit} {progress.n + 1}" if progress is not None else "start"
         stop(f"{where}: {first_line(error)}; {fix}", 1)
     finally:
@@ -125,7 +125,7 @@ def start_process(args: Any) -> Process:
     except ValueError as error:
         stop(f"--device: {error}; leave it out")
     process = distributed.join(device)
-    if distributed.starts():  # again: its own run goes on, whatever the flags
+    if distributed.started_again(device):  # its own run goes on, whatever the flags
         before = flags_of(Path(args.output_dir).expanduser())
         if distributed.from_main(before.get("launch") == distributed.launch()):
             args.resume, args.overwrite = True, False
@@ -465,10 +465,15 @@ def attention(module: Any, *inputs: Tensor | None, **kwargs: Any) -> tuple:
 transformers.AttentionInterface.register("sdpa", attention)
 
 
-def spread(model: Any, args: Any, trained: bool = True) -> None:
+def load_device(args: Any, device: torch.device) -> torch.device:
+    """Where a model is loaded: with --fsdp, a GPU has room for shards only."""
+    return torch.device("cpu") if args.fsdp else device
+
+
+def spread(model: Any, args: Any, device: torch.device, trained: bool = True) -> None:
     """Let the processes of torchrun, if any, share the work on a model; with --fsdp the model."""
     if args.fsdp:
-        distributed.shard(model, args.dtype, offload=not trained and args.cpu_offload)
+        distributed.shard(model, device, args.dtype, offload=not trained and args.cpu_offload)
     elif trained:
         distributed.replicate(model)
 
@@ -801,6 +806,8 @@ class Checkpoints(NamedTuple):
         folder = distributed.from_main(found[0] if found else None)  # all take the same one
         if folder is None:
             return None
+        if (folder / "shards").is_dir() != self.is_sharded():
+            stop(f"--resume: {folder} was written with another --fsdp; pass that run's")
         whole, moments = self.optimizer.state_dict(), defaultdict(dict)
         if self.is_sharded():
             flat, groups = {}, self.optimizer.param_groups

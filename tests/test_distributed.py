@@ -86,9 +86,11 @@ def flags(models, base, rewards, tmp_path_factory) -> dict[str, tuple[str, dict]
     often = {"eval_every": 1, "save_every": 1, "total_episodes": 24, "num_mini_batches": 2}
     warm = {"total_episodes": 24, "critic_warmup_updates": 1, "save_every": 2}
     preferences = {"dataset": data["preferences"], "normalize_with": data["sft"]}
+    embeddings = {"lm_coef": 1.0, "prefix_coef": 1.0}
     return {
         "sft": ("sft", learn | {"dataset": data["sft"], "eval_every": 2}),
         "reward_model": ("reward_model", learn | preferences),
+        "reward_model_lm": ("reward_model", learn | preferences | embeddings),
         "ppo": ("ppo", ppo | {"whiten_rewards": True, "keep_best": True} | often),
         "ppo_one_step": ("ppo", ppo | FIRST_PASS),
         "ppo_rloo": ("ppo", ppo | rloo),
@@ -133,7 +135,16 @@ def one(flags, tmp_path_factory, sft, reward_model, ppo):
     return folder
 
 
-NAMES = ["sft", "reward_model", "ppo", "ppo_one_step", "ppo_rloo", "ppo_batch_mean", "ppo_warm"]
+NAMES = [
+    "sft",
+    "reward_model",
+    "reward_model_lm",
+    "ppo",
+    "ppo_one_step",
+    "ppo_rloo",
+    "ppo_batch_mean",
+    "ppo_warm",
+]
 
 
 def approx(x):

@@ -255,7 +255,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as group
 if how == "shard":
-    distributed.shard(model, "float32")
+    distributed.shard(model, device, "float32")
     gather = group.foreach_all_gather
     group.foreach_all_gather = lambda *a, **k: calls.append("gather") or gather(*a, **k)
 else:

@@ -194,8 +194,13 @@ def test_what_sharding_does_not_go_with_is_refused(ppo, error_of, monkeypatch, t
     assert f"--fsdp: does not go with {utils.flag(name)}; leave one out" in line
 
 
-def test_two_machines(words, alone, tmp_path):
-    """Two torchruns that meet on the loopback, with one output folder, as it must be."""
+@pytest.mark.parametrize("killed", [False, True])
+def test_two_machines(words, alone, monkeypatch, tmp_path, killed):
+    """Two torchruns that meet on the loopback, with one output folder, as it must be.
+
+    Where a process of one is killed, both start theirs again.
+    """
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -209,7 +214,10 @@ def test_two_machines(words, alone, tmp_path):
         "127.0.0.1",
     ]
     given = ["ppo_rlhf.py", *words, "--output-dir", str(tmp_path / "out")]
-    runs = [torchrun(*meet, *given) for _ in range(2)]
+    runs = [torchrun(*meet, "--max-restarts", "2", *given) for _ in range(2)]
+    if killed:
+        wait_for(tmp_path / "out" / "checkpoint" / "000002")
+        os.kill([*workers(runs[1].pid).values()][0], signal.SIGKILL)
     results = [finished(run) for run in runs]
     assert [code for code, _, _ in results] == [0, 0], results[0][2][-2000:] + results[1][2][-2000:]
     assert_same_run(alone, tmp_path / "out", tolerance=1e-4)

@@ -58,7 +58,7 @@ b17_one_token_can_be_whitened in utils.py
 b18_a_saved_reward_model_keeps_head_and_normalization in reward_model.py
     model.config.reward_mean = float(scores.mean())  ->  model.reward_mean = float(scores.mean())
 b18_a_reward_model_without_a_head_is_refused in ppo_rlhf.py
-    utils.load_classifier(name, device, trained=True)  ->  utils.load_classifier(name, device)
+    utils.load_classifier(name, at, trained=True)  ->  utils.load_classifier(name, at)
 b19_the_reward_model_is_asked_about_whole_texts in dataset.py
     sequences.append(p.ids + answer + end)  ->  sequences.append(p.ids + answer)
 b20_the_score_is_read_at_the_end_not_at_a_pad_id_in_the_text in utils.py

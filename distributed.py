@@ -78,7 +78,7 @@ def join(device: torch.device) -> Process:
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if shared else ""
         store = dist.PrefixStore(start, next(dist.rendezvous("env://"))[0])
         dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=world)
-    return Process(rank, world, device, is_main=rank == 0)
+    return Process(rank, world, device, is_main())
 
 
 def is_main() -> bool:
@@ -303,11 +303,11 @@ def sums_in_last(parts: list[Any], models: Any) -> Iterator[Any]:
 
     Those of sharded models are summed in each: whole they would fill the memory that is saved.
     """
-    models = [model for model in models if replicated(model)]
+    # not of a policy that stands still (D32)
+    models = [m for m in models if replicated(m) and any(p.requires_grad for p in m.parameters())]
     for i, part in enumerate(parts, 1):
         for model in models:
-            trains = any(p.requires_grad for p in model.parameters())  # not in a warm-up (D32)
-            model.across.require_backward_grad_sync = trains and i == len(parts)
+            model.across.require_backward_grad_sync = i == len(parts)
         yield part
     for model in models:
         model.across.require_backward_grad_sync = False

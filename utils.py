@@ -774,12 +774,12 @@ class Checkpoints(NamedTuple):
             flat = self.tensors() | {f"optimizer.{key}": x for key, x in flat.items()}
             distributed.save_shards(flat, part / "shards")
             distributed.barrier()
-        if not main:
-            return
-        if not self.is_sharded():
+        elif main:
             for name, model in self.models.items():
                 save_weights(model, part, name)
             safetensors.torch.save_file(flat, part / "optimizer.safetensors")
+        if not main:
+            return
         self.tokenizer.save_pretrained(part)
         (part / "state.json").write_text(json.dumps({"step": step} | state))
         (part / "SHA256SUMS").write_text(checksums(part))

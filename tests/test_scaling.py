@@ -259,8 +259,6 @@ folder, how = sys.argv[1:]
 model = utils.load_causal_lm(folder, device)
 weights = sum(p.numel() for p in model.parameters())
 calls = []
-import torch.distributed as dist
-from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as group
 if how == "shard":
     distributed.shard(model, device, "float32")
@@ -268,8 +266,11 @@ if how == "shard":
     group.foreach_all_gather = lambda *a, **k: calls.append("gather") or gather(*a, **k)
 else:
     distributed.replicate(model)
-    hook = distributed.sum_bucket
-own = [getattr(p, "to_local", lambda p=p: p)().numel() for p in model.parameters()]
+
+
+def held(tensors):
+    return sum(getattr(x, "to_local", lambda x=x: x)().numel() for x in tensors)
+
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 ids = torch.arange(24).view(4, 6) + 2
 
@@ -277,7 +278,7 @@ ids = torch.arange(24).view(4, 6) + 2
 def loss(model, ids):
     return utils.logits_of(model, utils.hidden_states(model, ids)).log_softmax(-1)[..., 3].sum()
 
-report = {"weights": weights, "own": sum(own)}
+report = {"weights": weights, "own": held(model.parameters())}
 for step in range(2):
     for part in distributed.sums_in_last([ids[:2], ids[2:]], [model]):
         loss(model, part).backward()
@@ -286,19 +287,16 @@ for step in range(2):
         report["storages"] = len({g.untyped_storage().data_ptr() for g in grads})
         report["bytes"] = sum({g.untyped_storage().data_ptr(): g.untyped_storage().nbytes()
                                for g in grads}.values())
-        report["both"] = float(grads[0].square().sum())
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
-report["moments"] = sum(
-    getattr(x, "to_local", lambda x=x: x)().numel()
-    for s in optimizer.state.values() for k, x in s.items() if k != "step"
-)
+moments = [x for s in optimizer.state.values() for k, x in s.items() if k != "step"]
+report["moments"] = held(moments)
 calls.clear()
 uniform = generate.random_numbers(4, 12, torch.Generator().manual_seed(1))
 generate.generate(model, ids, torch.ones_like(ids), uniform, [1], pad_id=0)
 parts = vars(model)["across"].modules()
 report["gathers"], report["units"] = len(calls), sum(map(distributed.is_shard, parts))
-report["left"] = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in model.parameters())
+report["left"] = held(model.parameters())
 json.dump(report, open(f"{folder}/{how}{process.rank}.json", "w"))
 distributed.leave()
 """

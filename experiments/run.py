@@ -1,0 +1,236 @@
+"""Run experiments: a stage with a small change, everything else as in the baseline.
+
+An experiment is a file NAME.diff in this folder: a few lines of text, the stages to run with their
+flags, and a change of the code, if any (README.md). Each runs on a copy of the project, for several
+seeds, on the embedded task; stages that it does not name are the baseline's. One JSON file per
+experiment and seed is left in results/; what is there already is not run again.
+
+    python experiments/run.py                                # the baseline and all experiments
+    python experiments/run.py baseline clip_higher --seeds 5
+    python experiments/run.py clip_higher --setting full     # the stage's own number of episodes
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent
+# seconds matter here, so PPO learns from fewer episodes; docs/lab.md compares the two settings
+SETTINGS = {"short": "--total-episodes 2560 --eval-every 5", "full": "--eval-every 10"}
+MODELS = ("sft", "reward_model")  # of the baseline, in the order in which they are made
+
+
+@dataclasses.dataclass
+class Args:
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Experiments, or `baseline`; none: all."""
+    seeds: int = 3
+    """Seeds 1 to this, the same for each experiment."""
+    setting: Literal["short", "full"] = "short"
+    """How many episodes PPO learns from."""
+    jobs: int = os.cpu_count() or 1
+    """Runs at a time, each on one thread."""
+    runs: Path = ROOT / "runs/experiments"
+    """Where the runs go."""
+    out: Path = FOLDER / "results"
+    """Folder of the result files."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    name: str
+    title: str
+    facts: dict[str, str]  # what stands above the diff: Source, Kind, Expected, Paper
+    stages: tuple[tuple[str, str], ...]  # names and flags, in the order in which they run
+    diff: str  # "" where flags are all
+
+    @property
+    def recipe(self) -> str:
+        """A number that changes with what is run."""
+        return hashlib.sha1(repr((self.stages, self.diff)).encode()).hexdigest()[:12]
+
+
+class Failed(Exception):
+    """A run that ended with an error, with its last line."""
+
+
+BASELINE = Experiment("baseline", "The stages as they are", {}, (("ppo_rlhf", ""),), "")
+
+
+def read(name: str) -> Experiment:
+    """An experiment from its file. Lines are `Word: text`, indented where one goes on."""
+    if name == "baseline":
+        return BASELINE
+    if not (path := FOLDER / f"{name}.diff").exists():
+        sys.exit(f"error: {path}: no such experiment; pass the name of a file here, without .diff")
+    text, mark, diff = path.read_text(encoding="utf-8").partition("\n--- a/")
+    title, *lines = re.sub(r"\n +", " ", text.strip()).splitlines()
+    facts, stages = {}, []
+    for line in lines:
+        word, _, rest = line.partition(": ")
+        if word == "Run":
+            file, _, flags = rest.partition(" ")
+            stages.append((file.removesuffix(".py"), flags))
+        else:
+            facts[word] = rest
+    return Experiment(name, title, facts, tuple(stages), f"--- a/{diff}" if mark else "")
+
+
+def names() -> list[str]:
+    return ["baseline", *sorted(path.stem for path in FOLDER.glob("*.diff"))]
+
+
+def copy_with(experiment: Experiment, folder: Path) -> None:
+    """The project's scripts and data in `folder`, changed by the experiment's diff."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    shutil.copytree(ROOT / "data", folder / "data")
+    if experiment.diff:
+        # git would skip files of the project around the folder, which it must not see
+        environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.resolve().parent)}
+        command = ["git", "apply", "--recount", "-"]
+        subprocess.run(
+            command, input=experiment.diff, text=True, cwd=folder, env=environment, check=True
+        )
+
+
+def flags_of(
+    experiment: Experiment, stage: str, seed: int, own: Path, models: Path, seeds: int = 3
+) -> list[str]:
+    """A stage's command line; models come from the experiment's runs, else the baseline's.
+
+    In the flags {sft} and {reward_model} stand for these models, {second} and {third} for the
+    reward models of the next seeds.
+    """
+    own_models = [name for name, _ in experiment.stages if name != stage]
+    use = {m: (own if m in own_models else models / f"seed{seed}") / m for m in MODELS}
+    others = [models / f"seed{(seed - 1 + i) % seeds + 1}/reward_model" for i in (1, 2)]
+    flags = ["--seed", str(seed), "--output-dir", str(own / stage), "--overwrite"]
+    flags += ["--save-every", "0"]
+    if stage != "sft":
+        flags += ["--model", str(use["sft"])]
+    if stage == "ppo_rlhf":
+        flags += ["--reward-model", str(use["reward_model"])]
+    extra = dict(experiment.stages).get(stage, "")
+    return flags + shlex.split(extra.format(**use, second=others[0], third=others[1]))
+
+
+def run_stage(code: Path, stage: str, flags: list[str], log: Path) -> dict:
+    """Run a stage of the copy on one thread: its summary.json, CPU seconds and peak memory."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    with log.open("w") as file:
+        command = [sys.executable, f"{stage}.py", *flags]
+        process = subprocess.Popen(command, cwd=code, env=environment, stdout=file, stderr=file)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        lines = [line for line in log.read_text().splitlines() if line.strip()] or [str(log)]
+        raise Failed(lines[-1])
+    out = Path(flags[flags.index("--output-dir") + 1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    cost = {"cpu_seconds": usage.ru_utime + usage.ru_stime}
+    cost["peak_memory_gb"] = usage.ru_maxrss * unit / 1e9
+    return json.loads((out / "summary.json").read_text()) | cost
+
+
+def train_models(seed: int, models: Path) -> None:
+    """The baseline's first two stages for a seed, which all its experiments start from."""
+    code, own = models / f"code{seed}", models / f"seed{seed}"
+    first = dataclasses.replace(BASELINE, stages=tuple((name, "") for name in MODELS))
+    for stage in MODELS:
+        if not (own / stage / "summary.json").exists():
+            copy_with(first, code)
+            run_stage(code, stage, flags_of(first, stage, seed, own, models), own / f"{stage}.log")
+    shutil.rmtree(code, ignore_errors=True)
+
+
+def run(experiment: Experiment, seed: int, args: Args) -> dict:
+    """All stages of an experiment for a seed; what goes into its result file."""
+    own = (args.runs / args.setting / f"{experiment.name}-seed{seed}").resolve()
+    code = own / "code"
+    copy_with(experiment, code)
+    result = {"experiment": experiment.name, "seed": seed, "setting": args.setting}
+    result |= {"recipe": experiment.recipe, "processor": processor(), "diverged": False}
+    for stage, _ in experiment.stages:
+        flags = flags_of(experiment, stage, seed, own, args.runs.resolve() / "models")
+        if stage == "ppo_rlhf":
+            flags = SETTINGS[args.setting].split() + flags
+        try:
+            result[stage] = run_stage(code, stage, flags, own / f"{stage}.log")
+        except Failed as error:
+            if "lower --learning-rate" not in str(error):  # what a stage says of NaN or infinity
+                raise
+            return result | {"diverged": True, "error": str(error)}
+    rows = map(json.loads, (own / "ppo_rlhf/metrics.jsonl").open())
+    evals = ("update", "eval/kl", "eval/score", "eval/judge", "eval/win_rate", "eval/length")
+    result["trace"] = [{k: row[k] for k in evals} for row in rows if "eval/judge" in row]
+    shutil.rmtree(code)
+    return result
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    found = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(found, platform.processor())
+
+
+def result_file(experiment: Experiment, seed: int, args: Args) -> Path:
+    return args.out / args.setting / f"{experiment.name}-seed{seed}.json"
+
+
+def is_done(experiment: Experiment, seed: int, args: Args) -> bool:
+    path = result_file(experiment, seed, args)
+    return path.exists() and json.loads(path.read_text())["recipe"] == experiment.recipe
+
+
+def main(args: Args) -> None:
+    chosen = [read(name) for name in args.names or names()]
+    work = [(e, s) for s in range(1, args.seeds + 1) for e in chosen if not is_done(e, s, args)]
+    total, started = len(work), time.time()
+    print(f"{total} runs to do, {args.jobs} at a time", flush=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        seeds = range(1, max(args.seeds, 3) + 1)  # an ensemble has three reward models
+        models = args.runs.resolve() / "models"
+        if work:
+            list(pool.map(train_models, seeds, [models] * len(seeds)))
+        runs = {pool.submit(run, *one, args): one for one in work}
+        for done, future in enumerate(as_completed(runs), 1):
+            experiment, seed = runs[future]
+            where = f"{done}/{total} {experiment.name}, seed {seed}"
+            try:
+                result = future.result()
+            except (Failed, subprocess.CalledProcessError) as error:
+                print(f"{where}: failed: {error}", flush=True)
+                continue
+            path = result_file(experiment, seed, args)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result, indent=1) + "\n")
+            left = (time.time() - started) / done * (total - done) / 60
+            what = "diverged"
+            if not result["diverged"]:
+                policy = result["ppo_rlhf"]["eval"]["policy"]
+                win_rate = result["ppo_rlhf"]["eval"]["win_rate"]
+                what = f"labeler {policy['judge']:.2f}, wins {win_rate:.3f}, KL {policy['kl']:.1f}"
+            print(f"{where}: {what}; about {left:.0f} min left", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

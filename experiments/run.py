@@ -77,7 +77,7 @@ def read(name: str) -> Experiment:
         return BASELINE
     if not (path := FOLDER / f"{name}.diff").exists():
         sys.exit(f"error: {path}: no such experiment; pass the name of a file here, without .diff")
-    text, mark, diff = path.read_text(encoding="utf-8").partition("\n--- a/")
+    text, *diff = re.split(r"\n(?=diff --git |--- a/)", path.read_text(encoding="utf-8"), maxsplit=1)
     title, *lines = re.sub(r"\n +", " ", text.strip()).splitlines()
     facts, stages = {}, []
     for line in lines:
@@ -87,7 +87,7 @@ def read(name: str) -> Experiment:
             stages.append((file.removesuffix(".py"), flags))
         else:
             facts[word] = rest
-    return Experiment(name, title, facts, tuple(stages), f"--- a/{diff}" if mark else "")
+    return Experiment(name, title, facts, tuple(stages), "".join(diff))
 
 
 def names() -> list[str]:
@@ -104,7 +104,7 @@ def copy_with(experiment: Experiment, folder: Path) -> None:
     if experiment.diff:
         # git would skip files of the project around the folder, which it must not see
         environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.resolve().parent)}
-        command = ["git", "apply", "--recount", "-"]
+        command = ["git", "apply", "-"]
         subprocess.run(
             command, input=experiment.diff, text=True, cwd=folder, env=environment, check=True
         )

@@ -6,22 +6,87 @@ import sys
 
 import pytest
 import tyro
+from conftest import ROOT, metrics_of, summary_of, weights_of
 
-from conftest import ROOT, load_script
+sys.path.insert(0, str(ROOT / "experiments"))
+import run as lab  # noqa: E402
 
-lab = load_script("experiments/run.py")
-EXPERIMENTS = [lab.read(name) for name in lab.names()]
-HELPERS = {"dataset.py", "distributed.py", "generate.py", "lora.py", "utils.py"}
+EXPERIMENTS = {name: lab.read(name) for name in lab.names()}
+STAGES = {"sft.py", "reward_model.py", "ppo_rlhf.py"}
+OURS = [path.stem for path in ROOT.glob("*.py")]
 
 
 def hunks(diff: str) -> list[tuple[str, list[str]]]:
-    """The changed file and the lines of each hunk, with their first character."""
-    found, file = [], None
+    """Of each hunk the changed file and its lines, with their first character."""
+    found, file = [], ""
     for line in diff.splitlines():
         if line.startswith("--- a/"):
-            file = line.removeprefix("--- a/").split("\t")[0]
+            file = line.removeprefix("--- a/")
         elif line.startswith("@@"):
             found.append((file, []))
         elif not line.startswith("+++"):
             found[-1][1].append(line)
     return found
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_is_a_small_change(name):
+    """At most 15 lines of a stage and of one helper, at a place that occurs once."""
+    experiment = EXPERIMENTS[name]
+    changes = hunks(experiment.diff)
+    lines = [line for _, hunk in changes for line in hunk]
+    assert sum(line.startswith("+") for line in lines) <= 15
+    assert sum(line.startswith("-") for line in lines) <= 15
+    files = {file for file, _ in changes}
+    assert len(files & STAGES) <= 1 and len(files - STAGES) <= 1
+    for file, hunk in changes:
+        old = "\n".join(line[1:] for line in hunk if line[:1] != "+")
+        assert f"\n{(ROOT / file).read_text()}".count(f"\n{old}\n") == 1, old
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name != "baseline"])
+def test_an_experiment_says_what_it_is(name):
+    experiment = EXPERIMENTS[name]
+    assert experiment.title and {"Kind", "Source", "Expected"} <= experiment.facts.keys()
+    assert experiment.facts["Kind"] in ("Ablation", "Variant")
+    assert experiment.stages[-1][0] == "ppo_rlhf"
+    assert experiment.diff or any(flags for _, flags in experiment.stages)
+
+
+@pytest.fixture
+def small(data, models) -> dict[str, str]:
+    """Flags with which a stage takes a second."""
+    few = "--batch-size 8 --micro-batch-size 4 --eval-every 0 --device cpu"
+    pairs = f"{few} --max-length 64 --dataset {data.preferences} --normalize-with {data.sft}"
+    answers = f"--total-episodes 8 --eval-prompts 2 --response-length 8 --temperature 1 {few}"
+    return {
+        "sft": f"{few} --max-length 64 --dataset {data.sft}",
+        "reward_model": pairs,
+        "ppo_rlhf": f"{answers} --dataset {data.prompts}",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_first_update_of_an_experiment(name, small, models, tmp_path, monkeypatch):
+    """In this process, on the changed code."""
+    experiment, own = EXPERIMENTS[name], tmp_path / "own"
+    lab.copy_with(experiment, tmp_path / "code")
+    monkeypatch.chdir(tmp_path / "code")
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    for module in OURS:
+        if module in sys.modules:
+            monkeypatch.delitem(sys.modules, module)
+    baseline = tmp_path / "models"
+    for seed in (1, 2, 3):
+        (baseline / f"seed{seed}").mkdir(parents=True)
+        for model in ("sft", "reward_model"):
+            (baseline / f"seed{seed}" / model).symlink_to(getattr(models, model))
+    for stage, flags in experiment.stages:
+        module = importlib.import_module(stage)
+        assert str(tmp_path) in module.__file__
+        flags = small[stage].split() + lab.flags_of(experiment, stage, 1, own, baseline)
+        module.main(tyro.cli(module.Args, args=flags))
+    assert len(metrics_of(own / "ppo_rlhf")) == 1
+    assert summary_of(own / "ppo_rlhf")["eval"]["policy"]["judge"] is None
+    assert all(weight.isfinite().all() for weight in weights_of(own / "ppo_rlhf").values())

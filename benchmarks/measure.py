@@ -1,5 +1,6 @@
 """What the benchmarks share: a stage run as a process, the machine's name, the project's files."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -13,19 +14,29 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_process(command: list[str], threads: int) -> dict:
-    """Run a script of the project with its flags, as a process of its own.
+def run_process(
+    command: list[str], threads: int, folder: Path = ROOT, log: Path | None = None
+) -> dict:
+    """Run a script of the project with its flags in a folder, as a process of its own.
 
-    Its wall seconds, start-up included, and its peak resident memory in GB.
+    Its seconds, start-up included, by the clock and of the processor, and its peak resident memory
+    in GB. What it prints goes to `log`, if any.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     started = time.time()
-    pid = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment).pid
-    _, status, usage = os.wait4(pid, 0)
+    with contextlib.nullcontext() if log is None else log.open("w") as file:
+        whole = [sys.executable, *command]
+        process = subprocess.Popen(whole, cwd=folder, env=environment, stdout=file, stderr=file)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)  # it has been waited for
     if status:
         sys.exit(f"{command[0]} failed")
     unit = 1 if sys.platform == "darwin" else 1024
-    return {"wall_seconds": time.time() - started, "peak_memory_gb": usage.ru_maxrss * unit / 1e9}
+    return {
+        "wall_seconds": time.time() - started,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_memory_gb": usage.ru_maxrss * unit / 1e9,
+    }
 
 
 def run_stage(command: list[str], threads: int) -> dict:

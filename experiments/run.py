@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -29,6 +28,9 @@ import tyro
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
+sys.path.append(str(ROOT / "benchmarks"))
+from measure import machine, run_process  # noqa: E402
+
 # seconds matter here, so PPO learns from fewer episodes; docs/lab.md compares the two settings
 SETTINGS = {"short": "--total-episodes 2560 --eval-every 5", "full": "--eval-every 10"}
 MODELS = ("sft", "reward_model")  # of the baseline, in the order in which they are made
@@ -77,7 +79,9 @@ def read(name: str) -> Experiment:
         return BASELINE
     if not (path := FOLDER / f"{name}.diff").exists():
         sys.exit(f"error: {path}: no such experiment; pass the name of a file here, without .diff")
-    text, *diff = re.split(r"\n(?=diff --git |--- a/)", path.read_text(encoding="utf-8"), maxsplit=1)
+    text, *diff = re.split(
+        r"\n(?=diff --git |--- a/)", path.read_text(encoding="utf-8"), maxsplit=1
+    )
     title, *lines = re.sub(r"\n +", " ", text.strip()).splitlines()
     facts, stages = {}, []
     for line in lines:
@@ -101,52 +105,41 @@ def copy_with(experiment: Experiment, folder: Path) -> None:
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
     shutil.copytree(ROOT / "data", folder / "data")
-    if experiment.diff:
-        # git would skip files of the project around the folder, which it must not see
-        environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.resolve().parent)}
-        command = ["git", "apply", "-"]
-        subprocess.run(
-            command, input=experiment.diff, text=True, cwd=folder, env=environment, check=True
-        )
+    if diff := experiment.diff:
+        # in the repository around the folder, git would apply nothing
+        alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.resolve().parent)}
+        subprocess.run(["git", "apply"], input=diff, text=True, cwd=folder, env=alone, check=True)
 
 
-def flags_of(
-    experiment: Experiment, stage: str, seed: int, own: Path, models: Path, seeds: int = 3
-) -> list[str]:
+def flags_of(experiment: Experiment, stage: str, seed: int, own: Path, models: Path) -> list[str]:
     """A stage's command line; models come from the experiment's runs, else the baseline's.
 
     In the flags {sft} and {reward_model} stand for these models, {second} and {third} for the
-    reward models of the next seeds.
+    reward models of two other seeds.
     """
     own_models = [name for name, _ in experiment.stages if name != stage]
     use = {m: (own if m in own_models else models / f"seed{seed}") / m for m in MODELS}
-    others = [models / f"seed{(seed - 1 + i) % seeds + 1}/reward_model" for i in (1, 2)]
+    others = [models / f"seed{(seed + i) % 3 + 1}/reward_model" for i in (0, 1)]
+    extra = [
+        word.format(**use, second=others[0], third=others[1])
+        for word in shlex.split(dict(experiment.stages)[stage])
+    ]
     flags = ["--seed", str(seed), "--output-dir", str(own / stage), "--overwrite"]
-    flags += ["--save-every", "0"]
     if stage != "sft":
         flags += ["--model", str(use["sft"])]
-    if stage == "ppo_rlhf":
+    if stage == "ppo_rlhf" and "--reward-model" not in extra:
         flags += ["--reward-model", str(use["reward_model"])]
-    extra = dict(experiment.stages).get(stage, "")
-    return flags + shlex.split(extra.format(**use, second=others[0], third=others[1]))
+    return [*flags, "--save-every", "0", *extra]
 
 
 def run_stage(code: Path, stage: str, flags: list[str], log: Path) -> dict:
     """Run a stage of the copy on one thread: its summary.json, CPU seconds and peak memory."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
-    with log.open("w") as file:
-        command = [sys.executable, f"{stage}.py", *flags]
-        process = subprocess.Popen(command, cwd=code, env=environment, stdout=file, stderr=file)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        lines = [line for line in log.read_text().splitlines() if line.strip()] or [str(log)]
-        raise Failed(lines[-1])
+    try:
+        cost = run_process([f"{stage}.py", *flags], 1, code, log)
+    except SystemExit:
+        raise Failed(log.read_text().strip().rpartition("\n")[2]) from None
     out = Path(flags[flags.index("--output-dir") + 1])
-    unit = 1 if sys.platform == "darwin" else 1024
-    cost = {"cpu_seconds": usage.ru_utime + usage.ru_stime}
-    cost["peak_memory_gb"] = usage.ru_maxrss * unit / 1e9
     return json.loads((out / "summary.json").read_text()) | cost
 
 
@@ -167,7 +160,7 @@ def run(experiment: Experiment, seed: int, args: Args) -> dict:
     code = own / "code"
     copy_with(experiment, code)
     result = {"experiment": experiment.name, "seed": seed, "setting": args.setting}
-    result |= {"recipe": experiment.recipe, "processor": processor(), "diverged": False}
+    result |= {"recipe": experiment.recipe, "machine": machine(threads=1), "diverged": False}
     for stage, _ in experiment.stages:
         flags = flags_of(experiment, stage, seed, own, args.runs.resolve() / "models")
         if stage == "ppo_rlhf":
@@ -185,13 +178,6 @@ def run(experiment: Experiment, seed: int, args: Args) -> dict:
     return result
 
 
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    found = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return next(found, platform.processor())
-
-
 def result_file(experiment: Experiment, seed: int, args: Args) -> Path:
     return args.out / args.setting / f"{experiment.name}-seed{seed}.json"
 
@@ -201,16 +187,16 @@ def is_done(experiment: Experiment, seed: int, args: Args) -> bool:
     return path.exists() and json.loads(path.read_text())["recipe"] == experiment.recipe
 
 
-def main(args: Args) -> None:
-    chosen = [read(name) for name in args.names or names()]
-    work = [(e, s) for s in range(1, args.seeds + 1) for e in chosen if not is_done(e, s, args)]
-    total, started = len(work), time.time()
+def run_all(experiments: list[Experiment], args: Args) -> None:
+    """Those runs of the experiments that have no result yet; one may fail without the others."""
+    seeds = range(1, args.seeds + 1)
+    work = [(e, seed) for seed in seeds for e in experiments if not is_done(e, seed, args)]
+    total, failed, started = len(work), 0, time.time()
     print(f"{total} runs to do, {args.jobs} at a time", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
-        seeds = range(1, max(args.seeds, 3) + 1)  # an ensemble has three reward models
-        models = args.runs.resolve() / "models"
-        if work:
-            list(pool.map(train_models, seeds, [models] * len(seeds)))
+        if work:  # the models of three seeds at least, which an ensemble needs
+            models, needed = args.runs.resolve() / "models", range(1, max(args.seeds, 3) + 1)
+            list(pool.map(train_models, needed, [models] * len(needed)))
         runs = {pool.submit(run, *one, args): one for one in work}
         for done, future in enumerate(as_completed(runs), 1):
             experiment, seed = runs[future]
@@ -219,10 +205,12 @@ def main(args: Args) -> None:
                 result = future.result()
             except (Failed, subprocess.CalledProcessError) as error:
                 print(f"{where}: failed: {error}", flush=True)
+                failed += 1
                 continue
             path = result_file(experiment, seed, args)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(result, indent=1) + "\n")
+            (part := path.with_suffix(".part")).write_text(json.dumps(result, indent=1) + "\n")
+            part.rename(path)
             left = (time.time() - started) / done * (total - done) / 60
             what = "diverged"
             if not result["diverged"]:
@@ -230,6 +218,12 @@ def main(args: Args) -> None:
                 win_rate = result["ppo_rlhf"]["eval"]["win_rate"]
                 what = f"labeler {policy['judge']:.2f}, wins {win_rate:.3f}, KL {policy['kl']:.1f}"
             print(f"{where}: {what}; about {left:.0f} min left", flush=True)
+    if failed:
+        sys.exit(f"error: {failed} runs failed; their last lines are above")
+
+
+def main(args: Args) -> None:
+    run_all([read(name) for name in args.names or names()], args)
 
 
 if __name__ == "__main__":

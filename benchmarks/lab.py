@@ -1,0 +1,456 @@
+"""What the lab measures beyond single experiments, its statistics and its figures.
+
+    python experiments/run.py                    # first: the baseline and all experiments
+    python benchmarks/lab.py                     # all parts that follow
+    python benchmarks/lab.py --parts effects     # only the statistics of what is there
+
+Parts, each into its entry of benchmarks/results/lab.json:
+
+- full: eight experiments in the stages' own number of episodes; is their order the short setting's?
+- overoptimization: --kl-coef, for reward models of 500, 2,000 and all pairs, and an ensemble
+- best_of_n: the best of n replies of the SFT model by the reward model, n up to 64
+- methods: batch_mean, rloo and grpo with the episodes that the value function's time would pay for
+- effects: each experiment's difference to the baseline, with an interval over seeds; the figures
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from measure import ROOT, load_module, machine
+
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "experiments"))
+import run as lab
+
+import dataset
+import generate
+import utils
+
+gold = load_module("data/support/gold.py")
+
+PARTS = ("full", "overoptimization", "best_of_n", "methods", "effects")
+# of the effects that the short setting shows, from the largest loss to none
+EIGHT = ("baseline", "kl_coef_0", "eos_taken_for_pad", "dropout", "kl_coef_04", "epochs_1")
+EIGHT += ("learning_rate_low", "reward_no_prefix_loss", "temperature_left_out")
+KL_COEFS = ("0", "0.02", "0.05", "0.1", "0.2", "0.4")
+PAIRS = ("500", "2000", "all")
+ENSEMBLE = "--reward-model {reward_model} {second} {third} --ensemble min"
+METHODS = {
+    "batch_mean": "--advantage batch_mean",
+    "rloo": "--advantage rloo --samples-per-prompt 4",
+    "grpo": "--advantage grpo --samples-per-prompt 4",
+}
+
+
+@dataclasses.dataclass
+class Args:
+    parts: tuple[Literal[PARTS], ...] = PARTS
+    """Which parts to run."""
+    seeds: int = 3
+    """Seeds of what is run here."""
+    runs: Path = ROOT / "runs/experiments"
+    """Where the runs of experiments are."""
+    results: Path = ROOT / "experiments/results"
+    """Where their results are."""
+    out: Path = ROOT / "benchmarks/results"
+    """Folder of lab.json and the figures."""
+
+
+def experiment(name: str, ppo_flags: str, reward_model_flags: str | None = None) -> lab.Experiment:
+    """One that is flags alone."""
+    stages = (("ppo_rlhf", ppo_flags),)
+    if reward_model_flags is not None:
+        stages = (("reward_model", reward_model_flags), *stages)
+    return lab.Experiment(name, name, {}, stages, "")
+
+
+def run_all(experiments: list[lab.Experiment], args: Args, setting: str = "short") -> None:
+    flags = {"seeds": args.seeds, "setting": setting, "runs": args.runs, "out": args.results}
+    lab.run_all(experiments, lab.Args(**flags))
+
+
+def results_of(name: str, args: Args, setting: str = "short") -> dict[int, dict]:
+    """An experiment's results by seed."""
+    files = (args.results / setting).glob(f"{name}-seed*.json")
+    found = [json.loads(path.read_text()) for path in files]
+    return {result["seed"]: result for result in found}
+
+
+def judged(result: dict) -> float:
+    """The labeler's mean of the policy's replies; of a diverged run NaN."""
+    return math.nan if result["diverged"] else result["ppo_rlhf"]["eval"]["policy"]["judge"]
+
+
+# ---- the short setting beside the full one
+
+
+def full(args: Args) -> dict[str, Any]:
+    """Labeler's means in both settings, and the correlation of their ranks."""
+    run_all([lab.read(name) for name in EIGHT], args, "full")
+    rows = []
+    for name in EIGHT:
+        row = {"name": name}
+        for setting in ("short", "full"):
+            runs = results_of(name, args, setting).values()
+            row[setting] = statistics.mean(
+                map(judged, [r for r in runs if r["seed"] <= args.seeds])
+            )
+        rows.append(row)
+    ranks = [
+        np.argsort(np.argsort([row[setting] for row in rows])) for setting in ("short", "full")
+    ]
+    return {"rows": rows, "rank_correlation": float(np.corrcoef(*ranks)[0, 1])}
+
+
+# ---- over-optimization (Gao et al. 2022)
+
+
+def overoptimization_runs() -> dict[tuple[str, str], lab.Experiment]:
+    """By pairs of the reward model and --kl-coef; `ensemble` is the least of three of all pairs."""
+    runs = {("all", c): lab.read(f"kl_coef_{c.replace('.', '')}") for c in KL_COEFS if c != "0.1"}
+    runs["all", "0.1"] = lab.BASELINE
+    for pairs, c in itertools.product(PAIRS[:-1], KL_COEFS):
+        name = f"pairs_{pairs}_kl_coef_{c.replace('.', '')}"
+        runs[pairs, c] = experiment(name, f"--kl-coef {c}", f"--train-split train[:{pairs}]")
+    for c in KL_COEFS:
+        name = f"ensemble_min_kl_coef_{c.replace('.', '')}"
+        runs["ensemble", c] = experiment(name, f"{ENSEMBLE} --kl-coef {c}")
+    runs["ensemble", "0.1"] = lab.read("ensemble_min")
+    return runs
+
+
+def overoptimization(args: Args) -> dict[str, Any]:
+    """KL, reward model's and labeler's score of every evaluation, and the fits of both.
+
+    A score above the reference's is d (alpha - beta log d), d the root of the KL: Gao et al. 2022,
+    section 3.1, for reinforcement learning.
+    """
+    runs = overoptimization_runs()
+    run_all([*runs.values()], args)
+    points = []
+    for (pairs, c), one in runs.items():
+        for seed, result in results_of(one.name, args).items():
+            if result["diverged"]:
+                continue
+            evaluation = result["ppo_rlhf"]["eval"]
+            start, end = evaluation["reference"], evaluation["policy"]
+            trace = [
+                {k: row[f"eval/{k}"] for k in ("kl", "score", "judge")} for row in result["trace"]
+            ]
+            for last, row in enumerate([*trace, end], 1):
+                point = {"pairs": pairs, "kl_coef": float(c), "seed": seed, "kl": row["kl"]}
+                point |= {"score": row["score"] - start["score"], "end": last > len(trace)}
+                points.append(point | {"judge": row["judge"] - start["judge"]})
+    fits = {}
+    for pairs in (*PAIRS, "ensemble"):
+        some = [p for p in points if p["pairs"] == pairs and p["kl"] > 0.1]
+        d = np.sqrt([p["kl"] for p in some])
+        for of in ("score", "judge"):
+            columns = np.stack([d, -d * np.log(d)], 1)
+            fits[f"{pairs} {of}"] = fit(columns, [p[of] for p in some])
+    return {"points": points, "fits": fits}
+
+
+def fit(columns: np.ndarray, y: list[float]) -> dict[str, float]:
+    """alpha and beta by least squares, and the share of the variance that they explain."""
+    (alpha, beta), *_ = np.linalg.lstsq(columns, np.array(y), rcond=None)
+    left = np.array(y) - columns @ [alpha, beta]
+    return {"alpha": alpha, "beta": beta, "explained": float(1 - left.var() / np.var(y))}
+
+
+@torch.no_grad()
+def best_of_n(args: Args, most: int = 64, prompts: int = 200) -> dict[str, Any]:
+    """Mean scores of the best of n by the reward model, over all subsets of `most` replies.
+
+    Its KL to the SFT model is log n - (n - 1) / n (Stiennon et al. 2020, appendix G.3); the form of
+    the fits is d (alpha - beta d) (Gao et al. 2022).
+    """
+    torch.set_num_threads(2)
+    device, curves = torch.device("cpu"), {}
+    for seed in range(1, args.seeds + 1):
+        models = args.runs / f"models/seed{seed}"
+        readers = {"all": models / "reward_model"}
+        for pairs in PAIRS[:-1]:
+            own = args.runs / f"short/pairs_{pairs}_kl_coef_0-seed{seed}"
+            readers[pairs] = own / "reward_model"
+        tokenizer = utils.load_tokenizer(str(models / "sft"))
+        policy = utils.load_causal_lm(str(models / "sft"), device, tokenizer)
+        rows = dataset.load_data("data/support/prompts", "validation", dataset.PROMPT_FORMATS)
+        asked = dataset.encode_prompts(tokenizer, rows[:prompts], 400)
+        asked = [prompt for prompt in asked for _ in range(most)]
+        stops, texts, sequences = [tokenizer.eos_token_id], [], []
+        for i in range(0, len(asked), 256):
+            some = [prompt.ids for prompt in asked[i : i + 256]]
+            ids, mask = dataset.pad(some, tokenizer.pad_token_id, "left", device)
+            rng = utils.generator("cpu", seed, 5, i)
+            uniform = generate.random_numbers(len(some), 64, rng)
+            replies, real = generate.generate(
+                policy, ids, mask, uniform, stops, pad_id=tokenizer.pad_token_id, temperature=0.5
+            )
+            replies = [r[: m.sum()].tolist() for r, m in zip(replies, real, strict=True)]
+            texts += tokenizer.batch_decode(replies, skip_special_tokens=True)
+            ends = [r if r[-1] in stops else [*r, *stops] for r in replies]
+            sequences += [prompt + reply for prompt, reply in zip(some, ends, strict=True)]
+        judge = torch.tensor(gold.score([p.text for p in asked], texts)).view(-1, most)
+        for pairs, folder in readers.items():
+            model = utils.load_classifier(str(folder), device, trained=True)
+            scores = []
+            for i in range(0, len(sequences), 512):
+                ids, mask = dataset.pad(
+                    sequences[i : i + 512], tokenizer.pad_token_id, "right", device
+                )
+                raw = utils.last_token_scores(model, ids, mask)
+                scores.append(utils.normalize_scores(model, raw))
+            score, order = torch.cat(scores).view(-1, most).sort(1)
+            of_judge = judge.gather(1, order)
+            for n in (1, 2, 4, 8, 16, 32, 64):
+                # how often the i-th of `most` in rank is the best of n drawn without return
+                chance = [math.comb(i, n - 1) / math.comb(most, n) for i in range(most)]
+                means = [
+                    float((x.double() @ torch.tensor(chance).double()).mean())
+                    for x in (score, of_judge)
+                ]
+                curves.setdefault(pairs, {}).setdefault(n, []).append(means)
+    points = []
+    for pairs, by_n in curves.items():
+        start = np.mean(by_n[1], 0)
+        for n, means in by_n.items():
+            score, of_judge = np.mean(means, 0) - start
+            kl = math.log(n) - (n - 1) / n
+            points.append({"pairs": pairs, "n": n, "kl": kl, "score": score, "judge": of_judge})
+    fits = {}
+    for pairs, of in itertools.product(PAIRS, ("score", "judge")):
+        some = [p for p in points if p["pairs"] == pairs]
+        d = np.sqrt([p["kl"] for p in some])
+        fits[f"{pairs} {of}"] = fit(np.stack([d, -d * d], 1), [p[of] for p in some])
+    return {"points": points, "fits": fits}
+
+
+# ---- which method when
+
+
+def methods(args: Args) -> list[dict[str, Any]]:
+    """Each at the baseline's episodes and, for those without a value function, at its CPU time."""
+
+    def cost(name: str, of: str) -> float:
+        return statistics.mean(r["ppo_rlhf"][of] for r in results_of(name, args).values())
+
+    runs, rows = [], [("gae", "baseline", 2560)]
+    for name, flags in METHODS.items():
+        episodes = 2560 * cost("baseline", "cpu_seconds") / cost(name, "cpu_seconds")
+        more = round(episodes / 640) * 640
+        runs.append(experiment(f"{name}_same_time", f"{flags} --total-episodes {more}"))
+        rows += [(name, name, 2560), (name, f"{name}_same_time", more)]
+    run_all(runs, args)
+    table = []
+    for method, name, episodes in rows:
+        found = [r for r in results_of(name, args).values() if not r["diverged"]]
+        policies = [r["ppo_rlhf"]["eval"]["policy"] for r in found]
+        row = {"method": method, "episodes": episodes, "runs": len(found)}
+        row |= {k: statistics.mean(p[k] for p in policies) for k in ("judge", "kl", "score")}
+        row["win_rate"] = statistics.mean(r["ppo_rlhf"]["eval"]["win_rate"] for r in found)
+        row["early"] = statistics.mean(r["trace"][0]["eval/judge"] for r in found)
+        row |= {of: cost(name, of) for of in ("cpu_seconds", "peak_memory_gb")}
+        table.append(row)
+    return table
+
+
+# ---- effects
+
+
+def effects(args: Args) -> list[dict[str, Any]]:
+    """Of each experiment its means over seeds and its paired difference to the baseline."""
+    baseline, rows = results_of("baseline", args), []
+    for name in lab.names():
+        one, results = lab.read(name), results_of(name, args)
+        runs = {s: r for s, r in results.items() if r["recipe"] == one.recipe and s in baseline}
+        if not runs:
+            continue
+        row = {"name": name, "title": one.title, "seeds": len(runs)}
+        row |= {key.lower(): text for key, text in one.facts.items()}
+        kept = {seed: run for seed, run in runs.items() if not run["diverged"]}
+        evals = [run["ppo_rlhf"]["eval"] for run in kept.values()]
+        row["diverged"] = 1 - sum(
+            e["policy"]["judge"] > e["reference"]["judge"] for e in evals
+        ) / len(runs)
+        if kept:
+            row |= {
+                k: statistics.mean(e["policy"][k] for e in evals) for k in ("judge", "kl", "score")
+            }
+            row["length"] = statistics.mean(e["policy"]["length"] for e in evals)
+            row["win_rate"] = statistics.mean(e["win_rate"] for e in evals)
+            row["cpu_seconds"] = statistics.mean(
+                r["ppo_rlhf"]["cpu_seconds"] for r in kept.values()
+            )
+            row["early"] = statistics.mean(r["trace"][0]["eval/judge"] for r in kept.values())
+            for key, value in (("difference", judged), ("early_difference", early)):
+                pairs = [value(run) - value(baseline[seed]) for seed, run in kept.items()]
+                row[key], row[f"{key}_interval"] = statistics.mean(pairs), interval(pairs)
+        rows.append(row)
+    return rows
+
+
+def early(result: dict) -> float:
+    """The labeler's mean at the first evaluation, after a quarter of the updates."""
+    return result["trace"][0]["eval/judge"]
+
+
+def interval(differences: list[float]) -> list[float]:
+    """95% bootstrap interval of their mean, over seeds."""
+    rng, x = np.random.default_rng(0), np.array(differences)
+    means = x[rng.integers(len(x), size=(10_000, len(x)))].mean(1)
+    return np.quantile(means, [0.025, 0.975]).tolist()
+
+
+# ---- figures
+
+
+def plot(report: dict[str, Any], out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plot_effects(report["effects"], plt, out / "lab_effects.png")
+    if "overoptimization" in report:
+        plot_overoptimization(report, plt, out)
+
+
+def plot_effects(rows: list[dict], plt: Any, path: Path) -> None:
+    """Differences to the baseline, sorted, at the end and after a quarter of the updates."""
+    rows = [row for row in rows if row["name"] != "baseline" and "difference" in row]
+    rows.sort(key=lambda row: row["difference"])
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 0.19 * len(rows) + 1.4), sharey=True)
+    places = range(len(rows))
+    for axis, key, title in (
+        (axes[0], "difference", "at the end: most changes end where the baseline does"),
+        (axes[1], "early_difference", "after 640 episodes: they differ in how fast"),
+    ):
+        middle = [row[key] for row in rows]
+        low, high = zip(*(row[f"{key}_interval"] for row in rows), strict=True)
+        axis.hlines(places, low, high, color="0.6", linewidth=2)
+        for kind, mark in (("Ablation", "o"), ("Variant", "s")):
+            some = [i for i in places if rows[i]["kind"] == kind]
+            face = "black" if kind == "Ablation" else "white"
+            axis.plot(
+                [middle[i] for i in some],
+                some,
+                mark,
+                color="black",
+                mfc=face,
+                ms=4.5,
+                label=kind.lower(),
+            )
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_xscale("symlog", linthresh=0.5)
+        axis.set_xticks(
+            [-10, -5, -2, -1, -0.5, 0, 0.5], ["−10", "−5", "−2", "−1", "−0.5", "0", "0.5"]
+        )
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("labeler's points, difference to the baseline", fontsize=8)
+        axis.grid(axis="x", color="0.9")
+        axis.tick_params(labelsize=7.5)
+    axes[0].set_yticks(places, [row["name"] for row in rows])
+    axes[0].legend(fontsize=8, loc="lower right")
+    axes[0].set_ylim(-1, len(rows))
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def plot_overoptimization(report: dict[str, Any], plt: Any, out: Path) -> None:
+    """The README's figure, and one of all reward models."""
+    both, bon = report["overoptimization"], report.get("best_of_n")
+    titles = {
+        "500": "500 pairs",
+        "2000": "2,000 pairs",
+        "all": "all pairs",
+        "ensemble": "least of three",
+    }
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), sharey=True)
+    for axis, (pairs, title) in zip(axes, titles.items(), strict=True):
+        draw(axis, both, pairs, bon if pairs in PAIRS else None)
+        axis.set_title(
+            f"reward model of {title}" if pairs in PAIRS else f"{title} reward models", fontsize=9
+        )
+    axes[0].set_ylabel("points above the SFT model")
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(out / "lab_overoptimization.png", dpi=110)
+    figure, axis = plt.subplots(figsize=(5.6, 3.8))
+    draw(axis, both, "all", None)
+    axis.set_title(
+        "Far from the SFT model the reward model's score rises on,\nthe labeler's falls",
+        fontsize=10,
+    )
+    axis.set_ylabel("points above the SFT model")
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out / "lab_proxy.png", dpi=110)
+
+
+def draw(axis: Any, both: dict, pairs: str, bon: dict | None) -> None:
+    """Points and fits of reward model and labeler against the KL, on a square-root axis."""
+    points = [p for p in both["points"] if p["pairs"] == pairs]
+    for of, name, mark, line in (
+        ("judge", "labeler", "o", "-"),
+        ("score", "reward model", "x", "--"),
+    ):
+        gray = "black" if of == "judge" else "0.45"
+        axis.plot(
+            [math.sqrt(p["kl"]) for p in points],
+            [p[of] for p in points],
+            mark,
+            color=gray,
+            ms=3.5,
+            alpha=0.6,
+            label=name,
+        )
+        d = np.linspace(0.05, math.sqrt(max(p["kl"] for p in points)), 200)
+        found = both["fits"][f"{pairs} {of}"]
+        axis.plot(
+            d, d * (found["alpha"] - found["beta"] * np.log(d)), line, color=gray, linewidth=1.3
+        )
+        if bon:
+            some = [p for p in bon["points"] if p["pairs"] == pairs]
+            axis.plot(
+                [math.sqrt(p["kl"]) for p in some],
+                [p[of] for p in some],
+                "^" + line,
+                color=gray,
+                ms=4,
+                linewidth=0.8,
+                mfc="white",
+                label=f"best of n, {name}",
+            )
+    ticks = [
+        kl for kl in (0, 1, 4, 9, 16, 25, 49, 81, 121) if kl <= 1.1 * max(p["kl"] for p in points)
+    ]
+    axis.set_xticks([math.sqrt(kl) for kl in ticks], [str(kl) for kl in ticks])
+    axis.set_xlabel("KL to the SFT model, nats (square-root axis)")
+    axis.axhline(0, color="black", linewidth=0.6)
+    axis.grid(color="0.92")
+
+
+def main(args: Args) -> None:
+    path = args.out / "lab.json"
+    report = json.loads(path.read_text()) if path.exists() else {}
+    functions = {f.__name__: f for f in (full, overoptimization, best_of_n, methods, effects)}
+    for part in PARTS:
+        if part in args.parts:
+            report |= {"machine": machine(1), part: functions[part](args)}
+            path.write_text(json.dumps(report, indent=1) + "\n")
+    if "effects" in report:
+        plot(report, args.out)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

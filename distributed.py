@@ -48,26 +48,9 @@ def choose_device(device: str) -> torch.device:
     return torch.device(name)
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies in bfloat16 natively; elsewhere it is emulated."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    info = Path("/proc/cpuinfo")
-    words = info.read_text().split() if device.type == "cpu" and info.exists() else []
-    return "avx512_bf16" in words or "amx_bf16" in words
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be allocated on a GPU; none: not known, as of a CPU."""
-    if device.type != "cuda":
-        return None
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
-
-
 def join(device: torch.device) -> Process:
     """Join the processes of torchrun, if any."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = place()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if launch() and not dist.is_initialized():
@@ -81,9 +64,14 @@ def join(device: torch.device) -> Process:
     return Process(rank, world, device, is_main())
 
 
+def place() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def is_main() -> bool:
-    """Whether this is the process that writes."""
-    return int(os.environ.get("RANK", 0)) == 0
+    """Whether this process writes."""
+    return place()[0] == 0
 
 
 def lost_others(error: Exception) -> bool:
@@ -106,22 +94,16 @@ def barrier() -> None:
         dist.barrier()
 
 
-def sum_all(x: Tensor) -> Tensor:
+def sum_all(x: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
     """The sum of `x` over all processes; a new tensor, or `x` itself where there is one."""
-    return reduce_all(x, "SUM")
+    if dist.is_initialized():
+        dist.all_reduce(x := x.clone(), operation)
+    return x
 
 
 def max_all(x: Tensor) -> Tensor:
     """The largest `x` of all processes."""
-    return reduce_all(x, "MAX")
-
-
-def reduce_all(x: Tensor, operation: str) -> Tensor:
-    """`x` of all processes, reduced to one."""
-    if dist.is_initialized():
-        x = x.clone()
-        dist.all_reduce(x, getattr(dist.ReduceOp, operation))
-    return x
+    return sum_all(x, dist.ReduceOp.MAX)
 
 
 def gather(rows: list[Any]) -> list[Any]:
@@ -146,7 +128,7 @@ def micro_batches(rows: list[Any], size: int, length: Callable[[Any], int]) -> l
 
     There are as many in each process; one may be empty.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = place()
     mine = sorted(rows[rank::world], key=length)  # little padding
     count = -(-len(rows) // (size * world))
     bounds = [len(mine) * i // count for i in range(count + 1)]
@@ -256,12 +238,11 @@ def replicate(model: Any) -> None:
 
     The gradients are views of the buffers that are sent, no second copy.
     """
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if dist.is_initialized() and place()[1] > 1:
         how = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
         # an expert that no token went to has no gradient, nor has a tower for images
         names = " ".join(name for name, _ in model.named_modules())
-        unused = any(word in names for word in ("expert", "vision", "audio"))
-        how["find_unused_parameters"] = unused
+        how["find_unused_parameters"] = any(x in names for x in ("expert", "vision", "audio"))
         with warnings.catch_warnings(action="ignore"):  # broadcast_buffers has another name in 2.13
             across = DistributedDataParallel(Pass(model), **how)
         across.register_comm_hook(None, sum_bucket)  # torch's own would be the mean

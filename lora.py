@@ -13,6 +13,7 @@ import safetensors
 import torch
 import transformers
 
+import saving
 import utils
 
 
@@ -51,7 +52,7 @@ def adapt(model: Any, args: Any, start: Path | None = None) -> Any:
     if head:
         head.requires_grad_(True)
     if start:
-        utils.load_weights(model, start)
+        saving.load_weights(model, start)
     return model
 
 

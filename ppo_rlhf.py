@@ -16,9 +16,8 @@ On several GPUs each process takes its share of the episodes; the batch is the s
 them. Gradients, token counts, means and the whitening's mean and variance are over all of them.
 Each holds whole models or, with --fsdp, a part of each (docs/scaling.md).
 
-Left out: asynchronous rollouts, a KL loss (the KL is in the reward). The
-decoding loop is in generate.py. `D17` (a detail) and `B14` (a bug that others shipped) point to
-docs/details.md.
+Left out: asynchronous rollouts. Variants, as a KL loss, are diffs in experiments/. The decoding
+loop is in generate.py. `D17`, a detail, and `B14`, a bug of others, point to docs/details.md.
 
 Shapes: B sequences of this process, b of a micro-batch, P prompt and R response tokens, T = P + R
 (T' cut to a micro-batch's longest), N real response tokens of a micro-batch, H hidden size, V
@@ -45,6 +44,7 @@ import dataset
 import distributed
 import generate
 import lora
+import saving
 import utils
 
 EVALUATION, SAMPLING, SHUFFLING, PTX = 1, 2, 3, 4  # streams of random numbers, apart (D7)
@@ -252,8 +252,6 @@ def main(args: Args) -> None:
         reward_models.append(model)
         readers.append((utils.load_tokenizer(name), utils.context_length(model)))
         shares_tokens.append(utils.same_tokenizer(tokenizer, readers[-1][0]))
-        if not shares_tokens[-1]:
-            utils.say(f"{name}: another tokenizer: asked in text")
     reward_fns = [(file, utils.load_function(file, "--reward-fn")) for file in args.reward_fn]
     names = utils.short_names([*args.reward_model, *args.reward_fn])
     M = len(reward_models)
@@ -274,9 +272,8 @@ def main(args: Args) -> None:
         judge = utils.load_function(judge_file, "--eval-reward-fn")
 
     R = args.response_length
-    max_prompt = utils.context_length(policy) - R
-    if value_model is not None:
-        max_prompt = min(max_prompt, utils.context_length(value_model) - R)
+    trained = {"model": policy} | ({"value_model": value_model} if value_model else {})
+    max_prompt = min(map(utils.context_length, trained.values())) - R
     train_prompts, eval_prompts = (
         dataset.encode_prompts(tokenizer, rows, max_prompt, *readers)  # B31
         for rows in dataset.load_splits(args, dataset.PROMPT_FORMATS)
@@ -284,16 +281,9 @@ def main(args: Args) -> None:
     del eval_prompts[args.eval_prompts :]
     if args.ptx_dataset:
         ptx_data = dataset.load_data(args.ptx_dataset, args.train_split, dataset.SFT_FORMATS)
-        max_length = utils.context_length(policy)
-        ptx_rows = dataset.encode_demonstrations(tokenizer, ptx_data, max_length)
+        ptx_rows = dataset.encode_demonstrations(tokenizer, ptx_data, utils.context_length(policy))
     num_updates = args.total_episodes // args.batch_size
     micro_batch_size = utils.micro_batch_size(args, process.world, args.num_mini_batches)
-    trained = {"model": policy}
-    if value_model is not None:
-        trained["value_model"] = value_model
-    for model in (policy, reference, value_model, *reward_models):
-        if args.compile and model is not None:
-            utils.compile_model(model)
 
     # ---- what the loop calls
     def sample_responses(
@@ -385,7 +375,7 @@ def main(args: Args) -> None:
         """Ask reward models, then functions, and combine what they say."""
         responses = real_tokens(batch)
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        by_name: dict[str, Tensor] = {}
+        by_name = {}
         token_rewards = torch.zeros(batch.response_mask.shape, device=device)  # [B, R]
         shortened = torch.zeros(len(texts), dtype=torch.bool, device=device)
         for i in range(M):
@@ -412,7 +402,7 @@ def main(args: Args) -> None:
     @torch.no_grad()
     def evaluate(model: Any) -> list[dict[str, Any]]:
         """A response to each held-out prompt, scored without EOS penalty and clip."""
-        results: list[dict[str, Any]] = []
+        results = []
         for i in range(0, len(eval_prompts), args.batch_size):
             count = min(args.batch_size, len(eval_prompts) - i)
             real = len(range(process.rank, count, process.world))
@@ -444,7 +434,7 @@ def main(args: Args) -> None:
         """Keep the policy of the best evaluation so far in best/ (D42)."""
         mean = result["policy"][result["win_rate_by"]]
         if args.keep_best and mean > state["best"]:
-            utils.save_model(policy, tokenizer, out / "best")
+            saving.save_model(policy, tokenizer, out / "best")
         state["best"] = max(state["best"], mean)
 
     def ptx_backward(count: int, rng: torch.Generator) -> Tensor:
@@ -483,7 +473,7 @@ def main(args: Args) -> None:
     rates = [args.learning_rate, args.value_learning_rate]
     groups = [{"params": some} for some in own]
     optimizer = torch.optim.AdamW(groups, lr=0.0, eps=1e-5, weight_decay=0.0, fused=True)
-    checkpoints = utils.Checkpoints(out, trained, tokenizer, optimizer, args.keep_checkpoints)
+    checkpoints = saving.Checkpoints(out, trained, tokenizer, optimizer, args.keep_checkpoints)
     state = {"step": 0, "kl_coef": args.kl_coef, "best": -float("inf")}
     if args.resume:
         state |= checkpoints.load() or {}
@@ -589,9 +579,7 @@ def main(args: Args) -> None:
         rollout |= {"advantages": advantages, "token_rewards": scored.token_rewards}
 
         # 6. PPO update
-        if (
-            signal := interruption.came()
-        ):  # nothing is changed yet: the models are the last update's
+        if signal := interruption.came():  # the models are still the last update's
             utils.leave(signal, checkpoints, update - 1, state)
         left = 1 - (update - 1) / num_updates
         for group, rate in zip(optimizer.param_groups, rates, strict=False):
@@ -632,7 +620,7 @@ def main(args: Args) -> None:
                     if policy_loss.requires_grad:  # not in the critic's warm-up
                         policy_loss.backward()
 
-                    # it shares no trained weight with the policy, whose graph is gone now
+                    # it shares no trained weight with the policy, whose graph is gone
                     value_losses = value_clipped = torch.zeros_like(ratio)
                     if value_model is not None:
                         new_values = value_outputs(value_model, ids, is_response)  # [b, R]
@@ -653,7 +641,7 @@ def main(args: Args) -> None:
                         "loss/value_avg": value_losses,
                         "val/clipfrac_avg": value_clipped,
                         "val/ratio": ratio,
-                        "val/ratio_var": (ratio - 1).square(),  # becomes the variance below
+                        "val/ratio_var": (ratio - 1).square(),  # made the variance below
                     }
                     for name, x in token_stats.items():
                         sums[name] += utils.masked_sum(x.detach().double(), mask)
@@ -661,7 +649,7 @@ def main(args: Args) -> None:
                     ratio_error = (ratios - 1).abs().max()
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)  # D29
                 norm = distributed.full(norm)
-                losses = {f"{name}_loss": sums[f"loss/{name}_avg"] for name in ("policy", "value")}
+                losses = {name: sums[name] for name in ("loss/policy_avg", "loss/value_avg")}
                 numbers = rollout | losses | {"gradient_norm": norm}
                 utils.check_finite(f"update {update}", numbers)
                 optimizer.step()
@@ -716,23 +704,23 @@ def main(args: Args) -> None:
         }
         if ptx_losses:
             metrics["loss/ptx_avg"] = torch.stack(ptx_losses).mean().item()
-        if args.eval_every and update % args.eval_every == 0 and update < num_updates:
-            after = evaluate(policy)
-            result = compare(before, after)
-            evaluated = {f"eval/{k}": v for k, v in result["policy"].items() if v is not None}
-            metrics |= evaluated | {"eval/win_rate": result["win_rate"]}
-            show_samples(logger, update, before, after, shown=2)
-            keep_best(result)
         if args.eval_every and update % args.eval_every == 0:
             real = response_mask.bool()
             tensors = {"scores": scores, "advantages": advantages[real], "ratios": ratios[real]}
             logger.histograms(update, tensors)
+            if update < num_updates:
+                after = evaluate(policy)
+                result = compare(before, after)
+                metrics |= {f"eval/{k}": v for k, v in result["policy"].items() if v is not None}
+                metrics["eval/win_rate"] = result["win_rate"]
+                show_samples(logger, update, before, after, shown=2)
+                keep_best(result)
         logger.log(update, metrics)
         if args.save_rollouts and update % args.save_rollouts == 0:
             fields = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
             tensors = rollout | {name: getattr(batch, name) for name in fields}
             numbers = vars(args) | {"kl_coef": kl_coef, "update": update}
-            utils.save_rollout(out, process, tensors, numbers)
+            saving.save_rollout(out, process, tensors, numbers)
         if args.kl_target is not None:  # Ziegler et al. 2019, section 2.2 (D27)
             error = min(max(metrics["objective/kl"] / args.kl_target - 1, -0.2), 0.2)
             state["kl_coef"] *= 1 + error * args.batch_size / args.kl_horizon
@@ -742,19 +730,19 @@ def main(args: Args) -> None:
             utils.leave(signal, checkpoints, update, state)
 
     # ---- what it leaves
-    utils.save_model(policy, tokenizer, out)  # before the evaluation, in which a judge may fail
+    saving.save_model(policy, tokenizer, out)  # before the evaluation, in which a judge may fail
     after = evaluate(policy)
     show_samples(logger, num_updates, before, after, shown=4)
     result, seconds = compare(before, after), time.time() - started
     keep_best(result)
     if process.is_main:
-        lines = []
+        text = ""
         for b, a in zip(before, after, strict=True):
             row = {"prompt": b["prompt"], "reference": b["response"], "policy": a["response"]}
             for name in ("score", "judge"):
                 row |= {f"reference_{name}": b[name], f"policy_{name}": a[name]}
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        utils.write_text(out / "samples.jsonl", "".join(lines))
+            text += json.dumps(row, ensure_ascii=False) + "\n"
+        utils.write_text(out / "samples.jsonl", text)
         summary = {"updates": num_updates, "episodes": num_updates * args.batch_size}
         summary |= {"seconds": seconds, "eval": result}
         utils.write_summary(out, args, policy, summary)

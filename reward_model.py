@@ -35,6 +35,7 @@ from torch import Tensor
 import dataset
 import distributed
 import lora
+import saving
 import utils
 
 
@@ -171,8 +172,6 @@ def main(args: Args) -> None:
         sft_texts = [ids for ids, _ in whole if len(ids) <= max_length]
         if not sft_texts:
             utils.stop(f"--max-length: all demonstrations exceed {max_length} tokens; raise it")
-    if args.compile:
-        utils.compile_model(model)
     utils.spread(model, args, device)
     out = utils.open_output(args, "reward_model", process)
 
@@ -184,7 +183,7 @@ def main(args: Args) -> None:
     num_steps = args.epochs * math.ceil(len(train_pairs) / args.batch_size)
     warmup_steps = round(args.warmup_ratio * num_steps)
 
-    checkpoints = utils.Checkpoints(
+    checkpoints = saving.Checkpoints(
         out, {"model": model}, tokenizer, optimizer, args.keep_checkpoints
     )
     state = checkpoints.load() if args.resume else None
@@ -312,7 +311,7 @@ def main(args: Args) -> None:
     low, high = wilson_interval(result["accuracy"], pairs)
     result["mean_margin"] /= model.config.reward_std
     seconds = time.time() - started
-    utils.save_model(model, tokenizer, out)
+    saving.save_model(model, tokenizer, out)
     if process.is_main:
         summary = result | {"accuracy_interval": [low, high], "pairs": pairs, "seconds": seconds}
         utils.write_summary(out, args, model, summary)

@@ -36,6 +36,7 @@ from torch import Tensor
 import dataset
 import distributed
 import lora
+import saving
 import utils
 
 
@@ -145,8 +146,6 @@ def main(args: Args) -> None:
     cut = sum(ids[-1] != tokenizer.eos_token_id for ids, _ in train_rows)
     if cut:
         utils.say(f"sft: {cut} of {len(train_rows)} completions are cut (--max-length)")
-    if args.compile:
-        utils.compile_model(model)
     utils.spread(model, args, device)
     out = utils.open_output(args, "sft", process)
 
@@ -158,7 +157,7 @@ def main(args: Args) -> None:
     num_steps = args.epochs * math.ceil(len(train_rows) / args.batch_size)
     warmup_steps = round(args.warmup_ratio * num_steps)
 
-    checkpoints = utils.Checkpoints(
+    checkpoints = saving.Checkpoints(
         out, {"model": model}, tokenizer, optimizer, args.keep_checkpoints
     )
     state = checkpoints.load() if args.resume else None
@@ -243,7 +242,7 @@ def main(args: Args) -> None:
             utils.leave(signal, checkpoints, step, {})
 
     # ---- what it leaves
-    utils.save_model(model, tokenizer, out)
+    saving.save_model(model, tokenizer, out)
     eval_loss, seconds = evaluate(), time.time() - started
     perplexity = math.exp(eval_loss)
     if process.is_main:

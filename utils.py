@@ -1,5 +1,4 @@
-"""What is no step of the algorithm: errors, folders, models, tensors, reward functions,
-checkpoints, logging.
+"""What is no step of the algorithm: errors, folders, models, tensors, reward functions, logging.
 
 Shapes: B sequences, R response tokens, T tokens, H hidden size, V vocabulary, n some of N tokens.
 `D17` and `B14` in comments point to docs/details.md.
@@ -7,7 +6,6 @@ Shapes: B sequences, R response tokens, T tokens, H hidden size, V vocabulary, n
 
 import asyncio
 import contextlib
-import hashlib
 import importlib.util
 import inspect
 import json
@@ -16,15 +14,13 @@ import shutil
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import filelock
 import huggingface_hub.utils
 import numpy as np
-import safetensors.torch
 import torch
 import transformers
 from rich.console import Console
@@ -139,13 +135,30 @@ def start_process(args: Any) -> Process:
         stop("--cpu-offload: goes with --fsdp; pass both or neither")
     torch.manual_seed(args.seed % 2**63)  # heads start alike in all processes
     if args.dtype == "auto":
-        native = "bfloat16" if distributed.multiplies_bfloat16(device) else "float32"
+        native = "bfloat16" if multiplies_bfloat16(device) else "float32"
         before = flags_of(Path(args.output_dir).expanduser()) if args.resume else {}
         args.dtype = before.get("dtype", native)
     if args.dtype == "bfloat16":  # its float32 products on CUDA are those of the heads (B35)
         torch.backends.cuda.matmul.fp32_precision = "tf32"
     remote_code = args.trust_remote_code
     return process
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies in bfloat16 natively; elsewhere it is emulated."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    info = Path("/proc/cpuinfo")
+    words = info.read_text().split() if device.type == "cpu" and info.exists() else []
+    return "avx512_bf16" in words or "amx_bf16" in words
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be allocated on a GPU; none: not known, as of a CPU."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def generator(device: torch.device | str, *numbers: int) -> torch.Generator:
@@ -159,7 +172,7 @@ def generator(device: torch.device | str, *numbers: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
-def leave(signal: int, saver: "Checkpoints", step: int, state: dict[str, Any]) -> NoReturn:
+def leave(signal: int, saver: Any, step: int, state: dict[str, Any]) -> NoReturn:
     """Save the state after `step`, say how to continue, exit with 128 + the signal's number."""
     if step:  # a run without checkpoints starts from step 0
         saver.save(step, state)
@@ -240,6 +253,12 @@ def flags_of(out: Path) -> dict[str, Any]:
         return dict(json.loads((out / "args.json").read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError):
         return {}
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """A run's checkpoints, the newest first; one that was still being written (.part) is none."""
+    found = [path for path in (out / "checkpoint").glob("*") if path.name.isdigit()]
+    return sorted(found, key=lambda path: int(path.name), reverse=True)
 
 
 locks: list[filelock.FileLock] = []  # of this process; the system frees them however it ends
@@ -471,17 +490,17 @@ def load_device(args: Any, device: torch.device) -> torch.device:
 
 
 def spread(model: Any, args: Any, device: torch.device, trained: bool = True) -> None:
-    """Let the processes of torchrun, if any, share the work on a model; with --fsdp the model."""
+    """Let the processes of torchrun, if any, share the work on a model; with --fsdp the model.
+
+    With --compile what comes before its head is compiled, on first use; decoding does without.
+    """
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # models of one class share code
+        model.base_model.compile(dynamic=True)
     if args.fsdp:
         distributed.shard(model, device, args.dtype, offload=not trained and args.cpu_offload)
     elif trained:
         distributed.replicate(model)
-
-
-def compile_model(model: Any) -> None:
-    """Compile what comes before the head, on first use; decoding does without."""
-    torch._dynamo.config.recompile_limit = 64  # models of one class share code
-    model.base_model.compile(dynamic=True)
 
 
 def model_inputs(model: Any, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
@@ -526,7 +545,7 @@ LOGITS_AT_A_TIME = 2**26  # 256 MB in float32; on a GPU with room up to 8 times 
 
 def logits_at_a_time(device: torch.device) -> int:
     """How many logits `in_chunks` makes at once: a GPU multiplies few rows of them slowly."""
-    free = distributed.free_memory(device)
+    free = free_memory(device)
     if free is None:
         return LOGITS_AT_A_TIME
     fit = free // 4 // (5 * 4)  # a quarter; the backward pass holds five float32 tensors
@@ -678,183 +697,13 @@ def short_names(names: list[str]) -> list[str]:
     return short
 
 
-# ---- checkpoints
-
-
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write an ordinary Hugging Face folder: config.json last, without which it is no model.
-
-    All processes call it; the main one writes.
-    """
-    part, weights = folder / "model.part", None
-    if distributed.is_sharded(model):
-        weights = distributed.whole_weights(model)
-    if not distributed.is_main():
-        return
-    discard(part)
-    if hasattr(model, "lora_config"):  # merged in float32
-        like, adapter = model, part / "adapter"
-        save_weights(like, adapter)
-        model = load_model(type(like), str(adapter), torch.device("cpu"), config=like.config)
-        if like.can_generate():
-            model.generation_config = like.generation_config
-    model.save_pretrained(part, state_dict=weights)
-    tokenizer.save_pretrained(part)
-    for path in sorted(part.iterdir(), key=lambda path: path.name == "config.json"):
-        discard(folder / path.name)
-        move(path, folder / path.name)
-    part.rmdir()
-
-
-def weights_of(model: Any, name: str) -> tuple[str, dict[str, Tensor]]:
-    """A model's file and what is in it; of an adapted one what is trained, by peft's names."""
-    if hasattr(model, "lora_config"):
-        named = [(k.replace(".default", ""), p) for k, p in model.named_parameters()]
-        weights = {f"base_model.model.{k}": p.data for k, p in named if p.requires_grad}
-        return f"adapter_{name}.safetensors", weights
-    # transformers looks for a shared tensor by its first name
-    tied, state = model.all_tied_weights_keys, model.state_dict()
-    return f"{name}.safetensors", {k: v for k, v in state.items() if k not in tied}
-
-
-def save_weights(model: Any, folder: Path, name: str = "model") -> None:
-    """Write that file, with the configuration of the one named "model"."""
-    if name == "model":
-        getattr(model, "lora_config", model.config).save_pretrained(folder)
-    file, weights = weights_of(model, name)
-    safetensors.torch.save_file(weights, folder / file, {"format": "pt"})
-
-
-def load_weights(model: Any, folder: Path, name: str = "model") -> None:
-    """Take over what is in that file."""
-    file, weights = weights_of(model, name)
-    saved = safetensors.torch.load_file(folder / file)
-    if weights.keys() != saved.keys():
-        stop(f"{folder / file}: fits another model; pass another")
-    for key, weight in weights.items():
-        weight.copy_(saved[key])
+# ---- results and logging
 
 
 def write_summary(out: Path, args: Any, model: Any, summary: dict[str, Any]) -> None:
     """Write the model card, README.md, and then summary.json."""
     write_text(out / "README.md", card.model_card(args, model, summary))
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-
-
-class Checkpoints(NamedTuple):
-    """Checkpoints of a run: `models` and optimizer in safetensors, a few numbers, checksums.
-
-    As a folder each is a model, that of the name "model", or its adapter.
-    """
-
-    out: Path
-    models: dict[str, Any]
-    tokenizer: Any
-    optimizer: Any
-    keep: int  # of the newest
-
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write `checkpoint/STEP`, which gets its name once it is whole and on the disk.
-
-        All processes call it; of sharded models each writes its part, else the main one all.
-        """
-        final, main = self.out / "checkpoint" / f"{step:06d}", distributed.is_main()
-        part = final.with_name(final.name + ".part")
-        # interrupted right after it was saved
-        if distributed.from_main(main and final.exists() and not damage(final)):
-            return
-        if main:
-            discard(final)
-            discard(part)
-            part.mkdir(parents=True)
-        distributed.barrier()
-        moments = self.optimizer.state_dict()["state"]
-        flat = {f"{i}.{name}": x for i, of_i in moments.items() for name, x in of_i.items()}
-        if self.is_sharded():
-            flat = self.tensors() | {f"optimizer.{key}": x for key, x in flat.items()}
-            distributed.save_shards(flat, part / "shards")
-            distributed.barrier()
-        elif main:
-            for name, model in self.models.items():
-                save_weights(model, part, name)
-            safetensors.torch.save_file(flat, part / "optimizer.safetensors")
-        if not main:
-            return
-        self.tokenizer.save_pretrained(part)
-        (part / "state.json").write_text(json.dumps({"step": step} | state))
-        (part / "SHA256SUMS").write_text(checksums(part))
-        sync(self.out / "metrics.jsonl")  # a checkpoint is never ahead of its records
-        move(part, final)
-        for path in {*checkpoints(self.out)[self.keep :]} - {final}:
-            discard(path)
-
-    def is_sharded(self) -> bool:
-        return any(map(distributed.is_sharded, self.models.values()))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Weights of all models by the names of model and weight."""
-        of_models = [(name, weights_of(model, name)[1]) for name, model in self.models.items()]
-        return {f"{name}.{key}": x for name, weights in of_models for key, x in weights.items()}
-
-    def load(self) -> dict[str, Any] | None:
-        """Restore the newest whole checkpoint and return its numbers; None where there is none."""
-        found = checkpoints(self.out) if distributed.is_main() else []
-        while found and (what := damage(found[0])):
-            say(f"{found.pop(0)} is damaged ({what})")
-            if not found:
-                stop(f"{self.out / 'checkpoint'}: none is whole; restore one or --overwrite", 1)
-        folder = distributed.from_main(found[0] if found else None)  # all take the same one
-        if folder is None:
-            return None
-        if (folder / "shards").is_dir() != self.is_sharded():
-            stop(f"--resume: {folder} was written with another --fsdp; pass that run's")
-        whole, moments = self.optimizer.state_dict(), defaultdict(dict)
-        if self.is_sharded():
-            flat, groups = {}, self.optimizer.param_groups
-            like = [p for group in groups for p in group["params"]]
-            for name in distributed.names_in_shards(folder / "shards"):
-                if name.startswith("optimizer."):
-                    _, index, what = name.split(".")
-                    of = torch.zeros(()) if what == "step" else like[int(index)]
-                    flat[f"{index}.{what}"] = torch.zeros_like(of)
-            to_fill = self.tensors() | {f"optimizer.{key}": x for key, x in flat.items()}
-            distributed.load_shards(to_fill, folder / "shards")
-        else:
-            for name, model in self.models.items():
-                load_weights(model, folder, name)
-            flat = safetensors.torch.load_file(folder / "optimizer.safetensors")
-        for key, value in flat.items():
-            index, name = key.split(".", 1)
-            moments[int(index)][name] = value
-        self.optimizer.load_state_dict(whole | {"state": dict(moments)})
-        return json.loads((folder / "state.json").read_text())
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """A run's checkpoints, the newest first; one that was still being written (.part) is none."""
-    found = [path for path in (out / "checkpoint").glob("*") if path.name.isdigit()]
-    return sorted(found, key=lambda path: int(path.name), reverse=True)
-
-
-def checksums(folder: Path) -> str:
-    """What `sha256sum` prints of a checkpoint's files."""
-    lines = []
-    for path in sorted({*folder.rglob("*")} - {folder / "SHA256SUMS"}):
-        if path.is_file():
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            lines.append(f"{digest}  {path.relative_to(folder)}\n")
-    return "".join(lines)
-
-
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it is whole."""
-    try:
-        written = (folder / "SHA256SUMS").read_text()
-        wrong = {*written.splitlines()} ^ {*checksums(folder).splitlines()}
-        return f"{max(x[66:] for x in wrong)}: checksum differs" if wrong else None
-    except (OSError, ValueError) as error:
-        return first_line(error)
 
 
 def check_finite(where: str, quantities: dict[str, Any]) -> None:
@@ -865,8 +714,6 @@ def check_finite(where: str, quantities: dict[str, Any]) -> None:
             what = f"{value[~value.isfinite()][0].item()} in {name}"
             stop(f"{where}: {what}; lower --learning-rate and start again", code=1)
 
-
-# ---- logging
 
 PAGES = {  # of TensorBoard's custom scalars: for each chart what the names of its metrics match
     "reward and KL": ["objective/(scores|rlhf_reward)", "objective/kl"],
@@ -963,24 +810,6 @@ class Logger:
             self.board.close()
         if self.run:  # at exit would be too late for its last lines
             self.run.finish()
-
-
-def save_rollout(
-    out: Path, process: Process, tensors: dict[str, Tensor], numbers: dict[str, Any]
-) -> None:
-    """Write `rollouts/000010.safetensors`: the rows of all processes, numbers as metadata."""
-    size = numbers["samples_per_prompt"]  # the responses to a prompt stay together
-    starts = range(0, len(tensors["scores"]), size)
-    groups = distributed.gather(
-        [{k: v[i : i + size].cpu() for k, v in tensors.items()} for i in starts]
-    )
-    if process.is_main:
-        path = out / "rollouts" / f"{numbers['update']:06d}.safetensors"
-        path.parent.mkdir(exist_ok=True)
-        whole = {k: torch.cat([group[k] for group in groups]) for k in groups[0]}
-        part = path.with_name(path.name + ".part")
-        safetensors.torch.save_file(whole, part, {k: str(v) for k, v in numbers.items()})
-        move(part, path)
 
 
 def now(device: torch.device) -> float:

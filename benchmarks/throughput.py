@@ -42,6 +42,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 sys.path.insert(0, str(ROOT))
 import dataset
 import generate
+import saving
 import utils
 
 PARTS = ("W1", "W2", "W3", "W4", "rollout", "scaling", "startup")
@@ -131,7 +132,7 @@ def random_model(
         logit = others + torch.logit(torch.tensor(low, dtype=torch.float64))
         head.weight[EOS, 0] = logit / utils.hidden_states(model, ids)[:, :, 0].mean()
     for each, name in ((model, "model"), (classifier, "reward_model")):
-        utils.save_model(each, tokenizer, ROOT / folder / name)
+        saving.save_model(each, tokenizer, ROOT / folder / name)
     rng = torch.Generator().manual_seed(1)
     (ROOT / folder / "prompts").mkdir(parents=True, exist_ok=True)
     for split, rows in (("train", 1024), ("validation", 8)):
@@ -203,7 +204,7 @@ def workload(args: Args, name: str, config: Any = None) -> dict[str, Any]:
         torch.manual_seed(1)
         judge = utils.load_classifier(args.smollm2, torch.device("cpu"))
         judge.score.weight.data.normal_(std=0.02)
-        utils.save_model(judge, utils.load_tokenizer(args.smollm2), ROOT / folder / "reward_model")
+        saving.save_model(judge, utils.load_tokenizer(args.smollm2), ROOT / folder / "reward_model")
     elif name == "W5":
         random_model(folder, config or pythia_1b(), 512, None, 53)
         flags |= {"batch-size": 512, "response-length": 53}

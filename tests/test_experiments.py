@@ -1,7 +1,6 @@
 """The lab: each experiment fits the code as it is, and its first update runs."""
 
 import importlib
-import re
 import sys
 
 import pytest
@@ -9,7 +8,7 @@ import tyro
 from conftest import ROOT, metrics_of, summary_of, weights_of
 
 sys.path.insert(0, str(ROOT / "experiments"))
-import run as lab  # noqa: E402
+import run as lab
 
 EXPERIMENTS = {name: lab.read(name) for name in lab.names()}
 STAGES = {"sft.py", "reward_model.py", "ppo_rlhf.py"}

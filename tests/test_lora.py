@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from conftest import MODULES, ROOT, STAGES, assert_same_run, metrics_of, plain_logprobs, rollouts_of
@@ -138,7 +139,7 @@ def test_checkpoints_hold_adapters_alone_and_are_models(chain, ppo, tmp_path):
         paths = [*(out / "checkpoint" / f"{step:06d}").glob("*model.safetensors")]
         assert len(paths) == count
         for path in paths:
-            names = utils.safetensors.torch.load_file(path)
+            names = safetensors.torch.load_file(path)
             assert all("lora_" in name or name.endswith("score.weight") for name in names)
             assert path.stat().st_size < (out / "model.safetensors").stat().st_size / 3
     # an adapter on a checkpoint, which is an adapter

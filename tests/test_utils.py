@@ -21,6 +21,7 @@ from conftest import STAGES, args_of, make_model, make_tokenizer, save_pair, tar
 
 import dataset
 import distributed
+import saving
 import utils
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -131,7 +132,7 @@ FREE = [(None, 2**26), (0, 2**26), (4e9, 2**26), (20e9, 2**27), (40e9, 2**28), (
 def test_chunks_of_logits_are_larger_where_a_gpu_has_room(free, expected, monkeypatch):
     """2^26 at least, 2^29 at most; five float32 tensors of them take a quarter of what is free."""
     free = free and int(free)
-    monkeypatch.setattr(distributed, "free_memory", lambda device: free)
+    monkeypatch.setattr(utils, "free_memory", lambda device: free)
     assert utils.logits_at_a_time(CUDA) == expected
     assert expected == 2**26 or expected * 5 * 4 <= free / 4
 
@@ -178,7 +179,7 @@ def test_gpus_that_multiply_in_bfloat16(monkeypatch):
     """From Ampere on; a Turing card would emulate it."""
     for capability, native in (((7, 5), False), ((8, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert distributed.multiplies_bfloat16(CUDA) is native
+        assert utils.multiplies_bfloat16(CUDA) is native
 
 
 CPUS = {"fpu sse2 avx512f avx512_bf16": True, "fpu amx_bf16 amx_tile": True}
@@ -193,8 +194,8 @@ def test_cpus_that_multiply_in_bfloat16(flags, monkeypatch):
     info, text = Path("/proc/cpuinfo"), f"processor\t: 0\nflags\t\t: {flags}\nbogomips\t: 1\n"
     monkeypatch.setattr(Path, "read_text", lambda p, *a, **k: text if p == info else read(p))
     monkeypatch.setattr(Path, "exists", lambda p, **k: flags if p == info else exists(p))
-    assert bool(distributed.multiplies_bfloat16(CPU)) is CPUS[flags]
-    assert not distributed.multiplies_bfloat16(torch.device("meta"))
+    assert bool(utils.multiplies_bfloat16(CPU)) is CPUS[flags]
+    assert not utils.multiplies_bfloat16(torch.device("meta"))
 
 
 def test_auto_never_is_an_emulated_bfloat16(tmp_path):
@@ -214,7 +215,7 @@ def test_auto_is_chosen_by_the_device_and_kept_by_a_resumed_run(
 ):
     """args.json holds what was chosen; another machine resumes with it; a flag wins over both."""
     stage, out, native = request.getfixturevalue(name), tmp_path / "out", True
-    monkeypatch.setattr(distributed, "multiplies_bfloat16", lambda device: native)
+    monkeypatch.setattr(utils, "multiplies_bfloat16", lambda device: native)
     flags = {"save_every": 1, "dtype": "auto"}
     stage(out, **flags)
     assert args_of(out)["dtype"] == "bfloat16"
@@ -433,10 +434,10 @@ def train_step(model, optimizer):
     optimizer.zero_grad()
 
 
-def checkpoints(out: Path, model, keep: int = 2) -> utils.Checkpoints:
+def checkpoints(out: Path, model, keep: int = 2) -> saving.Checkpoints:
     (out / "metrics.jsonl").touch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
-    return utils.Checkpoints(out, {"model": model}, make_tokenizer(), optimizer, keep)
+    return saving.Checkpoints(out, {"model": model}, make_tokenizer(), optimizer, keep)
 
 
 @pytest.mark.parametrize("tied", [True, False])

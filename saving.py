@@ -1,0 +1,203 @@
+"""What a run leaves on the disk: models, checkpoints for --resume, rollouts.
+
+Each is written beside its place and gets its name once it is whole and on the disk. Tensors are in
+safetensors files only.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import distributed
+import utils
+from distributed import Process
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write an ordinary Hugging Face folder: config.json last, without which it is no model.
+
+    All processes call it; the main one writes.
+    """
+    part, weights = folder / "model.part", None
+    if distributed.is_sharded(model):
+        weights = distributed.whole_weights(model)
+    if not distributed.is_main():
+        return
+    utils.discard(part)
+    if hasattr(model, "lora_config"):  # merged in float32
+        like, adapter = model, part / "adapter"
+        save_weights(like, adapter)
+        model = utils.load_model(type(like), str(adapter), torch.device("cpu"), config=like.config)
+        if like.can_generate():
+            model.generation_config = like.generation_config
+    model.save_pretrained(part, state_dict=weights)
+    tokenizer.save_pretrained(part)
+    for path in sorted(part.iterdir(), key=lambda path: path.name == "config.json"):
+        utils.discard(folder / path.name)
+        utils.move(path, folder / path.name)
+    part.rmdir()
+
+
+def weights_of(model: Any, name: str) -> tuple[str, dict[str, Tensor]]:
+    """A model's file and what is in it; of an adapted one what is trained, by peft's names."""
+    if hasattr(model, "lora_config"):
+        named = [(k.replace(".default", ""), p) for k, p in model.named_parameters()]
+        weights = {f"base_model.model.{k}": p.data for k, p in named if p.requires_grad}
+        return f"adapter_{name}.safetensors", weights
+    # transformers looks for a shared tensor by its first name
+    tied, state = model.all_tied_weights_keys, model.state_dict()
+    return f"{name}.safetensors", {k: v for k, v in state.items() if k not in tied}
+
+
+def save_weights(model: Any, folder: Path, name: str = "model") -> None:
+    """Write that file, with the configuration of the one named "model"."""
+    if name == "model":
+        getattr(model, "lora_config", model.config).save_pretrained(folder)
+    file, weights = weights_of(model, name)
+    safetensors.torch.save_file(weights, folder / file, {"format": "pt"})
+
+
+def load_weights(model: Any, folder: Path, name: str = "model") -> None:
+    """Take over what is in that file."""
+    file, weights = weights_of(model, name)
+    saved = safetensors.torch.load_file(folder / file)
+    if weights.keys() != saved.keys():
+        utils.stop(f"{folder / file}: fits another model; pass another")
+    for key, weight in weights.items():
+        weight.copy_(saved[key])
+
+
+class Checkpoints(NamedTuple):
+    """Checkpoints of a run: `models` and optimizer in safetensors, a few numbers, checksums.
+
+    As a folder each is a model, that of the name "model", or its adapter.
+    """
+
+    out: Path
+    models: dict[str, Any]
+    tokenizer: Any
+    optimizer: Any
+    keep: int  # of the newest
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write `checkpoint/STEP`, which gets its name once it is whole and on the disk.
+
+        All processes call it; of sharded models each writes its part, else the main one all.
+        """
+        final, main = self.out / "checkpoint" / f"{step:06d}", distributed.is_main()
+        part = final.with_name(final.name + ".part")
+        # interrupted right after it was saved
+        if distributed.from_main(main and final.exists() and not damage(final)):
+            return
+        if main:
+            utils.discard(final)
+            utils.discard(part)
+            part.mkdir(parents=True)
+        distributed.barrier()
+        moments = self.optimizer.state_dict()["state"]
+        flat = {f"{i}.{name}": x for i, of_i in moments.items() for name, x in of_i.items()}
+        if self.is_sharded():
+            flat = self.tensors() | {f"optimizer.{key}": x for key, x in flat.items()}
+            distributed.save_shards(flat, part / "shards")
+            distributed.barrier()
+        elif main:
+            for name, model in self.models.items():
+                save_weights(model, part, name)
+            safetensors.torch.save_file(flat, part / "optimizer.safetensors")
+        if not main:
+            return
+        self.tokenizer.save_pretrained(part)
+        (part / "state.json").write_text(json.dumps({"step": step} | state))
+        (part / "SHA256SUMS").write_text(checksums(part))
+        utils.sync(self.out / "metrics.jsonl")  # a checkpoint is never ahead of its records
+        utils.move(part, final)
+        for path in {*utils.checkpoints(self.out)[self.keep :]} - {final}:
+            utils.discard(path)
+
+    def is_sharded(self) -> bool:
+        return any(map(distributed.is_sharded, self.models.values()))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights of all models by the names of model and weight."""
+        of_models = [(name, weights_of(model, name)[1]) for name, model in self.models.items()]
+        return {f"{name}.{key}": x for name, weights in of_models for key, x in weights.items()}
+
+    def load(self) -> dict[str, Any] | None:
+        """Restore the newest whole checkpoint and return its numbers; None where there is none."""
+        found = utils.checkpoints(self.out) if distributed.is_main() else []
+        while found and (what := damage(found[0])):
+            utils.say(f"{found.pop(0)} is damaged ({what})")
+            if not found:
+                utils.stop(
+                    f"{self.out / 'checkpoint'}: none is whole; restore one or --overwrite", 1
+                )
+        folder = distributed.from_main(found[0] if found else None)  # all take the same one
+        if folder is None:
+            return None
+        if (folder / "shards").is_dir() != self.is_sharded():
+            utils.stop(f"--resume: {folder} was written with another --fsdp; pass that run's")
+        whole, moments = self.optimizer.state_dict(), defaultdict(dict)
+        if self.is_sharded():
+            flat, groups = {}, self.optimizer.param_groups
+            like = [p for group in groups for p in group["params"]]
+            for name in distributed.names_in_shards(folder / "shards"):
+                if name.startswith("optimizer."):
+                    _, index, what = name.split(".")
+                    of = torch.zeros(()) if what == "step" else like[int(index)]
+                    flat[f"{index}.{what}"] = torch.zeros_like(of)
+            to_fill = self.tensors() | {f"optimizer.{key}": x for key, x in flat.items()}
+            distributed.load_shards(to_fill, folder / "shards")
+        else:
+            for name, model in self.models.items():
+                load_weights(model, folder, name)
+            flat = safetensors.torch.load_file(folder / "optimizer.safetensors")
+        for key, value in flat.items():
+            index, name = key.split(".", 1)
+            moments[int(index)][name] = value
+        self.optimizer.load_state_dict(whole | {"state": dict(moments)})
+        return json.loads((folder / "state.json").read_text())
+
+
+def checksums(folder: Path) -> str:
+    """What `sha256sum` prints of a checkpoint's files."""
+    lines = []
+    for path in sorted({*folder.rglob("*")} - {folder / "SHA256SUMS"}):
+        if path.is_file():
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            lines.append(f"{digest}  {path.relative_to(folder)}\n")
+    return "".join(lines)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it is whole."""
+    try:
+        written = (folder / "SHA256SUMS").read_text()
+        wrong = {*written.splitlines()} ^ {*checksums(folder).splitlines()}
+        return f"{max(x[66:] for x in wrong)}: checksum differs" if wrong else None
+    except (OSError, ValueError) as error:
+        return utils.first_line(error)
+
+
+def save_rollout(
+    out: Path, process: Process, tensors: dict[str, Tensor], numbers: dict[str, Any]
+) -> None:
+    """Write `rollouts/000010.safetensors`: the rows of all processes, numbers as metadata."""
+    size = numbers["samples_per_prompt"]  # the responses to a prompt stay together
+    starts = range(0, len(tensors["scores"]), size)
+    groups = distributed.gather(
+        [{k: v[i : i + size].cpu() for k, v in tensors.items()} for i in starts]
+    )
+    if process.is_main:
+        path = out / "rollouts" / f"{numbers['update']:06d}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        whole = {k: torch.cat([group[k] for group in groups]) for k in groups[0]}
+        part = path.with_name(path.name + ".part")
+        safetensors.torch.save_file(whole, part, {k: str(v) for k, v in numbers.items()})
+        utils.move(part, path)

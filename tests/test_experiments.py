@@ -23,7 +23,7 @@ def hunks(diff: str) -> list[tuple[str, list[str]]]:
             file = line.removeprefix("--- a/")
         elif line.startswith("@@"):
             found.append((file, []))
-        elif not line.startswith("+++"):
+        elif not line.startswith(("+++", "diff --git", "index ")):
             found[-1][1].append(line)
     return found
 

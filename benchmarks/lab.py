@@ -108,7 +108,8 @@ def full(args: Args) -> dict[str, Any]:
     ranks = [
         np.argsort(np.argsort([row[setting] for row in rows])) for setting in ("short", "full")
     ]
-    return {"rows": rows, "rank_correlation": float(np.corrcoef(*ranks)[0, 1])}
+    correlation = float(np.corrcoef(*ranks)[0, 1])
+    return {"rows": rows, "rank_correlation": correlation, "seeds": args.seeds}
 
 
 # ---- over-optimization (Gao et al. 2022)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
-PAGES = ("README.md", "docs/results.md", "docs/scaling.md", "examples/reviews/README.md")
+PAGES = ("README.md", "docs/results.md", "docs/scaling.md", "docs/lab.md")
+PAGES += ("examples/reviews/README.md",)
 
 
 def result(name: str) -> dict:
@@ -444,6 +445,112 @@ def scaling_published() -> str:
     return table([*header, "on paper, not measured, s"], rows)
 
 
+# ---- the lab
+
+
+def lab_baseline() -> str:
+    """What the baseline reaches in the short setting, and where it was measured."""
+    report = result("lab.json")
+    row = next(row for row in report["effects"] if row["name"] == "baseline")
+    return (
+        f"The baseline's policy gets {row['judge']:.2f} points of the labeler at the end and"
+        f" {row['early']:.2f} after 640 episodes, a win rate\nof {row['win_rate']:.3f} and a KL of"
+        f" {row['kl']:.1f} nats, in {row['cpu_seconds']:.0f} seconds of one processor core"
+        f" ({row['seeds']} seeds; {where(report)}, bfloat16)."
+    )
+
+
+def lab_effects(kind: str) -> str:
+    """Experiments of a kind, sorted by what they change at the end."""
+    rows = [row for row in result("lab.json")["effects"] if row.get("kind") == kind]
+    rows.sort(key=lambda row: row["difference"])
+    lines = []
+    for row in rows:
+        line = [f"[{row['name']}](../experiments/{row['name']}.diff): {row['title']}"]
+        for key in ("difference", "early_difference"):
+            low, high = row[f"{key}_interval"]
+            line.append(f"{row[key]:+.2f} ({low:+.2f} to {high:+.2f})")
+        line += [f"{row['judge']:.2f}", f"{row['win_rate']:.3f}", f"{row['kl']:.1f}"]
+        line += [f"{row['diverged']:.0%}", f"{row['cpu_seconds']:.0f}", row["seeds"]]
+        lines.append([*line, row.get("paper", "")])
+    header = ["experiment", "labeler, difference at the end", "after 640 episodes", "labeler"]
+    header += ["wins", "KL", "diverged", "CPU s", "seeds", "its source"]
+    return table(header, lines)
+
+
+def lab_ablations() -> str:
+    return lab_effects("Ablation")
+
+
+def lab_variants() -> str:
+    return lab_effects("Variant")
+
+
+def lab_order() -> str:
+    """Labeler's means of eight experiments in both settings."""
+    report = result("lab.json")["full"]
+    rows = sorted(report["rows"], key=lambda row: row["short"])
+    lines = [[row["name"], f"{row['short']:.2f}", f"{row['full']:.2f}"] for row in rows]
+    correlation = f"Rank correlation {report['rank_correlation']:.2f}, {report['seeds']} seeds."
+    return table(["experiment", "2,560 episodes", "6,400 episodes"], lines) + f"\n\n{correlation}"
+
+
+def lab_overoptimization() -> str:
+    """Labeler and reward model at the end of each --kl-coef, means over seeds."""
+    points = [p for p in result("lab.json")["overoptimization"]["points"] if p["end"]]
+    lines = []
+    for pairs in ("500", "2000", "all", "ensemble"):
+        for coefficient in sorted({p["kl_coef"] for p in points}):
+            some = [p for p in points if (p["pairs"], p["kl_coef"]) == (pairs, coefficient)]
+            if some:
+                means = [statistics.mean(p[k] for p in some) for k in ("kl", "score", "judge")]
+                of = "least of three" if pairs == "ensemble" else pairs
+                numbers = [f"{means[0]:.1f}", f"{means[1]:+.2f}", f"{means[2]:+.2f}"]
+                lines.append([of, f"{coefficient:g}", *numbers, len(some)])
+    header = ["pairs", "`--kl-coef`", "KL, nats", "reward model", "labeler", "seeds"]
+    return table(header, lines)
+
+
+def lab_fits() -> str:
+    """Coefficients of Gao et al.'s forms, in points a root of a nat."""
+    report, lines = result("lab.json"), []
+    for part, form in (("overoptimization", "PPO"), ("best_of_n", "best of n")):
+        for name, found in report[part]["fits"].items():
+            pairs, of = name.split()
+            of = {"score": "reward model", "judge": "labeler"}[of]
+            pairs = "least of three" if pairs == "ensemble" else pairs
+            numbers = [f"{found[k]:.2f}" for k in ("alpha", "beta", "explained")]
+            lines.append([form, pairs, of, *numbers])
+    return table(["", "pairs", "score of", "alpha", "beta", "variance explained"], lines)
+
+
+def lab_best_of_n() -> str:
+    """Points above the SFT model of the best of n."""
+    points = result("lab.json")["best_of_n"]["points"]
+    lines = []
+    for n in sorted({p["n"] for p in points}):
+        of = {p["pairs"]: p for p in points if p["n"] == n}
+        line = [n, f"{of['all']['kl']:.2f}"]
+        for pairs in ("500", "2000", "all"):
+            line += [f"{of[pairs]['score']:+.2f}", f"{of[pairs]['judge']:+.2f}"]
+        lines.append(line)
+    header = ["n", "KL, nats"]
+    for pairs in ("500", "2,000", "all"):
+        header += [f"reward model of {pairs} pairs", "labeler"]
+    return table(header, lines)
+
+
+def lab_methods() -> str:
+    """The four methods at the same episodes and at the same CPU time."""
+    lines = []
+    for row in result("lab.json")["methods"]:
+        line = [row["method"], f"{row['episodes']:,}", f"{row['judge']:.2f}", f"{row['early']:.2f}"]
+        line += [f"{row['win_rate']:.3f}", f"{row['kl']:.1f}", f"{row['cpu_seconds']:.0f}"]
+        lines.append([*line, f"{row['peak_memory_gb']:.2f}", row["runs"]])
+    header = ["`--advantage`", "episodes", "labeler", "labeler after 640", "wins", "KL"]
+    return table([*header, "CPU s", "peak GB", "seeds"], lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
@@ -451,7 +558,9 @@ TABLES: dict[str, Callable[[], str]] = {
         embedded_reward_model, embedded_parts, embedded_losses, embedded_times, embedded_kl,
         embedded_precision, reviews_results, reviews_samples, parity_trl, throughput, rollouts,
         machine_share, scaling, startup, memory, memory_runs, soak, scaling_measured,
-        scaling_inputs, scaling_paper, scaling_limits, scaling_published,
+        scaling_inputs, scaling_paper, scaling_limits, scaling_published, lab_baseline,
+        lab_ablations, lab_variants, lab_order, lab_overoptimization, lab_fits, lab_best_of_n,
+        lab_methods,
     )
 }  # fmt: skip
 

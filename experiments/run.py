@@ -173,8 +173,8 @@ def run(experiment: Experiment, seed: int, args: Args) -> dict:
                 raise
             return result | {"diverged": True, "error": str(error)}
     rows = map(json.loads, (own / "ppo_rlhf/metrics.jsonl").open())
-    evals = ("update", "eval/kl", "eval/score", "eval/judge", "eval/win_rate", "eval/length")
-    result["trace"] = [{k: row[k] for k in evals} for row in rows if "eval/judge" in row]
+    kept = ("update", "eval/kl", "eval/score", "eval/judge", "eval/win_rate", "objective/entropy")
+    result["trace"] = [{k: row[k] for k in kept} for row in rows if "eval/judge" in row]
     shutil.rmtree(code)
     return result
 
@@ -189,7 +189,7 @@ def is_done(experiment: Experiment, seed: int, args: Args) -> bool:
 
 
 def run_all(experiments: list[Experiment], args: Args) -> None:
-    """Those runs of the experiments that have no result yet; one may fail without the others."""
+    """Runs of the experiments that have no result yet; one may fail without the others."""
     seeds = range(1, args.seeds + 1)
     work = [(e, seed) for seed in seeds for e in experiments if not is_done(e, seed, args)]
     total, failed, started = len(work), 0, time.time()

@@ -1,6 +1,7 @@
 """The lab: each experiment fits the code as it is, and its first update runs."""
 
 import importlib
+import json
 import sys
 
 import pytest
@@ -89,3 +90,60 @@ def test_the_first_update_of_an_experiment(name, small, models, tmp_path, monkey
     assert len(metrics_of(own / "ppo_rlhf")) == 1
     assert summary_of(own / "ppo_rlhf")["eval"]["policy"]["judge"] is None
     assert all(weight.isfinite().all() for weight in weights_of(own / "ppo_rlhf").values())
+
+
+@pytest.fixture
+def args(tmp_path) -> lab.Args:
+    return lab.Args(seeds=2, jobs=1, runs=tmp_path / "runs", out=tmp_path / "results")
+
+
+def test_what_has_a_result_is_not_run_again(args, monkeypatch, capsys):
+    """Until its recipe changes; a run that fails is tried again, and does not stop the others."""
+    ran = []
+
+    def run(experiment, seed, args):
+        ran.append((experiment.name, seed))
+        if experiment.name == "kl_k2" and seed == 1:
+            raise lab.Failed("error: no")
+        return {"recipe": experiment.recipe, "diverged": True}
+
+    monkeypatch.setattr(lab, "train_models", lambda *_: None)
+    monkeypatch.setattr(lab, "run", run)
+    two = [lab.read("kl_k2"), lab.read("kl_k3")]
+    with pytest.raises(SystemExit, match="1 runs failed"):
+        lab.run_all(two, args)
+    assert ran == [("kl_k2", 1), ("kl_k3", 1), ("kl_k2", 2), ("kl_k3", 2)]
+    assert "kl_k2, seed 1: failed: error: no" in capsys.readouterr().out
+    ran.clear()
+    changed = lab.dataclasses.replace(two[1], stages=(("ppo_rlhf", "--kl-coef 1"),))
+    with pytest.raises(SystemExit):
+        lab.run_all([two[0], changed], args)
+    assert ran == [("kl_k2", 1), ("kl_k3", 1), ("kl_k3", 2)]
+
+
+def test_a_result_has_the_evaluations_and_says_what_diverged(args, monkeypatch):
+    """By what a stage says of NaN or infinity; any other error ends the run."""
+    said = "update 3: nan in loss/policy_avg; lower --learning-rate and start again"
+
+    def run_stage(code, stage, flags, log):
+        assert (code / "ppo_rlhf.py").exists()
+        assert flags[:2] == ["--total-episodes", "2560"]
+        if said:
+            raise lab.Failed(said)
+        out = lab.Path(flags[flags.index("--output-dir") + 1])
+        out.mkdir(parents=True)
+        rows = [{"update": i, "objective/entropy": 1.0} for i in (1, 2)]
+        names = ("kl", "score", "judge", "win_rate")
+        rows[1] |= {f"eval/{name}": 2.0 for name in names}
+        (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return {"eval": {}}
+
+    monkeypatch.setattr(lab, "run_stage", run_stage)
+    result = lab.run(lab.BASELINE, 1, args)
+    assert result["diverged"] and result["error"] == said
+    said = "update 3: no space left"
+    with pytest.raises(lab.Failed, match="no space"):
+        lab.run(lab.BASELINE, 1, args)
+    said = ""
+    result = lab.run(lab.BASELINE, 1, args)
+    assert not result["diverged"] and [row["update"] for row in result["trace"]] == [2]

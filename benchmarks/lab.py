@@ -292,6 +292,13 @@ def effects(args: Args) -> list[dict[str, Any]]:
             row["cpu_seconds"] = statistics.mean(
                 r["ppo_rlhf"]["cpu_seconds"] for r in kept.values()
             )
+            row["entropy"] = statistics.mean(
+                r["trace"][0]["objective/entropy"] for r in kept.values()
+            )
+            if "reward_model" in dict(one.stages):
+                row["accuracy"] = statistics.mean(
+                    r["reward_model"]["accuracy"] for r in kept.values()
+                )
             row["early"] = statistics.mean(r["trace"][0]["eval/judge"] for r in kept.values())
             for key, value in (("difference", judged), ("early_difference", early)):
                 pairs = [value(run) - value(baseline[seed]) for seed, run in kept.items()]

@@ -460,6 +460,86 @@ def lab_baseline() -> str:
     )
 
 
+def lab_findings() -> str:
+    """What stands out, in sentences."""
+    rows = {row["name"]: row for row in result("lab.json")["effects"]}
+    end = {name: f"{row.get('difference', 0):+.2f}" for name, row in rows.items()}
+    early = {name: f"{row.get('early_difference', 0):+.2f}" for name, row in rows.items()}
+    kl = {name: f"{row['kl']:.1f}" for name, row in rows.items()}
+    entropy = {name: f"{row['entropy']:.1f}" for name, row in rows.items()}
+    accuracy = {k: f"{row['accuracy']:.3f}" for k, row in rows.items() if "accuracy" in row}
+    seconds = {name: f"{row['cpu_seconds']:.0f}" for name, row in rows.items()}
+    others = [row for row in rows.values() if "difference" in row and row["name"] != "baseline"]
+    alike = sum(abs(row["difference"]) < 0.1 for row in others)
+    alike_early = sum(abs(row["early_difference"]) < 0.1 for row in others)
+    found = [
+        f"**Most changes end where the baseline does**: {alike} of {len(others)} within 0.1 points."
+        f" They differ in speed: after 640 episodes only {alike_early} are.",
+        f"**The value function matters most.** Read one token late, after the action that it should"
+        f" be a baseline for (B14), it costs {end['value_one_late']} points; as a head on the"
+        f" policy's body {end['value_shares_body']}; started from the SFT model in place of the"
+        f" reward model {end['value_from_sft']}. None at all is better than a bad one: `batch_mean`"
+        f" {end['batch_mean']}, `rloo` {end['rloo']}, `grpo` {end['grpo']}.",
+        f"**The KL penalty is the one dial to set.** 0.4 costs {end['kl_coef_04']}, 0.2"
+        f" {end['kl_coef_02']}, 0.05 {end['kl_coef_005']}, 0.02 {end['kl_coef_002']}, none"
+        f" {end['kl_coef_0']}, at a KL of {kl['kl_coef_0']} nats.",
+        f"**One pass over a batch wastes it** ({end['epochs_1']}); two are nearly enough"
+        f" ({end['epochs_2']}, in {seconds['epochs_2']} s of {seconds['baseline']}); eight give"
+        f" nothing ({end['epochs_8']}, in {seconds['epochs_8']} s).",
+        f"**Clipping the ratio buys speed, not the end**: without it {early['no_ratio_clip']} after"
+        f" 640 episodes and {end['no_ratio_clip']} at the end, with CISPO {early['cispo']} and"
+        f" {end['cispo']}. The reason is entropy: after 640 episodes a reply has"
+        f" {entropy['baseline']} nats of it, {entropy['no_ratio_clip']} and {entropy['cispo']} with"
+        f" these two. Unclipped steps make the policy sure of replies that are half right."
+        f" `clip_higher` keeps {entropy['clip_higher']}.",
+        f"**Training the values alone first does not pay here**: {early['critic_warmup']} after 640"
+        f" episodes and {end['critic_warmup']} at the end, on Monte-Carlo returns"
+        f" {early['value_pretraining']} and {end['value_pretraining']}. The value function starts"
+        f" from the reward model and is good at once; the updates are simply missing.",
+        f"**The temperature left out of the log-probabilities** costs"
+        f" {early['temperature_left_out']} after 640 episodes, and ends at a KL of"
+        f" {kl['temperature_left_out']} nats in place of {kl['baseline']}.",
+        f"**k2 and k3 in the reward hold less than k1**: a KL of {kl['kl_k2']} and {kl['kl_k3']}"
+        f" nats in place of {kl['baseline']}, as their gradients say"
+        f" ([details](details.md#kl-estimators)). In the loss, at the same weight beside whitened"
+        f" advantages, k2 ends at {kl['kl_in_loss_k2']} and k3 at {kl['kl_in_loss_k3']}.",
+        f"**Dropout in the update** costs {end['dropout']}: the ratio of a token that did not"
+        f" change is anything but 1, and the clip cuts what should be learned.",
+        f"**Clipping the score changes what is sought**: to 2, it costs {end['reward_clip']}, since"
+        f" a good reply scores more.",
+        f"**The reward model's own losses**: without the language-model loss its accuracy is"
+        f" {accuracy['reward_no_lm_loss']}, without the loss on prefixes"
+        f" {accuracy['reward_no_prefix_loss']}, after two passes {accuracy['reward_epochs_2']}, with"
+        f" both losses and one pass {accuracy['no_normalization']}; policies end at"
+        f" {end['reward_no_lm_loss']}, {end['reward_no_prefix_loss']} and {end['reward_epochs_2']}."
+        f" Two passes do not overfit here, and PPO is faster for them"
+        f" ({early['reward_epochs_2']} after 640 episodes).",
+    ]
+    return "\n".join(f"- {line}" for line in found)
+
+
+def lab_why_ppo() -> str:
+    """Four sentences."""
+    gae, *others = result("lab.json")["methods"]
+    at_episodes = [row for row in others if row["episodes"] == gae["episodes"]]
+    at_time = [row for row in others if row["episodes"] != gae["episodes"]]
+    times = span([row["cpu_seconds"] / gae["cpu_seconds"] for row in at_episodes], ".0%")
+    memory = span([row["peak_memory_gb"] for row in at_episodes], ".2f")
+    points = span([row["judge"] for row in at_episodes], ".2f")
+    kls = span([row["kl"] for row in at_episodes], ".1f")
+    more = span([row["judge"] for row in at_time], ".2f")
+    return (
+        f"On short replies with one score each, a value function buys nothing: {gae['judge']:.2f}"
+        f" points with it, {points} without, at the same episodes and about the same KL"
+        f" ({gae['kl']:.1f} nats, {kls}). Without it a run takes {times} of the time and {memory} GB"
+        f" in place of {gae['peak_memory_gb']:.2f}; given the same time, the others end at {more}."
+        f" A value function that is wrong costs far more than a right one gains, and it is the part"
+        f" with the most ways to be wrong. PPO's clipped steps are what all four share; its value"
+        f" function is worth having where credit within a response matters: long responses, rewards"
+        f" for single tokens, one response to a prompt."
+    )
+
+
 def lab_effects(kind: str) -> str:
     """Experiments of a kind, sorted by what they change at the end."""
     rows = [row for row in result("lab.json")["effects"] if row.get("kind") == kind]
@@ -560,7 +640,7 @@ TABLES: dict[str, Callable[[], str]] = {
         machine_share, scaling, startup, memory, memory_runs, soak, scaling_measured,
         scaling_inputs, scaling_paper, scaling_limits, scaling_published, lab_baseline,
         lab_ablations, lab_variants, lab_order, lab_overoptimization, lab_fits, lab_best_of_n,
-        lab_methods,
+        lab_methods, lab_findings, lab_why_ppo,
     )
 }  # fmt: skip
 

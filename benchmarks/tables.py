@@ -509,8 +509,8 @@ def lab_findings() -> str:
         f" a good reply scores more.",
         f"**The reward model's own losses**: without the language-model loss its accuracy is"
         f" {accuracy['reward_no_lm_loss']}, without the loss on prefixes"
-        f" {accuracy['reward_no_prefix_loss']}, after two passes {accuracy['reward_epochs_2']}, with"
-        f" both losses and one pass {accuracy['no_normalization']}; policies end at"
+        f" {accuracy['reward_no_prefix_loss']}, after two passes {accuracy['reward_epochs_2']},"
+        f" with both losses and one pass {accuracy['no_normalization']}; policies end at"
         f" {end['reward_no_lm_loss']}, {end['reward_no_prefix_loss']} and {end['reward_epochs_2']}."
         f" Two passes do not overfit here, and PPO is faster for them"
         f" ({early['reward_epochs_2']} after 640 episodes).",
@@ -531,8 +531,8 @@ def lab_why_ppo() -> str:
     return (
         f"On short replies with one score each, a value function buys nothing: {gae['judge']:.2f}"
         f" points with it, {points} without, at the same episodes and about the same KL"
-        f" ({gae['kl']:.1f} nats, {kls}). Without it a run takes {times} of the time and {memory} GB"
-        f" in place of {gae['peak_memory_gb']:.2f}; given the same time, the others end at {more}."
+        f" ({gae['kl']:.1f} nats, {kls}). Without it a run takes {times} of the time and {memory}"
+        f" GB in place of {gae['peak_memory_gb']:.2f}; given the same time, the others end at {more}."
         f" A value function that is wrong costs far more than a right one gains, and it is the part"
         f" with the most ways to be wrong. PPO's clipped steps are what all four share; its value"
         f" function is worth having where credit within a response matters: long responses, rewards"

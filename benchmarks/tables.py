@@ -532,7 +532,7 @@ def lab_why_ppo() -> str:
         f"On short replies with one score each, a value function buys nothing: {gae['judge']:.2f}"
         f" points with it, {points} without, at the same episodes and about the same KL"
         f" ({gae['kl']:.1f} nats, {kls}). Without it a run takes {times} of the time and {memory}"
-        f" GB in place of {gae['peak_memory_gb']:.2f}; given the same time, the others end at {more}."
+        f" GB in place of {gae['peak_memory_gb']:.2f}; given the same time, they end at {more}."
         f" A value function that is wrong costs far more than a right one gains, and it is the part"
         f" with the most ways to be wrong. PPO's clipped steps are what all four share; its value"
         f" function is worth having where credit within a response matters: long responses, rewards"

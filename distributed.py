@@ -66,7 +66,7 @@ def join(device: torch.device) -> Process:
 
 def place() -> tuple[int, int]:
     """This process's number, and how many there are."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launch() else (0, 1)
 
 
 def is_main() -> bool:
@@ -110,7 +110,7 @@ def gather(rows: list[Any]) -> list[Any]:
     """The lists of all processes, interleaved as they were dealt out by `rows[rank::world]`."""
     if not dist.is_initialized():
         return rows
-    parts = [rows] * dist.get_world_size()
+    parts = [rows] * place()[1]
     dist.all_gather_object(parts, rows)
     return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
 
@@ -262,7 +262,7 @@ def shard(model: Any, device: torch.device, dtype: str, offload: bool = False) -
     With `offload` the part is in the CPU's memory. In bfloat16 a GPU gathers a layer's weights as
     that; embeddings, the last norm and the head stay in float32, and gradients are summed in it.
     """
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = init_device_mesh(device.type, place()[1:])
     how: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
     if offload:
         how["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type != "cpu")

@@ -16,8 +16,8 @@ On several GPUs each process takes its share of the episodes; the batch is the s
 them. Gradients, token counts, means and the whitening's mean and variance are over all of them.
 Each holds whole models or, with --fsdp, a part of each (docs/scaling.md).
 
-Left out: asynchronous rollouts. Variants, as a KL loss, are diffs in experiments/. The decoding
-loop is in generate.py. `D17`, a detail, and `B14`, a bug of others, point to docs/details.md.
+Left out: asynchronous rollouts. Variants, such as a KL loss, are diffs in experiments/. The
+decoding loop is in generate.py. `D17` (a detail) and `B14` (a known bug) are in docs/details.md.
 
 Shapes: B sequences of this process, b of a micro-batch, P prompt and R response tokens, T = P + R
 (T' cut to a micro-batch's longest), N real response tokens of a micro-batch, H hidden size, V
@@ -641,7 +641,7 @@ def main(args: Args) -> None:
                         "loss/value_avg": value_losses,
                         "val/clipfrac_avg": value_clipped,
                         "val/ratio": ratio,
-                        "val/ratio_var": (ratio - 1).square(),  # made the variance below
+                        "val/ratio_var": (ratio - 1).square(),  # becomes the variance below
                     }
                     for name, x in token_stats.items():
                         sums[name] += utils.masked_sum(x.detach().double(), mask)

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from measure import ROOT, load_module, machine
+from measure import ROOT, load_module
 
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -37,7 +37,7 @@ import utils
 
 gold = load_module("data/support/gold.py")
 
-PARTS = ("full", "overoptimization", "best_of_n", "methods", "effects")
+PARTS = ("full", "overoptimization", "methods", "best_of_n", "effects")
 # chosen by the short setting, before the full one had run, from the largest loss to nearly none
 EIGHT = ("dropout", "reward_clip", "epochs_1", "kl_coef_0", "kl_coef_04", "ptx", "critic_warmup")
 EIGHT += ("lambda_09",)
@@ -78,16 +78,16 @@ def run_all(experiments: list[lab.Experiment], args: Args, setting: str = "short
     lab.run_all(experiments, lab.Args(**flags))
 
 
-def results_of(name: str, args: Args, setting: str = "short") -> dict[int, dict]:
-    """An experiment's results by seed."""
-    files = (args.results / setting).glob(f"{name}-seed*.json")
+def results_of(one: lab.Experiment, args: Args, setting: str = "short") -> dict[int, dict]:
+    """An experiment's results by seed, of what it is now."""
+    files = (args.results / setting).glob(f"{one.name}-seed*.json")
     found = [json.loads(path.read_text()) for path in files]
-    return {result["seed"]: result for result in found}
+    return {r["seed"]: r for r in found if r["recipe"] == one.recipe and r["seed"] <= args.seeds}
 
 
 def judged(result: dict) -> float:
-    """The labeler's mean of the policy's replies; of a diverged run NaN."""
-    return math.nan if result["diverged"] else result["ppo_rlhf"]["eval"]["policy"]["judge"]
+    """The labeler's mean of the policy's replies; of a run that ended in NaN -inf."""
+    return -math.inf if result["diverged"] else result["ppo_rlhf"]["eval"]["policy"]["judge"]
 
 
 # ---- the short setting beside the full one
@@ -100,10 +100,8 @@ def full(args: Args) -> dict[str, Any]:
     for name in EIGHT:
         row = {"name": name}
         for setting in ("short", "full"):
-            runs = results_of(name, args, setting).values()
-            row[setting] = statistics.mean(
-                map(judged, [r for r in runs if r["seed"] <= args.seeds])
-            )
+            runs = results_of(lab.read(name), args, setting).values()
+            row[setting] = statistics.mean(map(judged, runs))
         rows.append(row)
     ranks = [
         np.argsort(np.argsort([row[setting] for row in rows])) for setting in ("short", "full")
@@ -139,7 +137,7 @@ def overoptimization(args: Args) -> dict[str, Any]:
     run_all([*runs.values()], args)
     points = []
     for (pairs, c), one in runs.items():
-        for seed, result in results_of(one.name, args).items():
+        for seed, result in results_of(one, args).items():
             if result["diverged"]:
                 continue
             evaluation = result["ppo_rlhf"]["eval"]
@@ -165,15 +163,19 @@ def fit(columns: np.ndarray, y: list[float]) -> dict[str, float]:
     """alpha and beta by least squares, and the share of the variance that they explain."""
     (alpha, beta), *_ = np.linalg.lstsq(columns, np.array(y), rcond=None)
     left = np.array(y) - columns @ [alpha, beta]
-    return {"alpha": alpha, "beta": beta, "explained": float(1 - left.var() / np.var(y))}
+    return {
+        "alpha": alpha,
+        "beta": beta,
+        "explained": float(1 - np.square(left).mean() / np.var(y)),
+    }
 
 
 @torch.no_grad()
 def best_of_n(args: Args, most: int = 64, prompts: int = 200) -> dict[str, Any]:
     """Mean scores of the best of n by the reward model, over all subsets of `most` replies.
 
-    Its KL to the SFT model is log n - (n - 1) / n (Stiennon et al. 2020, appendix G.3); the form of
-    the fits is d (alpha - beta d) (Gao et al. 2022).
+    Its KL to the SFT model is at most log n - (n - 1) / n (Stiennon et al. 2020, appendix G.3); the
+    form of the fits is d (alpha - beta d) (Gao et al. 2022).
     """
     torch.set_num_threads(2)
     device, curves = torch.device("cpu"), {}
@@ -214,7 +216,7 @@ def best_of_n(args: Args, most: int = 64, prompts: int = 200) -> dict[str, Any]:
             score, order = torch.cat(scores).view(-1, most).sort(1)
             of_judge = judge.gather(1, order)
             for n in (1, 2, 4, 8, 16, 32, 64):
-                # how often the i-th of `most` in rank is the best of n drawn without return
+                # how often the i-th of `most` in rank is the best of n drawn without replacement
                 chance = [math.comb(i, n - 1) / math.comb(most, n) for i in range(most)]
                 means = [
                     float((x.double() @ torch.tensor(chance).double()).mean())
@@ -242,25 +244,29 @@ def best_of_n(args: Args, most: int = 64, prompts: int = 200) -> dict[str, Any]:
 def methods(args: Args) -> list[dict[str, Any]]:
     """Each at the baseline's episodes and, for those without a value function, at its CPU time."""
 
-    def cost(name: str, of: str) -> float:
-        return statistics.mean(r["ppo_rlhf"][of] for r in results_of(name, args).values())
+    def finished(one: lab.Experiment) -> list[dict]:
+        return [r["ppo_rlhf"] for r in results_of(one, args).values() if not r["diverged"]]
 
-    runs, rows = [], [("gae", "baseline", 2560)]
+    def mean_of(one: lab.Experiment, key: str) -> float:
+        return statistics.mean(run[key] for run in finished(one))
+
+    names = {"gae": lab.BASELINE} | {name: lab.read(name) for name in METHODS}
+    run_all([*names.values()], args)
+    rows = [("gae", lab.BASELINE, 2560)]
     for name, flags in METHODS.items():
-        episodes = 2560 * cost("baseline", "cpu_seconds") / cost(name, "cpu_seconds")
-        more = round(episodes / 640) * 640
-        runs.append(experiment(f"{name}_same_time", f"{flags} --total-episodes {more}"))
-        rows += [(name, name, 2560), (name, f"{name}_same_time", more)]
-    run_all(runs, args)
+        times = mean_of(lab.BASELINE, "cpu_seconds") / mean_of(names[name], "cpu_seconds")
+        more = round(2560 * times / 640) * 640
+        longer = experiment(f"{name}_same_time", f"{flags} --total-episodes {more}")
+        rows += [(name, names[name], 2560), (name, longer, more)]
+    run_all([one for _, one, _ in rows], args)
     table = []
-    for method, name, episodes in rows:
-        found = [r for r in results_of(name, args).values() if not r["diverged"]]
-        policies = [r["ppo_rlhf"]["eval"]["policy"] for r in found]
-        row = {"method": method, "episodes": episodes, "runs": len(found)}
+    for method, one, episodes in rows:
+        runs, policies = finished(one), [run["eval"]["policy"] for run in finished(one)]
+        row = {"method": method, "episodes": episodes, "runs": len(runs)}
         row |= {k: statistics.mean(p[k] for p in policies) for k in ("judge", "kl", "score")}
-        row["win_rate"] = statistics.mean(r["ppo_rlhf"]["eval"]["win_rate"] for r in found)
-        row["early"] = statistics.mean(r["trace"][0]["eval/judge"] for r in found)
-        row |= {of: cost(name, of) for of in ("cpu_seconds", "peak_memory_gb")}
+        row["win_rate"] = statistics.mean(run["eval"]["win_rate"] for run in runs)
+        row["early"] = statistics.mean(map(early, results_of(one, args).values()))
+        row |= {key: mean_of(one, key) for key in ("cpu_seconds", "peak_memory_gb")}
         table.append(row)
     return table
 
@@ -270,39 +276,31 @@ def methods(args: Args) -> list[dict[str, Any]]:
 
 def effects(args: Args) -> list[dict[str, Any]]:
     """Of each experiment its means over seeds and its paired difference to the baseline."""
-    baseline, rows = results_of("baseline", args), []
+    baseline, rows = results_of(lab.BASELINE, args), []
     for name in lab.names():
-        one, results = lab.read(name), results_of(name, args)
-        runs = {s: r for s, r in results.items() if r["recipe"] == one.recipe and s in baseline}
-        if not runs:
+        one = lab.read(name)
+        runs = {s: r for s, r in results_of(one, args).items() if s in baseline}
+        kept = {seed: run for seed, run in runs.items() if not run["diverged"]}
+        if not kept:
             continue
         row = {"name": name, "title": one.title, "seeds": len(runs)}
         row |= {key.lower(): text for key, text in one.facts.items()}
-        kept = {seed: run for seed, run in runs.items() if not run["diverged"]}
         evals = [run["ppo_rlhf"]["eval"] for run in kept.values()]
-        row["diverged"] = 1 - sum(
-            e["policy"]["judge"] > e["reference"]["judge"] for e in evals
-        ) / len(runs)
-        if kept:
-            row |= {
-                k: statistics.mean(e["policy"][k] for e in evals) for k in ("judge", "kl", "score")
-            }
-            row["length"] = statistics.mean(e["policy"]["length"] for e in evals)
-            row["win_rate"] = statistics.mean(e["win_rate"] for e in evals)
-            row["cpu_seconds"] = statistics.mean(
-                r["ppo_rlhf"]["cpu_seconds"] for r in kept.values()
-            )
-            row["entropy"] = statistics.mean(
-                r["trace"][0]["objective/entropy"] for r in kept.values()
-            )
-            if "reward_model" in dict(one.stages):
-                row["accuracy"] = statistics.mean(
-                    r["reward_model"]["accuracy"] for r in kept.values()
-                )
-            row["early"] = statistics.mean(r["trace"][0]["eval/judge"] for r in kept.values())
-            for key, value in (("difference", judged), ("early_difference", early)):
-                pairs = [value(run) - value(baseline[seed]) for seed, run in kept.items()]
-                row[key], row[f"{key}_interval"] = statistics.mean(pairs), interval(pairs)
+        better = sum(e["policy"]["judge"] > e["reference"]["judge"] for e in evals)
+        row["diverged"] = 1 - better / len(runs)
+        for key in ("judge", "kl", "score", "length"):
+            row[key] = statistics.mean(e["policy"][key] for e in evals)
+        row["win_rate"] = statistics.mean(e["win_rate"] for e in evals)
+        row["cpu_seconds"] = statistics.mean(r["ppo_rlhf"]["cpu_seconds"] for r in kept.values())
+        row["early"] = statistics.mean(map(early, kept.values()))
+        firsts = [run["trace"][0] for run in kept.values()]
+        row["entropy"] = statistics.mean(first["objective/entropy"] for first in firsts)
+        if "reward_model" in dict(one.stages):
+            accuracies = [run["reward_model"]["accuracy"] for run in kept.values()]
+            row["accuracy"] = statistics.mean(accuracies)
+        for key, value in (("difference", judged), ("early_difference", early)):
+            pairs = [value(run) - value(baseline[seed]) for seed, run in kept.items()]
+            row[key], row[f"{key}_interval"] = statistics.mean(pairs), interval(pairs)
         rows.append(row)
     return rows
 
@@ -454,7 +452,8 @@ def main(args: Args) -> None:
     functions = {f.__name__: f for f in (full, overoptimization, best_of_n, methods, effects)}
     for part in PARTS:
         if part in args.parts:
-            report |= {"machine": machine(1), part: functions[part](args)}
+            report[part] = functions[part](args)
+            report["machine"] = results_of(lab.BASELINE, args)[1]["machine"]
             path.write_text(json.dumps(report, indent=1) + "\n")
     if "effects" in report:
         plot(report, args.out)

@@ -19,8 +19,8 @@ def run_process(
 ) -> dict:
     """Run a script of the project with its flags in a folder, as a process of its own.
 
-    Its seconds, start-up included, by the clock and of the processor, and its peak resident memory
-    in GB. What it prints goes to `log`, if any.
+    Its wall and CPU seconds, start-up included, and its peak resident memory in GB. What it prints
+    goes to `log`, if any.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     started = time.time()

@@ -37,7 +37,7 @@ def where(report: dict, dtype: bool = False) -> str:
     machine = report["machine"]
     has = " and ".join(machine.get("bfloat16_instructions", []))
     words = [machine["processor"] + (f" with {has}" if has else "")]
-    words += [f"{machine['threads']} threads"]
+    words += [f"{machine['threads']} thread" + "s" * (machine["threads"] != 1)]
     words += [f"torch {machine['torch']}"] if "torch" in machine else []
     words += [report["dtype"]] if dtype and "dtype" in report else []
     return ", ".join(words)
@@ -464,6 +464,7 @@ def lab_findings() -> str:
     """What stands out, in sentences."""
     rows = {row["name"]: row for row in result("lab.json")["effects"]}
     end = {name: f"{row.get('difference', 0):+.2f}" for name, row in rows.items()}
+    cost = {name: f"{-row.get('difference', 0):.2f}" for name, row in rows.items()}
     early = {name: f"{row.get('early_difference', 0):+.2f}" for name, row in rows.items()}
     kl = {name: f"{row['kl']:.1f}" for name, row in rows.items()}
     entropy = {name: f"{row['entropy']:.1f}" for name, row in rows.items()}
@@ -474,46 +475,49 @@ def lab_findings() -> str:
     alike_early = sum(abs(row["early_difference"]) < 0.1 for row in others)
     found = [
         f"**Most changes end where the baseline does**: {alike} of {len(others)} within 0.1 points."
-        f" They differ in speed: after 640 episodes only {alike_early} are.",
+        f" They differ in speed: after 640 episodes {alike_early} are.",
         f"**The value function matters most.** Read one token late, after the action that it should"
-        f" be a baseline for (B14), it costs {end['value_one_late']} points; as a head on the"
-        f" policy's body {end['value_shares_body']}; started from the SFT model in place of the"
-        f" reward model {end['value_from_sft']}. None at all is better than a bad one: `batch_mean`"
-        f" {end['batch_mean']}, `rloo` {end['rloo']}, `grpo` {end['grpo']}.",
-        f"**The KL penalty is the one dial to set.** 0.4 costs {end['kl_coef_04']}, 0.2"
-        f" {end['kl_coef_02']}, 0.05 {end['kl_coef_005']}, 0.02 {end['kl_coef_002']}, none"
-        f" {end['kl_coef_0']}, at a KL of {kl['kl_coef_0']} nats.",
-        f"**One pass over a batch wastes it** ({end['epochs_1']}); two are nearly enough"
-        f" ({end['epochs_2']}, in {seconds['epochs_2']} s of {seconds['baseline']}); eight give"
-        f" nothing ({end['epochs_8']}, in {seconds['epochs_8']} s).",
-        f"**Clipping the ratio buys speed, not the end**: without it {early['no_ratio_clip']} after"
-        f" 640 episodes and {end['no_ratio_clip']} at the end, with CISPO {early['cispo']} and"
-        f" {end['cispo']}. The reason is entropy: after 640 episodes a reply has"
-        f" {entropy['baseline']} nats of it, {entropy['no_ratio_clip']} and {entropy['cispo']} with"
-        f" these two. Unclipped steps make the policy sure of replies that are half right."
-        f" `clip_higher` keeps {entropy['clip_higher']}.",
-        f"**Training the values alone first does not pay here**: {early['critic_warmup']} after 640"
-        f" episodes and {end['critic_warmup']} at the end, on Monte-Carlo returns"
-        f" {early['value_pretraining']} and {end['value_pretraining']}. The value function starts"
-        f" from the reward model and is good at once; the updates are simply missing.",
-        f"**The temperature left out of the log-probabilities** costs"
-        f" {early['temperature_left_out']} after 640 episodes, and ends at a KL of"
-        f" {kl['temperature_left_out']} nats in place of {kl['baseline']}.",
-        f"**k2 and k3 in the reward hold less than k1**: a KL of {kl['kl_k2']} and {kl['kl_k3']}"
-        f" nats in place of {kl['baseline']}, as their gradients say"
-        f" ([details](details.md#kl-estimators)). In the loss, at the same weight beside whitened"
-        f" advantages, k2 ends at {kl['kl_in_loss_k2']} and k3 at {kl['kl_in_loss_k3']}.",
-        f"**Dropout in the update** costs {end['dropout']}: the ratio of a token that did not"
-        f" change is anything but 1, and the clip cuts what should be learned.",
-        f"**Clipping the score changes what is sought**: to 2, it costs {end['reward_clip']}, since"
-        f" a good reply scores more.",
+        f" be a baseline for (B14), it costs {cost['value_one_late']} points; started from the SFT"
+        f" model in place of the reward model {cost['value_from_sft']}, and as a head on the"
+        f" policy's body {cost['value_shares_body']}. None at all is better than a bad one: at the"
+        f" end `batch_mean` differs by {end['batch_mean']}, `rloo` by {end['rloo']}, `grpo` by"
+        f" {end['grpo']}.",
+        f"**The KL penalty is the one dial to set.** In place of 0.1, a coefficient of 0.4 costs"
+        f" {cost['kl_coef_04']} points, 0.2 {cost['kl_coef_02']}, 0.05 {cost['kl_coef_005']}, 0.02"
+        f" {cost['kl_coef_002']}, none {cost['kl_coef_0']}, at a KL of {kl['kl_coef_0']} nats.",
+        f"**Passes over a batch**: one in place of four costs {cost['epochs_1']}, two"
+        f" {cost['epochs_2']}, in {seconds['epochs_2']} s of {seconds['baseline']}; eight differ by"
+        f" {end['epochs_8']}, in {seconds['epochs_8']} s.",
+        f"**Clipping the ratio buys speed**: without it the labeler's mean differs by"
+        f" {early['no_ratio_clip']} after 640 episodes and by {end['no_ratio_clip']} at the end,"
+        f" with CISPO by {early['cispo']} and {end['cispo']}. The reason is entropy: after 640"
+        f" episodes a reply has {entropy['baseline']} nats of it, {entropy['no_ratio_clip']} and"
+        f" {entropy['cispo']} with these two. Unclipped steps make the policy sure of replies that"
+        f" are half right. `clip_higher` keeps {entropy['clip_higher']}.",
+        f"**Training the values alone first**: {early['critic_warmup']} after 640 episodes and"
+        f" {end['critic_warmup']} at the end; on Monte-Carlo returns {early['value_pretraining']}"
+        f" and {end['value_pretraining']}. The value function starts from the reward model and is"
+        f" good at once; what is missing are the updates.",
+        f"**The temperature left out of the log-probabilities**: {early['temperature_left_out']}"
+        f" after 640 episodes, {end['temperature_left_out']} at the end, at a KL of"
+        f" {kl['temperature_left_out']} nats beside {kl['baseline']}.",
+        f"**k2 and k3 in the reward** end at a KL of {kl['kl_k2']} and {kl['kl_k3']} nats, k1 at"
+        f" {kl['baseline']}: near the reference their gradients are smaller"
+        f" ([details](details.md#kl-estimators)). In the loss, at the weight that the penalty has"
+        f" in the reward, k2 ends at {kl['kl_in_loss_k2']} and k3 at {kl['kl_in_loss_k3']}.",
+        f"**Clipping the score changes what is sought**: to 2, it costs {cost['reward_clip']},"
+        f" since a good reply scores more.",
         f"**The reward model's own losses**: without the language-model loss its accuracy is"
         f" {accuracy['reward_no_lm_loss']}, without the loss on prefixes"
         f" {accuracy['reward_no_prefix_loss']}, after two passes {accuracy['reward_epochs_2']},"
-        f" with both losses and one pass {accuracy['no_normalization']}; policies end at"
-        f" {end['reward_no_lm_loss']}, {end['reward_no_prefix_loss']} and {end['reward_epochs_2']}."
-        f" Two passes do not overfit here, and PPO is faster for them"
-        f" ({early['reward_epochs_2']} after 640 episodes).",
+        f" with both losses and one pass {accuracy['no_normalization']}. The policies differ by"
+        f" {end['reward_no_lm_loss']}, {end['reward_no_prefix_loss']} and {end['reward_epochs_2']}"
+        f" at the end, by {early['reward_no_lm_loss']}, {early['reward_no_prefix_loss']} and"
+        f" {early['reward_epochs_2']} after 640 episodes.",
+        f"**Bugs that others shipped are not all seen in the result**: beside the value read late,"
+        f" a score past the EOS differs by {end['score_past_eos']}, padding in the whitening by"
+        f" {end['padding_whitened']}, a mean of means by {end['mean_of_means']}, an EOS taken for"
+        f" padding by {end['eos_taken_for_pad']}, dropout in the update by {end['dropout']}.",
     ]
     return "\n".join(f"- {line}" for line in found)
 
@@ -592,7 +596,7 @@ def lab_overoptimization() -> str:
 
 
 def lab_fits() -> str:
-    """Coefficients of Gao et al.'s forms, in points a root of a nat."""
+    """Coefficients of Gao et al.'s forms, alpha in points per square root of a nat."""
     report, lines = result("lab.json"), []
     for part, form in (("overoptimization", "PPO"), ("best_of_n", "best of n")):
         for name, found in report[part]["fits"].items():

@@ -19,12 +19,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Literal
 
+import filelock
 import tyro
+from tqdm import tqdm
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
@@ -188,43 +189,45 @@ def is_done(experiment: Experiment, seed: int, args: Args) -> bool:
     return path.exists() and json.loads(path.read_text())["recipe"] == experiment.recipe
 
 
+def run_and_write(experiment: Experiment, seed: int, args: Args) -> str:
+    """Leave the result file, and say what is in it."""
+    result, path = run(experiment, seed, args), result_file(experiment, seed, args)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (part := path.with_suffix(".part")).write_text(json.dumps(result, indent=1) + "\n")
+    part.rename(path)
+    if result["diverged"]:
+        return "diverged"
+    return "labeler {judge:.2f}, KL {kl:.1f}".format(**result["ppo_rlhf"]["eval"]["policy"])
+
+
 def run_all(experiments: list[Experiment], args: Args) -> None:
     """Runs of the experiments that have no result yet; one may fail without the others."""
     seeds = range(1, args.seeds + 1)
     work = [(e, seed) for seed in seeds for e in experiments if not is_done(e, seed, args)]
-    total, failed, started = len(work), 0, time.time()
-    print(f"{total} runs to do, {args.jobs} at a time", flush=True)
-    with ThreadPoolExecutor(args.jobs) as pool:
+    failed, pool = 0, ThreadPoolExecutor(args.jobs)
+    try:
         if work:  # the models of three seeds at least, which an ensemble needs
             models, needed = args.runs.resolve() / "models", range(1, max(args.seeds, 3) + 1)
             list(pool.map(train_models, needed, [models] * len(needed)))
-        runs = {pool.submit(run, *one, args): one for one in work}
-        for done, future in enumerate(as_completed(runs), 1):
+        runs = {pool.submit(run_and_write, *one, args): one for one in work}
+        for future in tqdm(as_completed(runs), total=len(work), unit="run"):
             experiment, seed = runs[future]
-            where = f"{done}/{total} {experiment.name}, seed {seed}"
-            try:
-                result = future.result()
-            except (Failed, subprocess.CalledProcessError) as error:
-                print(f"{where}: failed: {error}", flush=True)
+            if error := future.exception():
                 failed += 1
-                continue
-            path = result_file(experiment, seed, args)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            (part := path.with_suffix(".part")).write_text(json.dumps(result, indent=1) + "\n")
-            part.rename(path)
-            left = (time.time() - started) / done * (total - done) / 60
-            what = "diverged"
-            if not result["diverged"]:
-                policy = result["ppo_rlhf"]["eval"]["policy"]
-                win_rate = result["ppo_rlhf"]["eval"]["win_rate"]
-                what = f"labeler {policy['judge']:.2f}, wins {win_rate:.3f}, KL {policy['kl']:.1f}"
-            print(f"{where}: {what}; about {left:.0f} min left", flush=True)
+            what = f"failed: {error}" if error else future.result()
+            tqdm.write(f"{experiment.name}, seed {seed}: {what}")
+    except Failed as error:
+        sys.exit(f"error: the baseline's models: {error}")
+    finally:
+        pool.shutdown(cancel_futures=True)
     if failed:
-        sys.exit(f"error: {failed} runs failed; their last lines are above")
+        sys.exit(f"error: of {len(work)} runs {failed} failed; their last lines are above")
 
 
 def main(args: Args) -> None:
-    run_all([read(name) for name in args.names or names()], args)
+    args.runs.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(args.runs / "run.lock", timeout=0):  # two would share folders
+        run_all([read(name) for name in dict.fromkeys(args.names or names())], args)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def test_what_has_a_result_is_not_run_again(args, monkeypatch, capsys):
     monkeypatch.setattr(lab, "train_models", lambda *_: None)
     monkeypatch.setattr(lab, "run", run)
     two = [lab.read("kl_k2"), lab.read("kl_k3")]
-    with pytest.raises(SystemExit, match="1 runs failed"):
+    with pytest.raises(SystemExit, match="of 4 runs 1 failed"):
         lab.run_all(two, args)
     assert ran == [("kl_k2", 1), ("kl_k3", 1), ("kl_k2", 2), ("kl_k3", 2)]
     assert "kl_k2, seed 1: failed: error: no" in capsys.readouterr().out

@@ -358,12 +358,10 @@ def plot_effects(rows: list[dict], plt: Any, path: Path) -> None:
             )
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_xscale("symlog", linthresh=0.5)
-        axis.set_xticks(
-            [-10, -5, -2, -1, -0.5, 0, 0.5], ["−10", "−5", "−2", "−1", "−0.5", "0", "0.5"]
-        )
+        axis.set_xticks([-5, -2, -1, -0.5, 0, 0.5, 1], ["−5", "−2", "−1", "−0.5", "0", "0.5", "1"])
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("labeler's points, difference to the baseline", fontsize=8)
-        axis.grid(axis="x", color="0.9")
+        axis.grid(color="0.92")
         axis.tick_params(labelsize=7.5)
     axes[0].set_yticks(places, [row["name"] for row in rows])
     axes[0].legend(fontsize=8, loc="lower right")
@@ -389,6 +387,9 @@ def plot_overoptimization(report: dict[str, Any], plt: Any, out: Path) -> None:
         )
     axes[0].set_ylabel("points above the SFT model")
     axes[0].legend(fontsize=7)
+    figure.suptitle(
+        "The labeler's score has a peak that the reward model does not show", fontsize=11
+    )
     figure.tight_layout()
     figure.savefig(out / "lab_overoptimization.png", dpi=110)
     figure, axis = plt.subplots(figsize=(5.6, 3.8))

@@ -1,8 +1,8 @@
 """Stage 3 of RLHF: PPO against a reward model.
 
 The policy answers prompts; reward models, or functions, score the answers; a per-token KL penalty
-holds the policy to the model that it started from; PPO makes tokens that did better than the value
-function expected more probable.
+holds the policy to the model that it started from; PPO raises the probability of tokens that did
+better than the value function expected.
 
 In: the policy's start, reward models or functions, prompts. Out: `runs/ppo_rlhf`, an ordinary
 Hugging Face folder, with metrics.jsonl, summary.json, samples.jsonl and TensorBoard events.
@@ -23,7 +23,7 @@ Shapes: B sequences of this process, b of a micro-batch, P prompt and R response
 (T' cut to a micro-batch's longest), N real response tokens of a micro-batch, H hidden size, V
 vocabulary. `response_mask` is 1 on every sampled token up to and including EOS or the stop token.
 The rest is padding: log-probabilities, values and rewards are 0 there; losses, whitening and token
-metrics are over the tokens where the mask is 1. A response cut off at R has ended: V is 0 after it.
+metrics are over the tokens where the mask is 1. A response cut off at R counts as complete.
 """
 
 import json
@@ -142,7 +142,7 @@ class Args:
     kl_target: float | None = None
     """Nats per response toward which kl_coef is steered (D27); none: constant."""
     kl_horizon: int = 10_000
-    """Episodes over which kl_coef is steered (D27)."""
+    """Larger steers kl_coef more slowly (D27)."""
     reward_clip: float | None = None
     """Clip scores to +- this (D30)."""
     whiten_rewards: bool = False
@@ -158,7 +158,7 @@ class Args:
     whiten_advantages: bool = True
     """To mean 0 and variance 1 over the batch's tokens (D22)."""
     cliprange: float = 0.2
-    """The ratio of new to old probability is clipped to 1 +- this (D23)."""
+    """How far the ratio of new to old probability may fall below 1 (D23)."""
     cliprange_high: float | None = None
     """How far above 1 the ratio may rise; none: --cliprange (D39)."""
     cliprange_value: float = 0.2
@@ -168,7 +168,7 @@ class Args:
     entropy_coef: float = 0.0
     """Weight of an entropy bonus (D33)."""
     target_kl: float | None = None
-    """Nats from the sampling policy, at which an update's epochs end (D28)."""
+    """Nats per token from the sampling policy that end an update's epochs (D28)."""
     critic_warmup_updates: int = 0
     """Updates at the start that train only the value function (D32)."""
     ptx_coef: float = 0.0
@@ -289,7 +289,7 @@ def main(args: Args) -> None:
     def sample_responses(
         model: Any, prompts: list[dataset.Prompt], width: int, uniform: Tensor
     ) -> Batch:
-        """A response to each prompt; these are padded to `width` at least."""
+        """A response to each prompt; prompts are padded to `width` at least."""
         prompt_ids = [p.ids for p in prompts]
         prompt_ids, prompt_mask = dataset.pad(prompt_ids, pad_id, "left", device, width)  # D2
         with utils.autocast(device, args.dtype):
@@ -306,8 +306,8 @@ def main(args: Args) -> None:
     def micro_batches(batch: Batch, rows: Tensor, most: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """The batch's `rows` in micro-batches of similar length, cut to their longest sequence.
 
-        Each is rows [b], ids [b, T'] and is_response [b, T']. There are as many as a process with
-        `most` rows needs; one without rows is a sequence without a response.
+        Each is rows [b], ids [b, T'] and is_response [b, T']. All processes yield as many, enough
+        for `most` rows; one without rows is a dummy without a response.
         """
         lengths = (batch.prompt_mask.sum(1) + batch.response_mask.sum(1)).cpu()
         count = math.ceil(max(most, len(rows)) / micro_batch_size)
@@ -464,7 +464,7 @@ def main(args: Args) -> None:
         return distributed.sum_all(total)
 
     # ---- the PPO loop
-    update = 0  # read by score_responses: before the first update errors are wrong input
+    update = 0  # read above: before the first update a reward's error is wrong input
     before = evaluate(reference)
     out = utils.open_output(args, "ppo_rlhf", process)
     own = [[p for p in model.parameters() if p.requires_grad] for model in trained.values()]
@@ -620,7 +620,7 @@ def main(args: Args) -> None:
                     if policy_loss.requires_grad:  # not in the critic's warm-up
                         policy_loss.backward()
 
-                    # it shares no trained weight with the policy, whose graph is gone
+                    # the value model has weights of its own; the policy's graph is gone
                     value_losses = value_clipped = torch.zeros_like(ratio)
                     if value_model is not None:
                         new_values = value_outputs(value_model, ids, is_response)  # [b, R]

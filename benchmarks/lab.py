@@ -213,15 +213,9 @@ def best_of_n(args: Args, most: int = 64, prompts: int = 200) -> dict[str, Any]:
                 )
                 raw = utils.last_token_scores(model, ids, mask)
                 scores.append(utils.normalize_scores(model, raw))
-            score, order = torch.cat(scores).view(-1, most).sort(1)
-            of_judge = judge.gather(1, order)
+            score = torch.cat(scores).view(-1, most)
             for n in (1, 2, 4, 8, 16, 32, 64):
-                # how often the i-th of `most` in rank is the best of n drawn without replacement
-                chance = [math.comb(i, n - 1) / math.comb(most, n) for i in range(most)]
-                means = [
-                    float((x.double() @ torch.tensor(chance).double()).mean())
-                    for x in (score, of_judge)
-                ]
+                means = best_of(n, score, judge)
                 curves.setdefault(pairs, {}).setdefault(n, []).append(means)
     points = []
     for pairs, by_n in curves.items():
@@ -236,6 +230,20 @@ def best_of_n(args: Args, most: int = 64, prompts: int = 200) -> dict[str, Any]:
         d = np.sqrt([p["kl"] for p in some])
         fits[f"{pairs} {of}"] = fit(np.stack([d, -d * d], 1), [p[of] for p in some])
     return {"points": points, "fits": fits}
+
+
+def best_of(n: int, score: torch.Tensor, judge: torch.Tensor) -> tuple[float, float]:
+    """Means of score and judge, both [prompts, replies], of the best by score of n replies.
+
+    Over all ways to draw n of a prompt's replies without replacement.
+    """
+    score, order = score.double().sort(1)
+    count = score.shape[1]
+    # how often the one of rank i is the best of those drawn
+    chance = [math.comb(i, n - 1) / math.comb(count, n) for i in range(count)]
+    weights = torch.tensor(chance, dtype=torch.float64)
+    ranked = (score, judge.double().gather(1, order))
+    return tuple(float((x @ weights).mean()) for x in ranked)
 
 
 # ---- which method when

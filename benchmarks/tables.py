@@ -488,9 +488,9 @@ def lab_findings() -> str:
         f"**Passes over a batch**: one in place of four costs {cost['epochs_1']}, two"
         f" {cost['epochs_2']}, in {seconds['epochs_2']} s of {seconds['baseline']}; eight differ by"
         f" {end['epochs_8']}, in {seconds['epochs_8']} s.",
-        f"**Clipping the ratio buys speed**: without it the labeler's mean differs by"
+        f"**The ratio's clip keeps entropy**: without it the labeler's mean differs by"
         f" {early['no_ratio_clip']} after 640 episodes and by {end['no_ratio_clip']} at the end,"
-        f" with CISPO by {early['cispo']} and {end['cispo']}. The reason is entropy: after 640"
+        f" with CISPO by {early['cispo']} and {end['cispo']}. The reason is seen early: after 640"
         f" episodes a reply has {entropy['baseline']} nats of it, {entropy['no_ratio_clip']} and"
         f" {entropy['cispo']} with these two. Unclipped steps make the policy sure of replies that"
         f" are half right. `clip_higher` keeps {entropy['clip_higher']}.",
@@ -502,7 +502,7 @@ def lab_findings() -> str:
         f" after 640 episodes, {end['temperature_left_out']} at the end, at a KL of"
         f" {kl['temperature_left_out']} nats beside {kl['baseline']}.",
         f"**k2 and k3 in the reward** end at a KL of {kl['kl_k2']} and {kl['kl_k3']} nats, k1 at"
-        f" {kl['baseline']}: near the reference their gradients are smaller"
+        f" {kl['baseline']}: near the reference they hold less, by their gradients"
         f" ([details](details.md#kl-estimators)). In the loss, at the weight that the penalty has"
         f" in the reward, k2 ends at {kl['kl_in_loss_k2']} and k3 at {kl['kl_in_loss_k3']}.",
         f"**Clipping the score changes what is sought**: to 2, it costs {cost['reward_clip']},"

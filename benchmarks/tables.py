@@ -448,6 +448,10 @@ def scaling_published() -> str:
 # ---- the lab
 
 
+def seeds(count: int) -> str:
+    return f"{count} seed" + "s" * (count != 1)
+
+
 def lab_baseline() -> str:
     """What the baseline reaches in the short setting, and where it was measured."""
     report = result("lab.json")
@@ -456,7 +460,7 @@ def lab_baseline() -> str:
         f"The baseline's policy gets {row['judge']:.2f} points of the labeler at the end and"
         f" {row['early']:.2f} after 640 episodes, a win rate\nof {row['win_rate']:.3f} and a KL of"
         f" {row['kl']:.1f} nats, in {row['cpu_seconds']:.0f} seconds of one processor core"
-        f" ({row['seeds']} seeds; {where(report)}, bfloat16)."
+        f" ({seeds(row['seeds'])}; {where(report)}, bfloat16)."
     )
 
 
@@ -482,11 +486,12 @@ def lab_findings() -> str:
         f" policy's body {cost['value_shares_body']}. None at all is better than a bad one: at the"
         f" end `batch_mean` differs by {end['batch_mean']}, `rloo` by {end['rloo']}, `grpo` by"
         f" {end['grpo']}.",
-        f"**The KL penalty is the one dial to set.** In place of 0.1, a coefficient of 0.4 costs"
-        f" {cost['kl_coef_04']} points, 0.2 {cost['kl_coef_02']}, 0.05 {cost['kl_coef_005']}, 0.02"
-        f" {cost['kl_coef_002']}, none {cost['kl_coef_0']}, at a KL of {kl['kl_coef_0']} nats.",
-        f"**Passes over a batch**: one in place of four costs {cost['epochs_1']}, two"
-        f" {cost['epochs_2']}, in {seconds['epochs_2']} s of {seconds['baseline']}; eight differ by"
+        f"**The KL penalty is the one dial to set.** In place of 0.1, a coefficient of 0.4 changes"
+        f" the labeler's mean by {end['kl_coef_04']}, 0.2 by {end['kl_coef_02']}, 0.05 by"
+        f" {end['kl_coef_005']}, 0.02 by {end['kl_coef_002']}, none by {end['kl_coef_0']}, at a KL"
+        f" of {kl['kl_coef_0']} nats.",
+        f"**Passes over a batch**: one in place of four changes it by {end['epochs_1']}, two by"
+        f" {end['epochs_2']}, in {seconds['epochs_2']} s of {seconds['baseline']}; eight by"
         f" {end['epochs_8']}, in {seconds['epochs_8']} s.",
         f"**The ratio's clip keeps entropy**: without it the labeler's mean differs by"
         f" {early['no_ratio_clip']} after 640 episodes and by {end['no_ratio_clip']} at the end,"
@@ -535,8 +540,10 @@ def lab_why_ppo() -> str:
     return (
         f"On short replies with one score each, a value function buys nothing: {gae['judge']:.2f}"
         f" points with it, {points} without, at the same episodes and about the same KL"
-        f" ({gae['kl']:.1f} nats, {kls}). Without it a run takes {times} of the time and {memory}"
-        f" GB in place of {gae['peak_memory_gb']:.2f}; given the same time, they end at {more}."
+        f" ({gae['kl']:.1f} nats, {kls}). Without it a run takes {times} of the time; memory is"
+        f" libraries here ({memory} GB, {gae['peak_memory_gb']:.2f} with it), but at scale half of"
+        f" what is trained is gone ([memory](results.md#memory-which-model-fits-which-gpu)); given"
+        f" the same time, the methods without it end at {more}."
         f" A value function that is wrong costs far more than a right one gains, and it is the part"
         f" with the most ways to be wrong. PPO's clipped steps are what all four share; its value"
         f" function is worth having where credit within a response matters: long responses, rewards"
@@ -575,7 +582,7 @@ def lab_order() -> str:
     report = result("lab.json")["full"]
     rows = sorted(report["rows"], key=lambda row: row["short"])
     lines = [[row["name"], f"{row['short']:.2f}", f"{row['full']:.2f}"] for row in rows]
-    correlation = f"Rank correlation {report['rank_correlation']:.2f}, {report['seeds']} seeds."
+    correlation = f"Rank correlation {report['rank_correlation']:.2f} ({seeds(report['seeds'])})."
     return table(["experiment", "2,560 episodes", "6,400 episodes"], lines) + f"\n\n{correlation}"
 
 

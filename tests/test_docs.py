@@ -25,6 +25,7 @@ OTHER_TOOLS = {"nproc-per-node", "help", "logdir", "check", "out", "exclude", "d
 OTHER_TOOLS |= {"nnodes", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "max-restarts", "nodes"}
 OTHER_TOOLS |= {"ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "signal", "requeue"}
 OTHER_TOOLS |= {"open-mode", "parts"}
+OTHER_TOOLS |= {"setting", "seeds"}  # experiments/run.py
 
 
 def read(name: str) -> str:

@@ -580,10 +580,13 @@ def lab_variants() -> str:
 def lab_order() -> str:
     """Labeler's means of eight experiments in both settings."""
     report = result("lab.json")["full"]
-    rows = sorted(report["rows"], key=lambda row: row["short"])
-    lines = [[row["name"], f"{row['short']:.2f}", f"{row['full']:.2f}"] for row in rows]
-    correlation = f"Rank correlation {report['rank_correlation']:.2f} ({seeds(report['seeds'])})."
-    return table(["experiment", "2,560 episodes", "6,400 episodes"], lines) + f"\n\n{correlation}"
+    keys = ("short", "full_after_20", "full")
+    rows = sorted(report["rows"], key=lambda row: row["full"])
+    lines = [[row["name"], *(f"{row[key]:.2f}" for key in keys)] for row in rows]
+    header = ["experiment", "end of 20 updates", "after 20 of 50 updates", "end of 50 updates"]
+    ranks = [f"{report['rank_correlation'][key]:.2f}" for key in keys[:2]]
+    lines.append(["rank correlation with the end of 50", *ranks, ""])
+    return table(header, lines) + f"\n\n{seeds(report['seeds']).capitalize()}."
 
 
 def lab_overoptimization() -> str:

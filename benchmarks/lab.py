@@ -356,8 +356,8 @@ def plot_effects(rows: list[dict], plt: Any, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 0.19 * len(rows) + 1.4), sharey=True)
     places = range(len(rows))
     for axis, key, title in (
-        (axes[0], "difference", "at the end: most changes end where the baseline does"),
-        (axes[1], "early_difference", "after 640 episodes: they differ in how fast"),
+        (axes[0], "difference", "at the end: most changes do little"),
+        (axes[1], "early_difference", "after 640 of 2,560 episodes"),
     ):
         middle = [row[key] for row in rows]
         low, high = zip(*(row[f"{key}_interval"] for row in rows), strict=True)

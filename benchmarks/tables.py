@@ -477,9 +477,12 @@ def lab_findings() -> str:
     others = [row for row in rows.values() if "difference" in row and row["name"] != "baseline"]
     alike = sum(abs(row["difference"]) < 0.1 for row in others)
     alike_early = sum(abs(row["early_difference"]) < 0.1 for row in others)
+    noise = rows["no_normalization"]["difference_interval"]
     found = [
-        f"**Most changes end where the baseline does**: {alike} of {len(others)} within 0.1 points."
-        f" They differ in speed: after 640 episodes {alike_early} are.",
+        f"**Most changes do little**: {alike} of {len(others)} are within 0.1 points at the end,"
+        f" {alike_early} after 640 episodes. `no_normalization` changes nothing but rounding, since"
+        f" the value function starts from the same reward model, and still differs by"
+        f" {noise[0]:+.2f} to {noise[1]:+.2f}: what is smaller says nothing.",
         f"**The value function matters most.** Read one token late, after the action that it should"
         f" be a baseline for (B14), it costs {cost['value_one_late']} points; started from the SFT"
         f" model in place of the reward model {cost['value_from_sft']}, and as a head on the"
@@ -495,7 +498,7 @@ def lab_findings() -> str:
         f" {end['epochs_8']}, in {seconds['epochs_8']} s.",
         f"**The ratio's clip keeps entropy**: without it the labeler's mean differs by"
         f" {early['no_ratio_clip']} after 640 episodes and by {end['no_ratio_clip']} at the end,"
-        f" with CISPO by {early['cispo']} and {end['cispo']}. The reason is seen early: after 640"
+        f" with CISPO by {early['cispo']} and {end['cispo']}. What is seen early is entropy: after 640"
         f" episodes a reply has {entropy['baseline']} nats of it, {entropy['no_ratio_clip']} and"
         f" {entropy['cispo']} with these two. Unclipped steps make the policy sure of replies that"
         f" are half right. `clip_higher` keeps {entropy['clip_higher']}.",

@@ -498,7 +498,7 @@ def lab_findings() -> str:
         f" {end['epochs_8']}, in {seconds['epochs_8']} s.",
         f"**The ratio's clip keeps entropy**: without it the labeler's mean differs by"
         f" {early['no_ratio_clip']} after 640 episodes and by {end['no_ratio_clip']} at the end,"
-        f" with CISPO by {early['cispo']} and {end['cispo']}. What is seen early is entropy: after 640"
+        f" with CISPO by {early['cispo']} and {end['cispo']}. Entropy falls early: after 640"
         f" episodes a reply has {entropy['baseline']} nats of it, {entropy['no_ratio_clip']} and"
         f" {entropy['cispo']} with these two. Unclipped steps make the policy sure of replies that"
         f" are half right. `clip_higher` keeps {entropy['clip_higher']}.",

@@ -460,7 +460,7 @@ def draw(axis: Any, both: dict, pairs: str, bon: dict | None) -> None:
         kl for kl in (0, 1, 4, 9, 16, 25, 49, 81, 121) if kl <= 1.1 * max(p["kl"] for p in points)
     ]
     axis.set_xticks([math.sqrt(kl) for kl in ticks], [str(kl) for kl in ticks])
-    axis.set_xlabel("KL to the SFT model, nats (square-root axis)")
+    axis.set_xlabel("KL to the SFT model, nats (square-root axis)", fontsize=8.5)
     axis.axhline(0, color="black", linewidth=0.6)
     axis.grid(color="0.92")
 

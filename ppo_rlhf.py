@@ -142,7 +142,7 @@ class Args:
     kl_target: float | None = None
     """Nats per response toward which kl_coef is steered (D27); none: constant."""
     kl_horizon: int = 10_000
-    """Larger steers kl_coef more slowly (D27)."""
+    """In episodes; larger steers kl_coef more slowly (D27)."""
     reward_clip: float | None = None
     """Clip scores to +- this (D30)."""
     whiten_rewards: bool = False
@@ -168,7 +168,7 @@ class Args:
     entropy_coef: float = 0.0
     """Weight of an entropy bonus (D33)."""
     target_kl: float | None = None
-    """Nats per token from the sampling policy that end an update's epochs (D28)."""
+    """Nats a token from the sampling policy, which end the epochs (D28)."""
     critic_warmup_updates: int = 0
     """Updates at the start that train only the value function (D32)."""
     ptx_coef: float = 0.0

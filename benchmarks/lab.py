@@ -43,12 +43,7 @@ EIGHT = ("dropout", "reward_clip", "epochs_1", "kl_coef_0", "kl_coef_04", "ptx",
 EIGHT += ("lambda_09",)
 KL_COEFS = ("0", "0.02", "0.05", "0.1", "0.2", "0.4")
 PAIRS = ("500", "2000", "all")
-ENSEMBLE = "--reward-model {reward_model} {second} {third} --ensemble min"
-METHODS = {
-    "batch_mean": "--advantage batch_mean",
-    "rloo": "--advantage rloo --samples-per-prompt 4",
-    "grpo": "--advantage grpo --samples-per-prompt 4",
-}
+METHODS = ("batch_mean", "rloo", "grpo")
 
 
 @dataclasses.dataclass
@@ -71,6 +66,11 @@ def experiment(name: str, ppo_flags: str, reward_model_flags: str | None = None)
     if reward_model_flags is not None:
         stages = (("reward_model", reward_model_flags), *stages)
     return lab.Experiment(name, name, {}, stages, "")
+
+
+def ppo_flags_of(name: str) -> str:
+    """The flags that an experiment runs PPO with."""
+    return dict(lab.read(name).stages)["ppo_rlhf"]
 
 
 def run_all(experiments: list[lab.Experiment], args: Args, setting: str = "short") -> None:
@@ -132,7 +132,7 @@ def overoptimization_runs() -> dict[tuple[str, str], lab.Experiment]:
         runs[pairs, c] = experiment(name, f"--kl-coef {c}", f"--train-split train[:{pairs}]")
     for c in KL_COEFS:
         name = f"ensemble_min_kl_coef_{c.replace('.', '')}"
-        runs["ensemble", c] = experiment(name, f"{ENSEMBLE} --kl-coef {c}")
+        runs["ensemble", c] = experiment(name, f"{ppo_flags_of('ensemble_min')} --kl-coef {c}")
     runs["ensemble", "0.1"] = lab.read("ensemble_min")
     return runs
 
@@ -271,10 +271,10 @@ def methods(args: Args) -> list[dict[str, Any]]:
     names = {"gae": lab.BASELINE} | {name: lab.read(name) for name in METHODS}
     run_all([*names.values()], args)
     rows = [("gae", lab.BASELINE, 2560)]
-    for name, flags in METHODS.items():
+    for name in METHODS:
         times = mean_of(lab.BASELINE, "cpu_seconds") / mean_of(names[name], "cpu_seconds")
         more = round(2560 * times / 640) * 640
-        longer = experiment(f"{name}_same_time", f"{flags} --total-episodes {more}")
+        longer = experiment(f"{name}_same_time", f"{ppo_flags_of(name)} --total-episodes {more}")
         rows += [(name, names[name], 2560), (name, longer, more)]
     run_all([one for _, one, _ in rows], args)
     table = []

@@ -3,7 +3,7 @@
 An experiment is a file NAME.diff in this folder: a few lines of text, the stages to run with their
 flags, and a change of the code, if any (README.md). Each runs on a copy of the project, for several
 seeds, on the embedded task; stages that it does not name are the baseline's. One JSON file per
-experiment and seed is left in results/; what is there already is not run again.
+experiment and seed is left in results/; what is there is not run again.
 
     python experiments/run.py                                # the baseline and all experiments
     python experiments/run.py baseline clip_higher --seeds 5
@@ -32,9 +32,9 @@ ROOT = FOLDER.parent
 sys.path.append(str(ROOT / "benchmarks"))
 from measure import machine, run_process  # noqa: E402
 
-# seconds matter here, so PPO learns from fewer episodes; docs/lab.md compares the two settings
+# short: the first 20 of the 50 updates of a full run; docs/lab.md compares the two
 SETTINGS = {"short": "--total-episodes 2560 --eval-every 5", "full": "--eval-every 10"}
-MODELS = ("sft", "reward_model")  # of the baseline, in the order in which they are made
+MODELS = ("sft", "reward_model")  # of the baseline, in order
 
 
 @dataclasses.dataclass
@@ -58,7 +58,7 @@ class Experiment:
     name: str
     title: str
     facts: dict[str, str]  # what stands above the diff: Source, Kind, Expected, Paper
-    stages: tuple[tuple[str, str], ...]  # names and flags, in the order in which they run
+    stages: tuple[tuple[str, str], ...]  # names and flags, in order
     diff: str  # "" where flags are all
 
     @property
@@ -80,7 +80,7 @@ def read(name: str) -> Experiment:
     if name == "baseline":
         return BASELINE
     if not (path := FOLDER / f"{name}.diff").exists():
-        sys.exit(f"error: {path}: no such experiment; pass the name of a file here, without .diff")
+        sys.exit(f"error: {path}: no such experiment; pass names without .diff")
     text, *diff = re.split(
         r"\n(?=diff --git |--- a/)", path.read_text(encoding="utf-8"), maxsplit=1
     )
@@ -116,16 +116,13 @@ def copy_with(experiment: Experiment, folder: Path) -> None:
 def flags_of(experiment: Experiment, stage: str, seed: int, own: Path, models: Path) -> list[str]:
     """A stage's command line; models come from the experiment's runs, else the baseline's.
 
-    In the flags {sft} and {reward_model} stand for these models, {second} and {third} for the
-    reward models of two other seeds.
+    Flags name them {sft} and {reward_model}; {second} and {third} are other seeds' reward models.
     """
     own_models = [name for name, _ in experiment.stages if name != stage]
     use = {m: (own if m in own_models else models / f"seed{seed}") / m for m in MODELS}
-    others = [models / f"seed{(seed + i) % 3 + 1}/reward_model" for i in (0, 1)]
-    extra = [
-        word.format(**use, second=others[0], third=others[1])
-        for word in shlex.split(dict(experiment.stages)[stage])
-    ]
+    second, third = (models / f"seed{(seed + i) % 3 + 1}/reward_model" for i in (0, 1))
+    words = shlex.split(dict(experiment.stages)[stage])
+    extra = [word.format(**use, second=second, third=third) for word in words]
     flags = ["--seed", str(seed), "--output-dir", str(own / stage), "--overwrite"]
     if stage != "sft":
         flags += ["--model", str(use["sft"])]
@@ -146,7 +143,7 @@ def run_stage(code: Path, stage: str, flags: list[str], log: Path) -> dict:
 
 
 def train_models(seed: int, models: Path) -> None:
-    """The baseline's first two stages for a seed, which all its experiments start from."""
+    """The baseline's models of a seed, which all its experiments start from."""
     code, own = models / f"code{seed}", models / f"seed{seed}"
     first = dataclasses.replace(BASELINE, stages=tuple((name, "") for name in MODELS))
     for stage in MODELS:
@@ -161,8 +158,11 @@ def run(experiment: Experiment, seed: int, args: Args) -> dict:
     own = (args.runs / args.setting / f"{experiment.name}-seed{seed}").resolve()
     code = own / "code"
     copy_with(experiment, code)
-    result = {"experiment": experiment.name, "seed": seed, "setting": args.setting}
-    result |= {"recipe": experiment.recipe, "machine": machine(threads=1), "diverged": False}
+    if args.setting == "short":  # the learning rate falls as in a full run
+        text = (file := code / "ppo_rlhf.py").read_text()
+        file.write_text(text.replace("1) / num_updates", "1) / 50"))
+    result = {"experiment": experiment.name, "recipe": experiment.recipe, "seed": seed}
+    result |= {"setting": args.setting, "machine": machine(threads=1), "diverged": False}
     for stage, _ in experiment.stages:
         flags = flags_of(experiment, stage, seed, own, args.runs.resolve() / "models")
         if stage == "ppo_rlhf":
@@ -190,7 +190,7 @@ def is_done(experiment: Experiment, seed: int, args: Args) -> bool:
 
 
 def run_and_write(experiment: Experiment, seed: int, args: Args) -> str:
-    """Leave the result file, and say what is in it."""
+    """Leave the result file; what to say of it."""
     result, path = run(experiment, seed, args), result_file(experiment, seed, args)
     path.parent.mkdir(parents=True, exist_ok=True)
     (part := path.with_suffix(".part")).write_text(json.dumps(result, indent=1) + "\n")
@@ -201,7 +201,7 @@ def run_and_write(experiment: Experiment, seed: int, args: Args) -> str:
 
 
 def run_all(experiments: list[Experiment], args: Args) -> None:
-    """Runs of the experiments that have no result yet; one may fail without the others."""
+    """Run those without a result; one may fail without the others."""
     seeds = range(1, args.seeds + 1)
     work = [(e, seed) for seed in seeds for e in experiments if not is_done(e, seed, args)]
     failed, pool = 0, ThreadPoolExecutor(args.jobs)
@@ -221,7 +221,7 @@ def run_all(experiments: list[Experiment], args: Args) -> None:
     finally:
         pool.shutdown(cancel_futures=True)
     if failed:
-        sys.exit(f"error: of {len(work)} runs {failed} failed; their last lines are above")
+        sys.exit(f"error: {failed} of {len(work)} runs failed")
 
 
 def main(args: Args) -> None:

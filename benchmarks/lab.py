@@ -38,7 +38,7 @@ import utils
 gold = load_module("data/support/gold.py")
 
 PARTS = ("full", "overoptimization", "methods", "best_of_n", "effects")
-# chosen by the short setting, before the full one had run, from the largest loss to nearly none
+# chosen before the full setting had run, from the largest loss to nearly none
 EIGHT = ("dropout", "reward_clip", "epochs_1", "kl_coef_0", "kl_coef_04", "ptx", "critic_warmup")
 EIGHT += ("lambda_09",)
 KL_COEFS = ("0", "0.02", "0.05", "0.1", "0.2", "0.4")
@@ -94,30 +94,19 @@ def judged(result: dict) -> float:
 
 
 def full(args: Args) -> dict[str, Any]:
-    """Labeler's means at the end of both settings and after 20 updates of the full one.
-
-    With the correlation of their ranks with those at the end of the full one.
-    """
+    """Labeler's means at the end of both settings, and the correlation of their ranks."""
     run_all([lab.read(name) for name in EIGHT], args, "full")
-    rows = []
-    for name in EIGHT:
-        row = {"name": name}
-        for setting in ("short", "full"):
-            runs = results_of(lab.read(name), args, setting).values()
-            row[setting] = statistics.mean(map(judged, runs))
-        after = [r["trace"][1] for r in runs if not r["diverged"]]
-        assert all(evaluation["update"] == 20 for evaluation in after)
-        row["full_after_20"] = statistics.mean(evaluation["eval/judge"] for evaluation in after)
-        rows.append(row)
-
-    def ranks(key: str) -> np.ndarray:
-        return np.argsort(np.argsort([row[key] for row in rows]))
-
-    correlations = {
-        key: float(np.corrcoef(ranks(key), ranks("full"))[0, 1])
-        for key in ("short", "full_after_20")
-    }
-    return {"rows": rows, "rank_correlation": correlations, "seeds": args.seeds}
+    means, ranks = {}, []
+    for setting in ("short", "full"):
+        results = [results_of(lab.read(name), args, setting).values() for name in EIGHT]
+        means[setting] = [statistics.mean(map(judged, runs)) for runs in results]
+        ranks.append(np.argsort(np.argsort(means[setting])))
+    rows = [
+        {"name": name, "short": short, "full": long}
+        for name, short, long in zip(EIGHT, means["short"], means["full"], strict=True)
+    ]
+    correlation = float(np.corrcoef(*ranks)[0, 1])
+    return {"rows": rows, "rank_correlation": correlation, "seeds": args.seeds}
 
 
 # ---- over-optimization (Gao et al. 2022)

@@ -167,6 +167,15 @@ def embedded_losses() -> str:
     return table(heads, rows) + f"\n\n{where(report, dtype=True)}."
 
 
+def embedded_few_pairs() -> str:
+    """What the language-model loss gives where pairs are few."""
+    rows = []
+    for row in result("reward_model_losses.json")["few_pairs"]:
+        accuracies = [", ".join(f"{x:.3f}" for x in row[key]) for key in ("with", "without")]
+        rows.append([f"{row['pairs']:,}", *accuracies])
+    return table(["pairs", "with the language-model loss", "without"], rows)
+
+
 def embedded_times() -> str:
     """Time and memory of the stages."""
     report, rows = embedded(), []
@@ -583,13 +592,13 @@ def lab_variants() -> str:
 def lab_order() -> str:
     """Labeler's means of eight experiments in both settings."""
     report = result("lab.json")["full"]
-    keys = ("short", "full_after_20", "full")
     rows = sorted(report["rows"], key=lambda row: row["full"])
-    lines = [[row["name"], *(f"{row[key]:.2f}" for key in keys)] for row in rows]
-    header = ["experiment", "end of 20 updates", "after 20 of 50 updates", "end of 50 updates"]
-    ranks = [f"{report['rank_correlation'][key]:.2f}" for key in keys[:2]]
-    lines.append(["rank correlation with the end of 50", *ranks, ""])
-    return table(header, lines) + f"\n\n{seeds(report['seeds']).capitalize()}."
+    lines = [[row["name"], f"{row['short']:.2f}", f"{row['full']:.2f}"] for row in rows]
+    return (
+        table(["experiment", "labeler after 20 updates", "after 50"], lines)
+        + f"\n\nThe ranks correlate with {report['rank_correlation']:.2f}"
+        + f" ({seeds(report['seeds'])})."
+    )
 
 
 def lab_overoptimization() -> str:
@@ -652,12 +661,12 @@ TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
         embedded_line, embedded_two_samples, embedded_samples, embedded_seeds,
-        embedded_reward_model, embedded_parts, embedded_losses, embedded_times, embedded_kl,
-        embedded_precision, reviews_results, reviews_samples, parity_trl, throughput, rollouts,
-        machine_share, scaling, startup, memory, memory_runs, soak, scaling_measured,
-        scaling_inputs, scaling_paper, scaling_limits, scaling_published, lab_baseline,
-        lab_ablations, lab_variants, lab_order, lab_overoptimization, lab_fits, lab_best_of_n,
-        lab_methods, lab_findings, lab_why_ppo,
+        embedded_reward_model, embedded_parts, embedded_losses, embedded_few_pairs,
+        embedded_times, embedded_kl, embedded_precision, reviews_results, reviews_samples,
+        parity_trl, throughput, rollouts, machine_share, scaling, startup, memory, memory_runs,
+        soak, scaling_measured, scaling_inputs, scaling_paper, scaling_limits, scaling_published,
+        lab_baseline, lab_ablations, lab_variants, lab_order, lab_overoptimization, lab_fits,
+        lab_best_of_n, lab_methods, lab_findings, lab_why_ppo,
     )
 }  # fmt: skip
 

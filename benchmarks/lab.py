@@ -44,6 +44,9 @@ EIGHT += ("lambda_09",)
 KL_COEFS = ("0", "0.02", "0.05", "0.1", "0.2", "0.4")
 PAIRS = ("500", "2000", "all")
 METHODS = ("batch_mean", "rloo", "grpo")
+# experiments that change another one, beside which they are compared too
+BESIDE = {"gspo": "grpo", "dr_grpo": "grpo", "dynamic_sampling": "grpo"}
+BESIDE |= {"reinforce_pp": "batch_mean", "length_adaptive_lambda": "decoupled_lambda"}
 
 
 @dataclasses.dataclass
@@ -177,13 +180,10 @@ def best_of_n(args: Args, most: int = 64, prompts: int = 200) -> dict[str, Any]:
     form of the fits is d (alpha - beta d) (Gao et al. 2022).
     """
     torch.set_num_threads(2)
-    device, curves = torch.device("cpu"), {}
+    device, points = torch.device("cpu"), []
     for seed in range(1, args.seeds + 1):
-        models = args.runs / f"models/seed{seed}"
-        readers = {"all": models / "reward_model"}
-        for pairs in PAIRS[:-1]:
-            own = args.runs / f"short/pairs_{pairs}_kl_coef_0-seed{seed}"
-            readers[pairs] = own / "reward_model"
+        models = args.runs.resolve() / f"models/seed{seed}"
+        readers = {pairs: reward_model_of(pairs, seed, args) for pairs in PAIRS}
         tokenizer = utils.load_tokenizer(str(models / "sft"))
         policy = utils.load_causal_lm(str(models / "sft"), device, tokenizer)
         rows = dataset.load_data("data/support/prompts", "validation", dataset.PROMPT_FORMATS)
@@ -213,22 +213,32 @@ def best_of_n(args: Args, most: int = 64, prompts: int = 200) -> dict[str, Any]:
                 raw = utils.last_token_scores(model, ids, mask)
                 scores.append(utils.normalize_scores(model, raw))
             score = torch.cat(scores).view(-1, most)
+            start = np.array(best_of(1, score, judge))
             for n in (1, 2, 4, 8, 16, 32, 64):
-                means = best_of(n, score, judge)
-                curves.setdefault(pairs, {}).setdefault(n, []).append(means)
-    points = []
-    for pairs, by_n in curves.items():
-        start = np.mean(by_n[1], 0)
-        for n, means in by_n.items():
-            score, of_judge = np.mean(means, 0) - start
-            kl = math.log(n) - (n - 1) / n
-            points.append({"pairs": pairs, "n": n, "kl": kl, "score": score, "judge": of_judge})
+                gain = best_of(n, score, judge) - start
+                point = {"pairs": pairs, "seed": seed, "n": n, "kl": math.log(n) - (n - 1) / n}
+                points.append(point | {"score": gain[0], "judge": gain[1]})
     fits = {}
     for pairs, of in itertools.product(PAIRS, ("score", "judge")):
         some = [p for p in points if p["pairs"] == pairs]
         d = np.sqrt([p["kl"] for p in some])
         fits[f"{pairs} {of}"] = fit(np.stack([d, -d * d], 1), [p[of] for p in some])
     return {"points": points, "fits": fits}
+
+
+def reward_model_of(pairs: str, seed: int, args: Args) -> Path:
+    """A reward model of so many pairs, trained if its run is not there any more."""
+    models = args.runs.resolve() / "models"
+    lab.train_models(seed, models)
+    if pairs == "all":
+        return models / f"seed{seed}/reward_model"
+    own = args.runs.resolve() / f"short/pairs_{pairs}_kl_coef_0-seed{seed}"
+    if not (own / "reward_model/summary.json").exists():
+        one = overoptimization_runs()[pairs, "0"]
+        lab.copy_with(one, own / "code")
+        flags = lab.flags_of(one, "reward_model", seed, own, models)
+        lab.run_stage(own / "code", "reward_model", flags, own / "reward_model.log")
+    return own / "reward_model"
 
 
 def best_of(n: int, score: torch.Tensor, judge: torch.Tensor) -> tuple[float, float]:
@@ -252,10 +262,10 @@ def methods(args: Args) -> list[dict[str, Any]]:
     """Each at the baseline's episodes and, for those without a value function, at its CPU time."""
 
     def finished(one: lab.Experiment) -> list[dict]:
-        return [r["ppo_rlhf"] for r in results_of(one, args).values() if not r["diverged"]]
+        return [result for result in results_of(one, args).values() if not result["diverged"]]
 
     def mean_of(one: lab.Experiment, key: str) -> float:
-        return statistics.mean(run[key] for run in finished(one))
+        return statistics.mean(result["ppo_rlhf"][key] for result in finished(one))
 
     names = {"gae": lab.BASELINE} | {name: lab.read(name) for name in METHODS}
     run_all([*names.values()], args)
@@ -268,11 +278,12 @@ def methods(args: Args) -> list[dict[str, Any]]:
     run_all([one for _, one, _ in rows], args)
     table = []
     for method, one, episodes in rows:
-        runs, policies = finished(one), [run["eval"]["policy"] for run in finished(one)]
-        row = {"method": method, "episodes": episodes, "runs": len(runs)}
-        row |= {k: statistics.mean(p[k] for p in policies) for k in ("judge", "kl", "score")}
-        row["win_rate"] = statistics.mean(run["eval"]["win_rate"] for run in runs)
-        row["early"] = statistics.mean(map(early, results_of(one, args).values()))
+        evals = [result["ppo_rlhf"]["eval"] for result in finished(one)]
+        row = {"method": method, "episodes": episodes, "runs": len(evals)}
+        for key in ("judge", "kl", "score"):
+            row[key] = statistics.mean(e["policy"][key] for e in evals)
+        row["win_rate"] = statistics.mean(e["win_rate"] for e in evals)
+        row["early"] = statistics.mean(map(early, finished(one)))
         row |= {key: mean_of(one, key) for key in ("cpu_seconds", "peak_memory_gb")}
         table.append(row)
     return table
@@ -288,8 +299,9 @@ def effects(args: Args) -> list[dict[str, Any]]:
         one = lab.read(name)
         runs = {s: r for s, r in results_of(one, args).items() if s in baseline}
         kept = {seed: run for seed, run in runs.items() if not run["diverged"]}
-        if not kept:
+        if not runs:
             continue
+        assert kept, f"{name}: no run has come to its end"
         row = {"name": name, "title": one.title, "seeds": len(runs)}
         row |= {key.lower(): text for key, text in one.facts.items()}
         evals = [run["ppo_rlhf"]["eval"] for run in kept.values()]
@@ -308,6 +320,11 @@ def effects(args: Args) -> list[dict[str, Any]]:
         for key, value in (("difference", judged), ("early_difference", early)):
             pairs = [value(run) - value(baseline[seed]) for seed, run in kept.items()]
             row[key], row[f"{key}_interval"] = statistics.mean(pairs), interval(pairs)
+        if name in BESIDE:
+            other = results_of(lab.read(BESIDE[name]), args)
+            pairs = [judged(run) - judged(other[s]) for s, run in kept.items() if s in other]
+            row |= {"beside": BESIDE[name], "beside_difference": statistics.mean(pairs)}
+            row["beside_interval"] = interval(pairs)
         rows.append(row)
     return rows
 
@@ -346,7 +363,7 @@ def plot_effects(rows: list[dict], plt: Any, path: Path) -> None:
     places = range(len(rows))
     for axis, key, title in (
         (axes[0], "difference", "at the end: most changes do little"),
-        (axes[1], "early_difference", "after 640 of 2,560 episodes"),
+        (axes[1], "early_difference", "after 640 of the 2,560 episodes"),
     ):
         middle = [row[key] for row in rows]
         low, high = zip(*(row[f"{key}_interval"] for row in rows), strict=True)
@@ -380,39 +397,38 @@ def plot_effects(rows: list[dict], plt: Any, path: Path) -> None:
 def plot_overoptimization(report: dict[str, Any], plt: Any, out: Path) -> None:
     """The README's figure, and one of all reward models."""
     both, bon = report["overoptimization"], report.get("best_of_n")
+    most = max(p["kl"] for p in both["points"])
     titles = {
         "500": "500 pairs",
         "2000": "2,000 pairs",
         "all": "all pairs",
         "ensemble": "least of three",
     }
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), sharey=True)
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), sharex=True, sharey=True)
     for axis, (pairs, title) in zip(axes, titles.items(), strict=True):
-        draw(axis, both, pairs, bon if pairs in PAIRS else None)
+        draw(axis, both, pairs, bon if pairs in PAIRS else None, most)
         axis.set_title(
             f"reward model of {title}" if pairs in PAIRS else f"{title} reward models", fontsize=9
         )
-    axes[0].set_ylabel("points above the SFT model")
+    axes[0].set_ylabel("gain over the SFT model: labeler's points,\nreward model's own scale")
     axes[0].legend(fontsize=7)
-    figure.suptitle(
-        "The labeler's score has a peak that the reward model does not show", fontsize=11
-    )
+    figure.suptitle("The more pairs, the farther the labeler follows the reward model", fontsize=11)
     figure.tight_layout()
     figure.savefig(out / "lab_overoptimization.png", dpi=110)
     figure, axis = plt.subplots(figsize=(5.6, 3.8))
-    draw(axis, both, "all", None)
+    draw(axis, both, "all", None, max(p["kl"] for p in both["points"] if p["pairs"] == "all"))
     axis.set_title(
         "Far from the SFT model the reward model's score rises on,\nthe labeler's falls",
         fontsize=10,
     )
-    axis.set_ylabel("points above the SFT model")
+    axis.set_ylabel("gain over the SFT model: labeler's points,\nreward model's own scale")
     axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(out / "lab_proxy.png", dpi=110)
 
 
-def draw(axis: Any, both: dict, pairs: str, bon: dict | None) -> None:
-    """Points and fits of reward model and labeler against the KL, on a square-root axis."""
+def draw(axis: Any, both: dict, pairs: str, bon: dict | None, most: float) -> None:
+    """Points and fits of reward model and labeler against a KL up to `most`, on a root's axis."""
     points = [p for p in both["points"] if p["pairs"] == pairs]
     for of, name, mark, line in (
         ("judge", "labeler", "o", "-"),
@@ -435,9 +451,10 @@ def draw(axis: Any, both: dict, pairs: str, bon: dict | None) -> None:
         )
         if bon:
             some = [p for p in bon["points"] if p["pairs"] == pairs]
+            kls = sorted({p["kl"] for p in some})
             axis.plot(
-                [math.sqrt(p["kl"]) for p in some],
-                [p[of] for p in some],
+                np.sqrt(kls),
+                [statistics.mean(p[of] for p in some if p["kl"] == kl) for kl in kls],
                 "^" + line,
                 color=gray,
                 ms=4,
@@ -445,9 +462,7 @@ def draw(axis: Any, both: dict, pairs: str, bon: dict | None) -> None:
                 mfc="white",
                 label=f"best of n, {name}",
             )
-    ticks = [
-        kl for kl in (0, 1, 4, 9, 16, 25, 49, 81, 121) if kl <= 1.1 * max(p["kl"] for p in points)
-    ]
+    ticks = [kl for kl in (0, 1, 4, 9, 16, 25, 49, 81, 121) if kl <= 1.1 * most]
     axis.set_xticks([math.sqrt(kl) for kl in ticks], [str(kl) for kl in ticks])
     axis.set_xlabel("KL to the SFT model, nats (square-root axis)", fontsize=8.5)
     axis.axhline(0, color="black", linewidth=0.6)

@@ -576,8 +576,16 @@ def lab_effects(kind: str) -> str:
         line += [f"{row['judge']:.2f}", f"{row['win_rate']:.3f}", f"{row['kl']:.1f}"]
         line += [f"{row['diverged']:.0%}", f"{row['cpu_seconds']:.0f}", row["seeds"]]
         lines.append([*line, row.get("paper", "")])
-    header = ["experiment", "labeler, difference at the end", "after 640 episodes", "labeler"]
-    header += ["wins", "KL", "diverged", "CPU s", "seeds", "its source"]
+    header = ["experiment", "labeler, difference at the end", "difference after 640 episodes"]
+    header += [
+        "labeler",
+        "wins",
+        "KL",
+        "diverged",
+        "CPU s of PPO",
+        "seeds",
+        "what its source found",
+    ]
     return table(header, lines)
 
 
@@ -635,10 +643,10 @@ def lab_best_of_n() -> str:
     points = result("lab.json")["best_of_n"]["points"]
     lines = []
     for n in sorted({p["n"] for p in points}):
-        of = {p["pairs"]: p for p in points if p["n"] == n}
-        line = [n, f"{of['all']['kl']:.2f}"]
+        line = [n, f"{next(p['kl'] for p in points if p['n'] == n):.2f}"]
         for pairs in ("500", "2000", "all"):
-            line += [f"{of[pairs]['score']:+.2f}", f"{of[pairs]['judge']:+.2f}"]
+            some = [p for p in points if (p["pairs"], p["n"]) == (pairs, n)]
+            line += [f"{statistics.mean(p[of] for p in some):+.2f}" for of in ("score", "judge")]
         lines.append(line)
     header = ["n", "KL, nats"]
     for pairs in ("500", "2,000", "all"):

@@ -359,7 +359,8 @@ def plot_effects(rows: list[dict], plt: Any, path: Path) -> None:
     """Differences to the baseline, sorted, at the end and after a quarter of the updates."""
     rows = [row for row in rows if row["name"] != "baseline" and "difference" in row]
     rows.sort(key=lambda row: row["difference"])
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 0.19 * len(rows) + 1.4), sharey=True)
+    size = (9.5, 0.19 * len(rows) + 1.4)
+    figure, axes = plt.subplots(1, 2, figsize=size, sharex=True, sharey=True)
     places = range(len(rows))
     for axis, key, title in (
         (axes[0], "difference", "at the end: most changes do little"),
@@ -382,9 +383,11 @@ def plot_effects(rows: list[dict], plt: Any, path: Path) -> None:
             )
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_xscale("symlog", linthresh=0.5)
-        axis.set_xticks([-5, -2, -1, -0.5, 0, 0.5, 1], ["−5", "−2", "−1", "−0.5", "0", "0.5", "1"])
+        ticks = (-10, -5, -2, -1, -0.5, 0, 0.5, 1)
+        axis.set_xticks(ticks, [f"{tick:g}".replace("-", "\N{MINUS SIGN}") for tick in ticks])
         axis.set_title(title, fontsize=9)
-        axis.set_xlabel("labeler's points, difference to the baseline", fontsize=8)
+        label = "difference to the baseline, labeler's points\n(logarithmic beyond 0.5)"
+        axis.set_xlabel(label, fontsize=8)
         axis.grid(color="0.92")
         axis.tick_params(labelsize=7.5)
     axes[0].set_yticks(places, [row["name"] for row in rows])

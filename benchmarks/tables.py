@@ -473,44 +473,54 @@ def lab_baseline() -> str:
     )
 
 
+def change(row: dict, key: str) -> str:
+    """A difference in points; with its interval if that holds 0."""
+    low, high = row[f"{key}_interval"]
+    interval = f" ({low:+.2f} to {high:+.2f})" if low <= 0 <= high else ""
+    return f"{row[key]:+.2f}{interval}"
+
+
 def lab_findings() -> str:
     """What stands out, in sentences."""
     rows = {row["name"]: row for row in result("lab.json")["effects"]}
-    end = {name: f"{row.get('difference', 0):+.2f}" for name, row in rows.items()}
-    cost = {name: f"{-row.get('difference', 0):.2f}" for name, row in rows.items()}
-    early = {name: f"{row.get('early_difference', 0):+.2f}" for name, row in rows.items()}
+    others = [row for row in rows.values() if row["name"] != "baseline"]
+    end = {row["name"]: change(row, "difference") for row in others}
+    early = {row["name"]: change(row, "early_difference") for row in others}
+    cost = {row["name"]: f"{-row['difference']:.2f}" for row in others}
     kl = {name: f"{row['kl']:.1f}" for name, row in rows.items()}
     entropy = {name: f"{row['entropy']:.1f}" for name, row in rows.items()}
     accuracy = {k: f"{row['accuracy']:.3f}" for k, row in rows.items() if "accuracy" in row}
     seconds = {name: f"{row['cpu_seconds']:.0f}" for name, row in rows.items()}
-    others = [row for row in rows.values() if "difference" in row and row["name"] != "baseline"]
+    beside = {k: change(row, "beside_difference") for k, row in rows.items() if "beside" in row}
     alike = sum(abs(row["difference"]) < 0.1 for row in others)
     alike_early = sum(abs(row["early_difference"]) < 0.1 for row in others)
     noise = rows["no_normalization"]["difference_interval"]
+    noise += rows["no_normalization"]["early_difference_interval"]
     found = [
         f"**Most changes do little**: {alike} of {len(others)} are within 0.1 points at the end,"
-        f" {alike_early} after 640 episodes. `no_normalization` changes nothing but rounding, since"
-        f" the value function starts from the same reward model, and still differs by"
-        f" {noise[0]:+.2f} to {noise[1]:+.2f}: what is smaller says nothing.",
-        f"**The value function matters most.** Read one token late, after the action that it should"
-        f" be a baseline for (B14), it costs {cost['value_one_late']} points; started from the SFT"
-        f" model in place of the reward model {cost['value_from_sft']}, and as a head on the"
-        f" policy's body {cost['value_shares_body']}. None at all is better than a bad one: at the"
-        f" end `batch_mean` differs by {end['batch_mean']}, `rloo` by {end['rloo']}, `grpo` by"
-        f" {end['grpo']}.",
-        f"**The KL penalty is the one dial to set.** In place of 0.1, a coefficient of 0.4 changes"
-        f" the labeler's mean by {end['kl_coef_04']}, 0.2 by {end['kl_coef_02']}, 0.05 by"
+        f" where the baseline's {rows['baseline']['judge']:.2f} of 9 leave no room for more;"
+        f" {alike_early} are after 640 episodes. `no_normalization` changes nothing but rounding,"
+        f" since the value function starts from the same reward model, and still differs by"
+        f" {noise[0]:+.2f} to {noise[1]:+.2f} at the end and by {noise[2]:+.2f} to {noise[3]:+.2f}"
+        f" after 640 episodes: what is smaller says nothing.",
+        f"**The value function is where most is lost.** Read one token late, after the action that"
+        f" it should be a baseline for (B14), it costs {cost['value_one_late']} points; started"
+        f" from the SFT model in place of the reward model {cost['value_from_sft']}, and as a head"
+        f" on the policy's body {cost['value_shares_body']}. To have none costs less: `batch_mean`"
+        f" differs by {end['batch_mean']}, `rloo` by {end['rloo']}, `grpo` by {end['grpo']}.",
+        f"**The KL penalty is the dial to set.** In place of 0.1, a coefficient of 0.4 changes the"
+        f" labeler's mean by {end['kl_coef_04']}, 0.2 by {end['kl_coef_02']}, 0.05 by"
         f" {end['kl_coef_005']}, 0.02 by {end['kl_coef_002']}, none by {end['kl_coef_0']}, at a KL"
         f" of {kl['kl_coef_0']} nats.",
         f"**Passes over a batch**: one in place of four changes it by {end['epochs_1']}, two by"
         f" {end['epochs_2']}, in {seconds['epochs_2']} s of {seconds['baseline']}; eight by"
-        f" {end['epochs_8']}, in {seconds['epochs_8']} s.",
-        f"**The ratio's clip keeps entropy**: without it the labeler's mean differs by"
-        f" {early['no_ratio_clip']} after 640 episodes and by {end['no_ratio_clip']} at the end,"
-        f" with CISPO by {early['cispo']} and {end['cispo']}. Entropy falls early: after 640"
-        f" episodes a reply has {entropy['baseline']} nats of it, {entropy['no_ratio_clip']} and"
-        f" {entropy['cispo']} with these two. Unclipped steps make the policy sure of replies that"
-        f" are half right. `clip_higher` keeps {entropy['clip_higher']}.",
+        f" {end['epochs_8']}, in {seconds['epochs_8']} s. After 640 episodes: {early['epochs_1']},"
+        f" {early['epochs_2']} and {early['epochs_8']}.",
+        f"**The ratio's clip keeps entropy**: after 640 episodes a reply has {entropy['baseline']}"
+        f" nats of it, without the clip {entropy['no_ratio_clip']} and with CISPO"
+        f" {entropy['cispo']}: such steps make the policy sure of replies that are half right. The"
+        f" labeler's mean differs by {early['no_ratio_clip']} and {early['cispo']} then, by"
+        f" {end['no_ratio_clip']} and {end['cispo']} at the end.",
         f"**Training the values alone first**: {early['critic_warmup']} after 640 episodes and"
         f" {end['critic_warmup']} at the end; on Monte-Carlo returns {early['value_pretraining']}"
         f" and {end['value_pretraining']}. The value function starts from the reward model and is"
@@ -524,13 +534,19 @@ def lab_findings() -> str:
         f" in the reward, k2 ends at {kl['kl_in_loss_k2']} and k3 at {kl['kl_in_loss_k3']}.",
         f"**Clipping the score changes what is sought**: to 2, it costs {cost['reward_clip']},"
         f" since a good reply scores more.",
+        f"**Variants beside what they change**: `gspo` differs from `grpo` by {beside['gspo']},"
+        f" `dr_grpo` by {beside['dr_grpo']}, `dynamic_sampling` by {beside['dynamic_sampling']};"
+        f" `reinforce_pp` from `batch_mean` by {beside['reinforce_pp']};"
+        f" `length_adaptive_lambda` from `decoupled_lambda` by"
+        f" {beside['length_adaptive_lambda']}.",
         f"**The reward model's own losses**: without the language-model loss its accuracy is"
-        f" {accuracy['reward_no_lm_loss']}, without the loss on prefixes"
+        f" {accuracy['reward_no_lm_loss']}, without the loss on beginnings"
         f" {accuracy['reward_no_prefix_loss']}, after two passes {accuracy['reward_epochs_2']},"
         f" with both losses and one pass {accuracy['no_normalization']}. The policies differ by"
         f" {end['reward_no_lm_loss']}, {end['reward_no_prefix_loss']} and {end['reward_epochs_2']}"
         f" at the end, by {early['reward_no_lm_loss']}, {early['reward_no_prefix_loss']} and"
-        f" {early['reward_epochs_2']} after 640 episodes.",
+        f" {early['reward_epochs_2']} after 640 episodes. Where pairs are few, the language-model"
+        f" loss gives [more](results.md#the-embedded-task).",
         f"**Bugs that others shipped are not all seen in the result**: beside the value read late,"
         f" a score past the EOS differs by {end['score_past_eos']}, padding in the whitening by"
         f" {end['padding_whitened']}, a mean of means by {end['mean_of_means']}, an EOS taken for"

@@ -324,7 +324,7 @@ def effects(args: Args) -> list[dict[str, Any]]:
             other = results_of(lab.read(BESIDE[name]), args)
             pairs = [judged(run) - judged(other[s]) for s, run in kept.items() if s in other]
             row |= {"beside": BESIDE[name], "beside_difference": statistics.mean(pairs)}
-            row["beside_interval"] = interval(pairs)
+            row["beside_difference_interval"] = interval(pairs)
         rows.append(row)
     return rows
 
@@ -415,13 +415,15 @@ def plot_overoptimization(report: dict[str, Any], plt: Any, out: Path) -> None:
         )
     axes[0].set_ylabel("gain over the SFT model: labeler's points,\nreward model's own scale")
     axes[0].legend(fontsize=7)
-    figure.suptitle("The more pairs, the farther the labeler follows the reward model", fontsize=11)
+    figure.suptitle(
+        "Beyond some ten nats the labeler's score falls, whichever the reward model", fontsize=11
+    )
     figure.tight_layout()
     figure.savefig(out / "lab_overoptimization.png", dpi=110)
     figure, axis = plt.subplots(figsize=(5.6, 3.8))
     draw(axis, both, "all", None, max(p["kl"] for p in both["points"] if p["pairs"] == "all"))
     axis.set_title(
-        "Far from the SFT model the reward model's score rises on,\nthe labeler's falls",
+        "Far from the SFT model the labeler's score falls,\nthe reward model's does not",
         fontsize=10,
     )
     axis.set_ylabel("gain over the SFT model: labeler's points,\nreward model's own scale")

@@ -167,15 +167,6 @@ def embedded_losses() -> str:
     return table(heads, rows) + f"\n\n{where(report, dtype=True)}."
 
 
-def embedded_few_pairs() -> str:
-    """What the language-model loss gives where pairs are few."""
-    rows = []
-    for row in result("reward_model_losses.json")["few_pairs"]:
-        accuracies = [", ".join(f"{x:.3f}" for x in row[key]) for key in ("with", "without")]
-        rows.append([f"{row['pairs']:,}", *accuracies])
-    return table(["pairs", "with the language-model loss", "without"], rows)
-
-
 def embedded_times() -> str:
     """Time and memory of the stages."""
     report, rows = embedded(), []
@@ -494,8 +485,8 @@ def lab_findings() -> str:
     beside = {k: change(row, "beside_difference") for k, row in rows.items() if "beside" in row}
     alike = sum(abs(row["difference"]) < 0.1 for row in others)
     alike_early = sum(abs(row["early_difference"]) < 0.1 for row in others)
-    noise = rows["no_normalization"]["difference_interval"]
-    noise += rows["no_normalization"]["early_difference_interval"]
+    rounding = rows["no_normalization"]
+    noise = [*rounding["difference_interval"], *rounding["early_difference_interval"]]
     found = [
         f"**Most changes do little**: {alike} of {len(others)} are within 0.1 points at the end,"
         f" where the baseline's {rows['baseline']['judge']:.2f} of 9 leave no room for more;"
@@ -503,10 +494,10 @@ def lab_findings() -> str:
         f" since the value function starts from the same reward model, and still differs by"
         f" {noise[0]:+.2f} to {noise[1]:+.2f} at the end and by {noise[2]:+.2f} to {noise[3]:+.2f}"
         f" after 640 episodes: what is smaller says nothing.",
-        f"**The value function is where most is lost.** Read one token late, after the action that"
-        f" it should be a baseline for (B14), it costs {cost['value_one_late']} points; started"
-        f" from the SFT model in place of the reward model {cost['value_from_sft']}, and as a head"
-        f" on the policy's body {cost['value_shares_body']}. To have none costs less: `batch_mean`"
+        f"**A wrong value function costs much, none costs little.** Read one token late, after the"
+        f" action that it should be a baseline for (B14), it costs {cost['value_one_late']} points;"
+        f" started from the SFT model in place of the reward model {cost['value_from_sft']}, and"
+        f" as a head on the policy's body {cost['value_shares_body']}. Without one, `batch_mean`"
         f" differs by {end['batch_mean']}, `rloo` by {end['rloo']}, `grpo` by {end['grpo']}.",
         f"**The KL penalty is the dial to set.** In place of 0.1, a coefficient of 0.4 changes the"
         f" labeler's mean by {end['kl_coef_04']}, 0.2 by {end['kl_coef_02']}, 0.05 by"
@@ -545,8 +536,7 @@ def lab_findings() -> str:
         f" with both losses and one pass {accuracy['no_normalization']}. The policies differ by"
         f" {end['reward_no_lm_loss']}, {end['reward_no_prefix_loss']} and {end['reward_epochs_2']}"
         f" at the end, by {early['reward_no_lm_loss']}, {early['reward_no_prefix_loss']} and"
-        f" {early['reward_epochs_2']} after 640 episodes. Where pairs are few, the language-model"
-        f" loss gives [more](results.md#the-embedded-task).",
+        f" {early['reward_epochs_2']} after 640 episodes.",
         f"**Bugs that others shipped are not all seen in the result**: beside the value read late,"
         f" a score past the EOS differs by {end['score_past_eos']}, padding in the whitening by"
         f" {end['padding_whitened']}, a mean of means by {end['mean_of_means']}, an EOS taken for"
@@ -685,7 +675,7 @@ TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
         embedded_line, embedded_two_samples, embedded_samples, embedded_seeds,
-        embedded_reward_model, embedded_parts, embedded_losses, embedded_few_pairs,
+        embedded_reward_model, embedded_parts, embedded_losses,
         embedded_times, embedded_kl, embedded_precision, reviews_results, reviews_samples,
         parity_trl, throughput, rollouts, machine_share, scaling, startup, memory, memory_runs,
         soak, scaling_measured, scaling_inputs, scaling_paper, scaling_limits, scaling_published,

@@ -19,6 +19,7 @@ import json
 import math
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,19 +98,44 @@ def judged(result: dict) -> float:
 
 
 def full(args: Args) -> dict[str, Any]:
-    """Labeler's means at the end of both settings, and the correlation of their ranks."""
+    """Labeler's means of both settings, and how the ranks correlate.
+
+    Also of the full setting's own seeds, two by two, and of its evaluations with its end.
+    """
     run_all([lab.read(name) for name in EIGHT], args, "full")
-    means, ranks = {}, []
-    for setting in ("short", "full"):
-        results = [results_of(lab.read(name), args, setting).values() for name in EIGHT]
-        means[setting] = [statistics.mean(map(judged, runs)) for runs in results]
-        ranks.append(np.argsort(np.argsort(means[setting])))
-    rows = [
-        {"name": name, "short": short, "full": long}
-        for name, short, long in zip(EIGHT, means["short"], means["full"], strict=True)
-    ]
-    correlation = float(np.corrcoef(*ranks)[0, 1])
-    return {"rows": rows, "rank_correlation": correlation, "seeds": args.seeds}
+    results = {
+        setting: [results_of(lab.read(name), args, setting) for name in EIGHT]
+        for setting in ("short", "full")
+    }
+
+    def means(setting: str, score: Callable[[dict], float] = judged) -> list[float]:
+        return [statistics.mean(map(score, runs.values())) for runs in results[setting]]
+
+    def after(i: int) -> list[float]:
+        return means("full", lambda result: result["trace"][i]["eval/judge"])
+
+    short, end = means("short"), means("full")
+    pairs = itertools.combinations(range(1, args.seeds + 1), 2)
+    by_seed = {
+        seed: [judged(runs[seed]) for runs in results["full"]] for seed in range(1, args.seeds + 1)
+    }
+    trace = results["full"][0][1]["trace"]
+    return {
+        "rows": [
+            {"name": name, "short": x, "full": y}
+            for name, x, y in zip(EIGHT, short, end, strict=True)
+        ],
+        "rank_correlation": rank_correlation(short, end),
+        "between_seeds": [rank_correlation(by_seed[a], by_seed[b]) for a, b in pairs],
+        "by_updates": {e["update"]: rank_correlation(after(i), end) for i, e in enumerate(trace)},
+        "seeds": args.seeds,
+    }
+
+
+def rank_correlation(x: list[float], y: list[float]) -> float:
+    """Spearman's, of values that are all different."""
+    ranks = [np.argsort(np.argsort(values)) for values in (x, y)]
+    return float(np.corrcoef(*ranks)[0, 1])
 
 
 # ---- over-optimization (Gao et al. 2022)

@@ -522,7 +522,8 @@ def lab_findings() -> str:
         f"**k2 and k3 in the reward** end at a KL of {kl['kl_k2']} and {kl['kl_k3']} nats, k1 at"
         f" {kl['baseline']}: near the reference they hold less, by their gradients"
         f" ([details](details.md#kl-estimators)). In the loss, at the weight that the penalty has"
-        f" in the reward, k2 ends at {kl['kl_in_loss_k2']} and k3 at {kl['kl_in_loss_k3']}.",
+        f" in the reward, k2 ends at {kl['kl_in_loss_k2']} and k3 at {kl['kl_in_loss_k3']}; the"
+        f" labeler's mean differs by {end['kl_in_loss_k2']} and {end['kl_in_loss_k3']}.",
         f"**Clipping the score changes what is sought**: to 2, it costs {cost['reward_clip']},"
         f" since a good reply scores more.",
         f"**Variants beside what they change**: `gspo` differs from `grpo` by {beside['gspo']},"
@@ -608,10 +609,12 @@ def lab_order() -> str:
     report = result("lab.json")["full"]
     rows = sorted(report["rows"], key=lambda row: row["full"])
     lines = [[row["name"], f"{row['short']:.2f}", f"{row['full']:.2f}"] for row in rows]
+    later = [f"{x:.2f} after {n}" for n, x in report["by_updates"].items() if int(n) > 20]
     return (
         table(["experiment", "labeler after 20 updates", "after 50"], lines)
         + f"\n\nThe ranks correlate with {report['rank_correlation']:.2f}"
-        + f" ({seeds(report['seeds'])})."
+        + f" ({seeds(report['seeds'])}), with {' and '.join(later)} updates. Two seeds of the full"
+        + f" setting correlate with {span(report['between_seeds'], '.2f')}."
     )
 
 

@@ -167,6 +167,15 @@ def embedded_losses() -> str:
     return table(heads, rows) + f"\n\n{where(report, dtype=True)}."
 
 
+def embedded_few_pairs() -> str:
+    """What the language-model loss gives where pairs are few."""
+    rows = []
+    for row in result("reward_model_losses.json")["few_pairs"]:
+        accuracies = [", ".join(f"{x:.3f}" for x in row[key]) for key in ("with", "without")]
+        rows.append([f"{row['pairs']:,}", *accuracies])
+    return table(["pairs", "with the language-model loss", "without"], rows)
+
+
 def embedded_times() -> str:
     """Time and memory of the stages."""
     report, rows = embedded(), []
@@ -537,7 +546,8 @@ def lab_findings() -> str:
         f" with both losses and one pass {accuracy['no_normalization']}. The policies differ by"
         f" {end['reward_no_lm_loss']}, {end['reward_no_prefix_loss']} and {end['reward_epochs_2']}"
         f" at the end, by {early['reward_no_lm_loss']}, {early['reward_no_prefix_loss']} and"
-        f" {early['reward_epochs_2']} after 640 episodes.",
+        f" {early['reward_epochs_2']} after 640 episodes. Where pairs are few, the language-model"
+        f" loss gives [more](results.md#the-embedded-task).",
         f"**Bugs that others shipped are not all seen in the result**: beside the value read late,"
         f" a score past the EOS differs by {end['score_past_eos']}, padding in the whitening by"
         f" {end['padding_whitened']}, a mean of means by {end['mean_of_means']}, an EOS taken for"
@@ -678,7 +688,7 @@ TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
         embedded_line, embedded_two_samples, embedded_samples, embedded_seeds,
-        embedded_reward_model, embedded_parts, embedded_losses,
+        embedded_reward_model, embedded_parts, embedded_losses, embedded_few_pairs,
         embedded_times, embedded_kl, embedded_precision, reviews_results, reviews_samples,
         parity_trl, throughput, rollouts, machine_share, scaling, startup, memory, memory_runs,
         soak, scaling_measured, scaling_inputs, scaling_paper, scaling_limits, scaling_published,

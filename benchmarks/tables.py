@@ -518,8 +518,8 @@ def lab_findings() -> str:
         f" {early['epochs_2']} and {early['epochs_8']}.",
         f"**The ratio's clip keeps entropy**: after 640 episodes a reply has {entropy['baseline']}"
         f" nats of it, without the clip {entropy['no_ratio_clip']} and with CISPO"
-        f" {entropy['cispo']}: such steps make the policy sure of replies that are half right. The"
-        f" labeler's mean differs by {early['no_ratio_clip']} and {early['cispo']} then, by"
+        f" {entropy['cispo']}. What that does to the reply differs from seed to seed: the labeler's"
+        f" mean differs by {early['no_ratio_clip']} and {early['cispo']} then, by"
         f" {end['no_ratio_clip']} and {end['cispo']} at the end.",
         f"**Training the values alone first**: {early['critic_warmup']} after 640 episodes and"
         f" {end['critic_warmup']} at the end; on Monte-Carlo returns {early['value_pretraining']}"

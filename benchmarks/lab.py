@@ -19,7 +19,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,6 +94,30 @@ def judged(result: dict) -> float:
     return -math.inf if result["diverged"] else result["ppo_rlhf"]["eval"]["policy"]["judge"]
 
 
+def early(result: dict) -> float:
+    """The labeler's mean at the first evaluation, after a quarter of the updates."""
+    return result["trace"][0]["eval/judge"]
+
+
+def finished(results: dict[int, dict]) -> dict[int, dict]:
+    """Results by seed, without those that ended in NaN."""
+    return {seed: result for seed, result in results.items() if not result["diverged"]}
+
+
+def means_of(results: Collection[dict]) -> dict[str, float]:
+    """Means of what the tables show of finished runs."""
+    runs = [result["ppo_rlhf"] for result in results]
+    means = {
+        key: statistics.mean(run["eval"]["policy"][key] for run in runs)
+        for key in ("judge", "kl", "score", "length")
+    }
+    means["win_rate"] = statistics.mean(run["eval"]["win_rate"] for run in runs)
+    means["early"] = statistics.mean(map(early, results))
+    for key in ("cpu_seconds", "peak_memory_gb"):
+        means[key] = statistics.mean(run[key] for run in runs)
+    return means
+
+
 # ---- the short setting beside the full one
 
 
@@ -115,10 +139,8 @@ def full(args: Args) -> dict[str, Any]:
         return means("full", lambda result: result["trace"][i]["eval/judge"])
 
     short, end = means("short"), means("full")
-    pairs = itertools.combinations(range(1, args.seeds + 1), 2)
-    by_seed = {
-        seed: [judged(runs[seed]) for runs in results["full"]] for seed in range(1, args.seeds + 1)
-    }
+    seeds = range(1, args.seeds + 1)
+    ends = [[judged(runs[seed]) for runs in results["full"]] for seed in seeds]
     trace = results["full"][0][1]["trace"]
     return {
         "rows": [
@@ -126,7 +148,7 @@ def full(args: Args) -> dict[str, Any]:
             for name, x, y in zip(EIGHT, short, end, strict=True)
         ],
         "rank_correlation": rank_correlation(short, end),
-        "between_seeds": [rank_correlation(by_seed[a], by_seed[b]) for a, b in pairs],
+        "between_seeds": [rank_correlation(*two) for two in itertools.combinations(ends, 2)],
         "by_updates": {e["update"]: rank_correlation(after(i), end) for i, e in enumerate(trace)},
         "seeds": args.seeds,
     }
@@ -287,32 +309,23 @@ def best_of(n: int, score: torch.Tensor, judge: torch.Tensor) -> tuple[float, fl
 def methods(args: Args) -> list[dict[str, Any]]:
     """Each at the baseline's episodes and, for those without a value function, at its CPU time."""
 
-    def finished(one: lab.Experiment) -> list[dict]:
-        return [result for result in results_of(one, args).values() if not result["diverged"]]
-
-    def mean_of(one: lab.Experiment, key: str) -> float:
-        return statistics.mean(result["ppo_rlhf"][key] for result in finished(one))
+    def means(one: lab.Experiment) -> dict[str, float]:
+        return means_of(finished(results_of(one, args)).values())
 
     names = {"gae": lab.BASELINE} | {name: lab.read(name) for name in METHODS}
     run_all([*names.values()], args)
     rows = [("gae", lab.BASELINE, 2560)]
+    seconds = {name: means(one)["cpu_seconds"] for name, one in names.items()}
     for name in METHODS:
-        times = mean_of(lab.BASELINE, "cpu_seconds") / mean_of(names[name], "cpu_seconds")
-        more = round(2560 * times / 640) * 640
+        more = round(2560 * seconds["gae"] / seconds[name] / 640) * 640
         longer = experiment(f"{name}_same_time", f"{ppo_flags_of(name)} --total-episodes {more}")
         rows += [(name, names[name], 2560), (name, longer, more)]
     run_all([one for _, one, _ in rows], args)
-    table = []
-    for method, one, episodes in rows:
-        evals = [result["ppo_rlhf"]["eval"] for result in finished(one)]
-        row = {"method": method, "episodes": episodes, "runs": len(evals)}
-        for key in ("judge", "kl", "score"):
-            row[key] = statistics.mean(e["policy"][key] for e in evals)
-        row["win_rate"] = statistics.mean(e["win_rate"] for e in evals)
-        row["early"] = statistics.mean(map(early, finished(one)))
-        row |= {key: mean_of(one, key) for key in ("cpu_seconds", "peak_memory_gb")}
-        table.append(row)
-    return table
+    return [
+        {"method": method, "episodes": episodes, "runs": len(finished(results_of(one, args)))}
+        | means(one)
+        for method, one, episodes in rows
+    ]
 
 
 # ---- effects
@@ -324,40 +337,34 @@ def effects(args: Args) -> list[dict[str, Any]]:
     for name in lab.names():
         one = lab.read(name)
         runs = {s: r for s, r in results_of(one, args).items() if s in baseline}
-        kept = {seed: run for seed, run in runs.items() if not run["diverged"]}
-        if not runs:
+        kept = finished(runs)
+        if not kept:
+            if runs:
+                print(f"{name}: all runs ended in NaN, so it is not in the tables")
             continue
-        assert kept, f"{name}: no run has come to its end"
         row = {"name": name, "title": one.title, "seeds": len(runs)}
-        row |= {key.lower(): text for key, text in one.facts.items()}
+        row |= {key.lower(): text for key, text in one.facts.items()} | means_of(kept.values())
         evals = [run["ppo_rlhf"]["eval"] for run in kept.values()]
         better = sum(e["policy"]["judge"] > e["reference"]["judge"] for e in evals)
         row["diverged"] = 1 - better / len(runs)
-        for key in ("judge", "kl", "score", "length"):
-            row[key] = statistics.mean(e["policy"][key] for e in evals)
-        row["win_rate"] = statistics.mean(e["win_rate"] for e in evals)
-        row["cpu_seconds"] = statistics.mean(r["ppo_rlhf"]["cpu_seconds"] for r in kept.values())
-        row["early"] = statistics.mean(map(early, kept.values()))
         firsts = [run["trace"][0] for run in kept.values()]
         row["entropy"] = statistics.mean(first["objective/entropy"] for first in firsts)
         if "reward_model" in dict(one.stages):
             accuracies = [run["reward_model"]["accuracy"] for run in kept.values()]
             row["accuracy"] = statistics.mean(accuracies)
-        for key, value in (("difference", judged), ("early_difference", early)):
-            pairs = [value(run) - value(baseline[seed]) for seed, run in kept.items()]
-            row[key], row[f"{key}_interval"] = statistics.mean(pairs), interval(pairs)
+        row |= paired("difference", kept, baseline, judged)
+        row |= paired("early_difference", kept, baseline, early)
         if name in BESIDE:
-            other = results_of(lab.read(BESIDE[name]), args)
-            pairs = [judged(run) - judged(other[s]) for s, run in kept.items() if s in other]
-            row |= {"beside": BESIDE[name], "beside_difference": statistics.mean(pairs)}
-            row["beside_difference_interval"] = interval(pairs)
+            others = finished(results_of(lab.read(BESIDE[name]), args))
+            row |= {"beside": BESIDE[name]} | paired("beside_difference", kept, others, judged)
         rows.append(row)
     return rows
 
 
-def early(result: dict) -> float:
-    """The labeler's mean at the first evaluation, after a quarter of the updates."""
-    return result["trace"][0]["eval/judge"]
+def paired(name: str, runs: dict[int, dict], others: dict[int, dict], of: Callable) -> dict:
+    """Mean difference of what `of` reads in runs of the same seeds, with its interval."""
+    pairs = [of(run) - of(others[seed]) for seed, run in runs.items() if seed in others]
+    return {name: statistics.mean(pairs), f"{name}_interval": interval(pairs)}
 
 
 def interval(differences: list[float]) -> list[float]:
@@ -383,7 +390,7 @@ def plot(report: dict[str, Any], out: Path) -> None:
 
 def plot_effects(rows: list[dict], plt: Any, path: Path) -> None:
     """Differences to the baseline, sorted, at the end and after a quarter of the updates."""
-    rows = [row for row in rows if row["name"] != "baseline" and "difference" in row]
+    rows = [row for row in rows if row["name"] != "baseline"]
     rows.sort(key=lambda row: row["difference"])
     size = (9.5, 0.19 * len(rows) + 1.4)
     figure, axes = plt.subplots(1, 2, figsize=size, sharex=True, sharey=True)

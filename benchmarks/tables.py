@@ -473,11 +473,16 @@ def lab_baseline() -> str:
     )
 
 
+def difference(row: dict, key: str) -> str:
+    """A difference in points, with its interval."""
+    low, high = row[f"{key}_interval"]
+    return f"{row[key]:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
 def change(row: dict, key: str) -> str:
     """A difference in points; with its interval if that holds 0."""
     low, high = row[f"{key}_interval"]
-    interval = f" ({low:+.2f} to {high:+.2f})" if low <= 0 <= high else ""
-    return f"{row[key]:+.2f}{interval}"
+    return difference(row, key) if low <= 0 <= high else f"{row[key]:+.2f}"
 
 
 def lab_findings() -> str:
@@ -587,22 +592,13 @@ def lab_effects(kind: str) -> str:
     lines = []
     for row in rows:
         line = [f"[{row['name']}](../experiments/{row['name']}.diff): {row['title']}"]
-        for key in ("difference", "early_difference"):
-            low, high = row[f"{key}_interval"]
-            line.append(f"{row[key]:+.2f} ({low:+.2f} to {high:+.2f})")
+        line += [difference(row, key) for key in ("difference", "early_difference")]
         line += [f"{row['judge']:.2f}", f"{row['win_rate']:.3f}", f"{row['kl']:.1f}"]
         line += [f"{row['diverged']:.0%}", f"{row['cpu_seconds']:.0f}", row["seeds"]]
         lines.append([*line, row.get("paper", "")])
     header = ["experiment", "labeler, difference at the end", "difference after 640 episodes"]
-    header += [
-        "labeler",
-        "wins",
-        "KL",
-        "diverged",
-        "CPU s of PPO",
-        "seeds",
-        "what its source found",
-    ]
+    header += ["labeler", "wins", "KL", "diverged", "CPU s of PPO", "seeds"]
+    header.append("what its source found")
     return table(header, lines)
 
 

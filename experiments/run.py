@@ -190,7 +190,7 @@ def is_done(experiment: Experiment, seed: int, args: Args) -> bool:
 
 
 def run_and_write(experiment: Experiment, seed: int, args: Args) -> str:
-    """Leave the result file; what to say of it."""
+    """Write the result file; return what to say."""
     result, path = run(experiment, seed, args), result_file(experiment, seed, args)
     path.parent.mkdir(parents=True, exist_ok=True)
     (part := path.with_suffix(".part")).write_text(json.dumps(result, indent=1) + "\n")

@@ -48,3 +48,8 @@ def test_a_diverged_run_is_the_worst_and_other_recipes_do_not_count(tmp_path):
         file.write_text(lab.json.dumps(result))
     results = lab.results_of(one, args)
     assert [*results] == [1] and lab.judged(results[1]) == -np.inf
+
+
+def test_ranks_correlate_as_spearman_has_it():
+    assert lab.rank_correlation([1.0, 2.0, 9.0], [0.1, 0.5, 0.6]) == pytest.approx(1)
+    assert lab.rank_correlation([3.0, 1.0, 2.0, 4.0], [1.0, 3.0, 2.0, 4.0]) == pytest.approx(0.2)

@@ -212,7 +212,7 @@ class Steps:
 
     def __init__(self, step: Callable[[], None], model: Any):
         self.step, self.model = step, model
-        self.run, self.shape, self.pool = step, None, None
+        self.run, self.shape, self.graph = step, None, None
 
     def make(self, times: int, shape: tuple[int, ...]) -> None:
         """Make so many; a graph is of one `shape`, and captured once for each."""
@@ -226,16 +226,17 @@ class Steps:
 
     def capture(self) -> Callable[[], None]:
         """The step's graph, replayed; the step itself if a model asks the device something."""
-        self.run = None  # the memory of the graph before is free for this one
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        # in the memory of the graph before, which is not replayed again
+        pool = self.graph and self.graph.pool()
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph, pool=self.pool):
+            with torch.cuda.graph(graph, pool=pool):
                 self.step()
         except RuntimeError:
             torch.cuda.set_stream(stream)
             self.model.not_captured = graph  # which the allocator may still ask
             return self.step
+        self.graph = graph
         return graph.replay
 
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest import mock
 
 import filelock
 import huggingface_hub.utils
@@ -28,6 +29,7 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers import masking_utils
 from transformers.integrations import sdpa_attention
 
 import card
@@ -381,8 +383,8 @@ def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any)
             import peft
 
             (Path(model).expanduser() / "adapter_model.safetensors").stat()
-            loaded = peft.PeftModel.from_pretrained(loaded, model).merge_and_unload()
-            loaded.requires_grad_(True)
+            loaded = peft.PeftModel.from_pretrained(loaded, model, torch_device="cpu")
+            loaded = loaded.merge_and_unload().requires_grad_(True)
         except Exception as error:
             what = f"its adapter cannot be merged ({first_line(error)})"
             stop(f"{model}: {what}; pip install -r requirements-lora.txt, or check its files")
@@ -518,7 +520,14 @@ def model_inputs(model: Any, ids: Tensor, mask: Tensor | None = None) -> dict[st
 def hidden_states(model: Any, ids: Tensor) -> Tensor:
     """What the model's head reads, [B, T, H], of ids [B, T] padded on the right."""
     inputs = model_inputs(model.base_model, ids)
-    return model.base_model(**inputs, use_cache=False).last_hidden_state
+    # transformers would look for several sequences in a row of ours: in each pass the CPU would
+    # wait for the GPU, and with --compile there would be a mask, without which attention is faster
+    with mock.patch.object(masking_utils, "find_packed_sequence_indices", none_packed, create=True):
+        return model.base_model(**inputs, use_cache=False).last_hidden_state
+
+
+def none_packed(position_ids: Tensor) -> None:
+    """That a row holds one sequence."""
 
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:

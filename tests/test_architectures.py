@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from conftest import make_tokenizer, metrics_of, plain_lm, save_pair, summary_of, target_logits
+from emulated_gpu import GPU, emulate
 
 import dataset
 import generate
@@ -118,6 +119,32 @@ def test_decoding_without_a_look_at_the_device_is_the_same(family, dtype):
         assert torch.equal(a_mask, b_mask)
     else:  # where two tokens are nearly as probable, rounding may choose the other
         assert (a == b).all(1).float().mean() > 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_captured_steps_decode_the_same(family, dtype, monkeypatch):
+    """A graph for each number of rows and of columns, on an emulated GPU."""
+    monkeypatch.setattr(generate, "COLUMNS", 4)
+    model, results, flags = utils.load_causal_lm(family, CPU), [], {"pad_id": 0, "stride": 8}
+    with emulate() as gpu:
+        model.to(GPU)
+        ids, mask = dataset.pad(PROMPTS * 3, 0, "left", GPU)
+        for captured in (False, True):
+            if not captured:
+                model.not_captured = None
+            uniform = generate.random_numbers(len(ids), 36, utils.generator(GPU, 1))
+            given = (model, ids, mask, uniform, [1, 2, 3, 4, 5])
+            graphs = len(gpu.graphs)
+            with utils.autocast(GPU, dtype):
+                results += generate.generate(*given, **flags)
+            assert (len(gpu.graphs) - graphs > 2) == captured
+            if not captured:
+                del model.not_captured
+    a, a_mask, b, b_mask = (x.cpu() for x in results)
+    assert a_mask.sum(1).unique().numel() > 2  # rows end at different times, some are dropped
+    assert torch.equal(a, b)
+    assert torch.equal(a_mask, b_mask)
 
 
 @torch.no_grad()

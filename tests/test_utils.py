@@ -17,7 +17,15 @@ import safetensors
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import STAGES, args_of, make_model, make_tokenizer, save_pair, target_logits
+from conftest import (
+    STAGES,
+    args_of,
+    make_gpt2,
+    make_model,
+    make_tokenizer,
+    save_pair,
+    target_logits,
+)
 
 import dataset
 import distributed
@@ -79,6 +87,27 @@ def test_attention_on_a_cpu_is_not_rounded_to_bfloat16():
         got, _ = attend(SimpleNamespace(is_causal=True), q, k, v, None)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_compiled_model_attends_without_a_mask(kind, tokenizer):
+    """As one that is not: padding is on the right, and a row is one sequence."""
+    if kind == "llama":
+        model = make_model(tokenizer, attn_implementation="sdpa")
+    else:
+        model = make_gpt2(attn_implementation="sdpa").eval()
+    ids, attends = torch.randint(4, 60, (3, 9)), []
+    expected = utils.hidden_states(model, ids)
+
+    def backend(graph, inputs):
+        calls = [node.kwargs for node in graph.graph.nodes if "scaled_dot" in str(node.target)]
+        attends.extend((call["attn_mask"], call["is_causal"]) for call in calls)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model.base_model.compile(dynamic=True, backend=backend)
+    torch.testing.assert_close(utils.hidden_states(model, ids), expected)
+    assert attends == [(None, True)] * 2  # layers
 
 
 @pytest.mark.parametrize("at_a_time", [2**26, 30_000])  # whole, and in chunks of 64 tokens

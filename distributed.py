@@ -177,8 +177,8 @@ class Pass(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, function: Callable, *inputs: Any, **options: Any) -> Any:
-        return function(self.model, *inputs, **options)
+    def forward(self, function: Callable) -> Any:
+        return function(self.model)
 
 
 def forward_pass(function: Callable) -> Callable:
@@ -192,7 +192,8 @@ def forward_pass(function: Callable) -> Callable:
         across = vars(model).get("across")
         if across is None or (replicated(model) and not torch.is_grad_enabled()):
             return function(model, *inputs, **options)
-        return across(function, *inputs, **options)
+        # torch would search its inputs
+        return across(lambda model: function(model, *inputs, **options))
 
     return through_torch
 

@@ -322,17 +322,18 @@ def main(args: Args) -> None:
     def policy_outputs(model: Any, ids: Tensor, is_response: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of a micro-batch's responses, in nats: both [b, R].
 
-        Rollout and training share this forward pass, so that the ratio starts at 1 (D26).
+        Rollout and training share this forward pass, so the ratio starts at 1 (D26).
         """
 
         def outputs_of(hidden: Tensor, tokens: Tensor) -> Tensor:  # some of the N tokens: [n, 2]
             logits = utils.logits_of(model, hidden) / args.temperature  # [n, V] D5
             logprobs = logits.log_softmax(-1)  # [n, V]
-            entropies = logprobs.new_zeros(len(tokens))  # [n] only for training
+            chosen = logprobs.gather(-1, tokens[:, None]).squeeze(-1)  # [n]
+            entropies = torch.zeros_like(chosen)
             if torch.is_grad_enabled():
                 with torch.set_grad_enabled(args.entropy_coef > 0):
                     entropies = -(logprobs.exp() * logprobs).sum(-1)
-            return torch.stack([logprobs.gather(-1, tokens[:, None]).squeeze(-1), entropies], 1)
+            return torch.stack([chosen, entropies], 1)
 
         with utils.autocast(device, args.dtype):
             # a token is predicted by the hidden state one position before it

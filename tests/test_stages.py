@@ -302,6 +302,26 @@ def test_passes_over_the_logits(ppo, tmp_path, monkeypatch, entropy_coef):
     assert entropy_coef or passes["backward"] == backward
 
 
+def test_what_is_recomputed_of_the_logits(ppo, tmp_path, monkeypatch):
+    """Chunks of a large vocabulary: what their gradient needs, and not the entropy."""
+    in_chunks, passes = utils.in_chunks, []
+
+    def noted(function, model, hidden, tokens):
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        monkeypatch.setattr(utils, "LOGITS_AT_A_TIME", 4 * vocabulary)
+        results = in_chunks(function, model, hidden, tokens)
+        if torch.is_grad_enabled():
+            with Passes((4, vocabulary)) as made:
+                torch.autograd.grad(results.sum(), hidden, retain_graph=True)
+            passes.extend(made.names)
+        return results
+
+    monkeypatch.setattr(utils, "in_chunks", noted)
+    ppo(tmp_path / "out", dtype="float32")
+    assert "_log_softmax" in passes and "_log_softmax_backward_data" in passes
+    assert "exp" not in passes
+
+
 def test_training_attends_without_a_mask(ppo, tmp_path, monkeypatch):
     """Padding is on the right, so that fused kernels serve; only sampling, padded left, has one."""
     attend, masks = F.scaled_dot_product_attention, {True: [], False: []}

@@ -24,11 +24,10 @@ test-newest: requirements-dev.txt requirements.txt
 	.venv-newest/bin/python $(PIP) --upgrade -r requirements-dev.txt
 	.venv-newest/bin/python -m pytest
 
-# what only a GPU can show, in twice 9 minutes; results in benchmarks/results/gpu-*.json
+# what only a GPU can show, in three times 9 minutes at most; results in benchmarks/results/gpu-*.json
 gpu: .venv/test.done
 	$(BIN)/python $(PIP) -r requirements-bench.txt -c constraints.txt
-	PYTHON=$(BIN)/python benchmarks/gpu.sh 1
-	PYTHON=$(BIN)/python benchmarks/gpu.sh 2
+	for third in 1 2 3; do PYTHON=$(BIN)/python benchmarks/gpu.sh $$third; done
 
 lint: .venv/test.done
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """What only a GPU can show, in parts: each writes `gpu-PART.json` into benchmarks/results.
 
-    make gpu                                # benchmarks/gpu.sh 1, then 2: all parts
+    make gpu                                # benchmarks/gpu.sh 1, 2 and 3: all parts
     python benchmarks/gpu.py W6             # one part
     python benchmarks/gpu.py W6 --dry-run   # small sizes on a CPU, into runs/gpu: does it all work?
 
@@ -10,15 +10,19 @@
 | tests | `pytest -m gpu` |
 | embedded | the three stages on the embedded task, by default flags |
 | ceilings | the card's matrix product and memory bandwidth |
+| resume | a run killed with -9 and resumed, beside a whole one; needs what `embedded` makes |
 | W5, W6 | updates of ppo_rlhf.py: seconds, share of the matrix product, peak memory |
-| W5-trl, W6-trl | the same work by TRL, at the same micro-batch |
-| rollout | tokens per second on W6, beside `model.generate` and, where it is installed, vLLM |
+| W6-compile | W6 with --compile |
+| W5-trl | the work of W5 by TRL, at the same micro-batch |
+| W6-trl | the same of W6, with 32 responses an update on both sides: TRL keeps all their logits |
+| rollout | tokens per second on W6, beside `model.generate` |
+| vllm | the same by vLLM, where it is installed |
 | memory | peak of W6 with --gradient-checkpointing beside the formula of benchmarks/memory.py |
-| resume | a run killed with -9 and resumed, beside a whole one |
 
 W5 and W6 are described in benchmarks/throughput.py.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import signal
@@ -37,10 +41,10 @@ import torch
 import transformers
 import tyro
 from measure import ROOT, machine, run_stage
+from packaging.requirements import Requirement
 
 import utils
 
-NEEDED = ("torch", "transformers", "datasets", "tensorboard", "tyro", "plotly", "rich", "pytest")
 # runs a script of the project and leaves its peak of allocated bytes in the file of argv[1]
 WITH_PEAK = """
 import os, resource, runpy, sys, torch
@@ -80,6 +84,7 @@ def main(args: Args) -> None:
     folder = ROOT / (args.runs if args.dry_run else "benchmarks/results")
     (folder / f"gpu-{args.part}.json").write_text(json.dumps(report, indent=2) + "\n")
     print(args.part, json.dumps(report), flush=True)
+    sys.exit(report.get("exit_code", 0))
 
 
 def versions() -> dict[str, str]:
@@ -88,8 +93,16 @@ def versions() -> dict[str, str]:
 
 
 def check(args: Args) -> dict[str, Any]:
-    """Stop where what all parts need is missing; say what some would need."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    """Stop where what all parts need is missing or too old; say what some would need."""
+    lines = (ROOT / "requirements.txt").read_text().splitlines() + ["pytest"]
+    missing = []
+    for needed in (Requirement(line) for line in lines if not line.startswith("#")):
+        try:
+            version = importlib.metadata.version(needed.name)
+        except importlib.metadata.PackageNotFoundError:
+            version = "none"
+        if version == "none" or not needed.specifier.contains(version, prereleases=True):
+            missing.append(f"{needed} (there is {version})")
     if not args.dry_run and not torch.cuda.is_available():
         missing.append("a CUDA device")
     if missing:
@@ -102,7 +115,7 @@ def check(args: Args) -> dict[str, Any]:
 
 def tests(args: Args) -> dict[str, Any]:
     """How many of the tests for GPUs passed, failed and were skipped."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout[-3000:], flush=True)
     return {"exit_code": done.returncode, "summary": done.stdout.strip().splitlines()[-1]}
@@ -173,23 +186,33 @@ def updates(
 
 
 def ours(args: Args) -> dict[str, Any]:
-    return updates(args, args.part, work(args, args.part), "ppo_rlhf.py", *throughput.BESIDE)
+    name, _, compiled = args.part.partition("-")
+    extra = [*throughput.BESIDE, *(["--compile"] if compiled else [])]
+    return updates(args, name, work(args, name), "ppo_rlhf.py", *extra)
 
 
 def trl(args: Args) -> dict[str, Any]:
     if importlib.util.find_spec("trl") is None:
         return {"left_out": "trl"}
-    name = args.part.removesuffix("-trl")
-    return updates(args, name, work(args, name), "benchmarks/trl_ppo.py")
+    name, report = args.part.removesuffix("-trl"), {}
+    flags = work(args, name)
+    if name == "W6":
+        flags["batch-size"] = min(32, flags["batch-size"])
+        report["ours"] = updates(args, name, flags, "ppo_rlhf.py", *throughput.BESIDE)
+    at_once = str(min(128, flags["batch-size"]))  # of W5's 512 keys and values would be 76 GB
+    extra = ["--rollout-batch-size", at_once]
+    return report | {"trl": updates(args, name, flags, "benchmarks/trl_ppo.py", *extra)}
 
 
 def rollout(args: Args) -> dict[str, Any]:
-    """The decoding loop beside `model.generate` and vLLM, on the same prompts and lengths."""
-    flags = work(args, "W6")
-    report = throughput.beside_generate(flags, ("bfloat16",), turns=4, warm_up=1)
-    if importlib.util.find_spec("vllm"):
-        report["vllm_tokens_per_second"] = with_vllm(flags)
-    return report
+    """The decoding loop beside `model.generate`, on the same prompts and lengths."""
+    return throughput.beside_generate(work(args, "W6"), ("bfloat16",), turns=3, warm_up=1)
+
+
+def vllm(args: Args) -> dict[str, Any]:
+    if importlib.util.find_spec("vllm") is None:
+        return {"left_out": "vllm"}
+    return {"tokens_per_second": with_vllm(work(args, "W6"))}
 
 
 def with_vllm(flags: dict[str, Any]) -> float:
@@ -210,6 +233,7 @@ def with_vllm(flags: dict[str, Any]) -> float:
 def peak_memory(args: Args) -> dict[str, Any]:
     """On a CPU the libraries count too, so a dry run says nothing of the formula."""
     flags, extra = work(args, "W6"), [*throughput.BESIDE, "--gradient-checkpointing"]
+    flags["batch-size"] = min(64, flags["batch-size"])  # sooner done
     measured = updates(args, "W6", flags, "ppo_rlhf.py", *extra)
     config = transformers.AutoConfig.from_pretrained(ROOT / flags["model"])
     key_value = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
@@ -223,7 +247,10 @@ def peak_memory(args: Args) -> dict[str, Any]:
 
 
 def resume(args: Args) -> dict[str, Any]:
-    """The largest difference of a metric between a whole run and one that was killed."""
+    """The largest difference of a metric between a whole run and one that was killed.
+
+    Beside that between two whole runs: kernels of a GPU may add numbers in any order.
+    """
     models, out = args.runs / "embedded", args.runs / "resume"
     flags = ["--model", str(models / "sft"), "--reward-model", str(models / "reward_model")]
     flags += ["--total-episodes", "1024", "--save-every", "2", "--eval-prompts", "8"]
@@ -232,22 +259,27 @@ def resume(args: Args) -> dict[str, Any]:
     def command(folder: str, *more: str) -> list[str]:
         return [sys.executable, "ppo_rlhf.py", *flags, "--output-dir", str(out / folder), *more]
 
-    subprocess.run(command("whole", "--overwrite"), cwd=ROOT, check=True)
+    for name in ("whole", "again"):
+        subprocess.run(command(name, "--overwrite"), cwd=ROOT, check=True)
     with subprocess.Popen(command("killed", "--overwrite"), cwd=ROOT) as run:
         checkpoint = ROOT / out / "killed" / "checkpoint/000004/SHA256SUMS"
         while run.poll() is None and not checkpoint.exists():
             time.sleep(0.02)
         run.send_signal(signal.SIGKILL)
     subprocess.run(command("killed", "--resume"), cwd=ROOT, check=True)
-    runs = [throughput.measured_updates(out / name) for name in ("whole", "killed")]
+    whole, *others = (
+        throughput.measured_updates(out / name) for name in ("whole", "killed", "again")
+    )
     times = ("time/", "eps", "tokens_per_second")
-    errors = [
-        abs(row[name] - again[name])
-        for row, again in zip(*runs, strict=True)
-        for name in row
-        if not name.startswith(times)
-    ]
-    return {"killed_with": run.returncode, "updates": len(runs[0]) + 1, "largest": max(errors)}
+
+    def largest(rows: list[dict[str, Any]]) -> float:
+        pairs = list(zip(whole, rows, strict=True))
+        names = [name for name in whole[0] if not name.startswith(times)]
+        return max(abs(a[name] - b[name]) for a, b in pairs for name in names)
+
+    killed, again = map(largest, others)
+    report = {"killed_with": run.returncode, "updates": len(whole) + 1}
+    return report | {"largest": killed, "largest_of_two_whole_runs": again}
 
 
 PARTS: dict[str, Callable[[Args], dict[str, Any]]] = {
@@ -259,7 +291,9 @@ PARTS: dict[str, Callable[[Args], dict[str, Any]]] = {
     "W6": ours,
     "W5-trl": trl,
     "W6-trl": trl,
+    "W6-compile": ours,
     "rollout": rollout,
+    "vllm": vllm,
     "memory": peak_memory,
     "resume": resume,
 }

@@ -206,14 +206,21 @@ def workload(args: Args, name: str, config: Any = None) -> dict[str, Any]:
         judge.score.weight.data.normal_(std=0.02)
         saving.save_model(judge, utils.load_tokenizer(args.smollm2), ROOT / folder / "reward_model")
     elif name == "W5":
-        random_model(folder, config or pythia_1b(), 512, None, 53)
+        if not is_made(folder):
+            random_model(folder, config or pythia_1b(), 512, None, 53)
         flags |= {"batch-size": 512, "response-length": 53}
-        flags |= {"micro-batch-size": 64, "device": "cuda"}
+        flags |= {"micro-batch-size": 32, "device": "cuda"}
     else:
-        random_model(folder, config or qwen_half_b(), 64, None, 512)
+        if not is_made(folder):
+            random_model(folder, config or qwen_half_b(), 64, None, 512)
         flags |= {"batch-size": 256, "response-length": 512}
         flags |= {"micro-batch-size": 16, "device": "cuda"}
     return flags
+
+
+def is_made(folder: Path) -> bool:
+    """Whether `random_model` has written all of it."""
+    return (ROOT / folder / "prompts/validation.jsonl").exists()
 
 
 def written(flags: dict[str, Any]) -> list[str]:
@@ -345,6 +352,9 @@ def beside_generate(
     theirs = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     theirs |= {"max_new_tokens": R, "eos_token_id": stop, "pad_token_id": pad}
     for dtype in dtypes:
+        # of the head's products on a GPU, as in a run
+        precision = {"float32": "ieee", "bfloat16": "tf32"}[dtype]
+        torch.backends.cuda.matmul.fp32_precision = precision
         rates: dict[str, list[float]] = {"generate": [], "model.generate": []}
         for turn in range(turns):
             started = utils.now(device)

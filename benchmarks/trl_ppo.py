@@ -43,6 +43,8 @@ class Args:
     kl_coef: float
     missing_eos_penalty: float
     num_mini_batches: int = 1
+    rollout_batch_size: int | None = None
+    """Responses sampled and scored at once; none: all of an update."""
     eval_every: int = 0
     seed: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -88,7 +90,7 @@ def main(args: Args) -> None:
         stop_token="eos",
         missing_eos_penalty=args.missing_eos_penalty,
         kl_coef=args.kl_coef,
-        local_rollout_forward_batch_size=args.batch_size,
+        local_rollout_forward_batch_size=args.rollout_batch_size or args.batch_size,
         num_sample_generations=0,
         bf16=args.dtype == "bfloat16",
         use_cpu=args.device == "cpu",

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import args_of, metrics_of, target_logits
+from test_architectures import FAMILIES, make_random
 
 import dataset
 import generate
@@ -31,10 +32,25 @@ def test_the_captured_graph_decodes_what_single_steps_do(base, dtype):
                 given = (model, ids, mask, uniform, [1, 2, 3])
                 results.append(generate.generate(*given, stride=stride, **flags))
         (a, a_mask), (b, b_mask) = results
+        assert not hasattr(model, "not_captured")
         if dtype == "float32":
             assert torch.equal(a, b) and torch.equal(a_mask, b_mask)
         else:
             assert (a == b).all(1).float().mean() > 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_can_be_captured(kind, tmp_path):
+    """As it can on the emulated GPU of test_architectures.py."""
+    device = torch.device("cuda")
+    folder = make_random(kind.removesuffix("-alibi"), tmp_path, **FAMILIES[kind])
+    model = utils.load_causal_lm(folder, device)
+    ids, mask = dataset.pad(PROMPTS, 0, "left", device)
+    uniform = generate.random_numbers(len(ids), 40, utils.generator(device, 1))
+    with utils.autocast(device, "bfloat16"):
+        generate.generate(model, ids, mask, uniform, [1], pad_id=0)
+    assert not hasattr(model, "not_captured")
 
 
 @torch.no_grad()

@@ -154,12 +154,12 @@ def test_log_probabilities_in_chunks_against_float64(model, monkeypatch):
         assert (a.double() - b).norm() <= 1e-4 * b.norm()
 
 
-FREE = [(None, 2**26), (0, 2**26), (2e9, 2**26), (20e9, 2**28), (40e9, 2**29), (141e9, 2**31)]
+FREE = [(None, 2**26), (0, 2**26), (2e9, 2**26), (20e9, 2**28), (40e9, 2**29), (141e9, 2**31 - 1)]
 
 
 @pytest.mark.parametrize(("free", "expected"), FREE)
 def test_chunks_of_logits_are_larger_where_a_gpu_has_room(free, expected, monkeypatch):
-    """2^26 at least; five float32 tensors of them take half of what is free at most."""
+    """2^26 at least, below 2^31; five float32 tensors of them take half of what is free at most."""
     free = free and int(free)
     monkeypatch.setattr(utils, "free_memory", lambda device: free)
     assert utils.logits_at_a_time(CUDA) == expected

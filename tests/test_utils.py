@@ -89,6 +89,9 @@ def test_attention_on_a_cpu_is_not_rounded_to_bfloat16():
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.13", reason="transformers always makes a mask there when it is compiled"
+)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_compiled_model_attends_without_a_mask(kind, tokenizer):
     """As one that is not: padding is on the right, and a row is one sequence."""

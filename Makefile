@@ -27,7 +27,9 @@ test-newest: requirements-dev.txt requirements.txt
 # what only a GPU can show, in three times 9 minutes at most; results in benchmarks/results/gpu-*.json
 gpu: .venv/test.done
 	$(BIN)/python $(PIP) -r requirements-bench.txt -c constraints.txt
-	for third in 1 2 3; do PYTHON=$(BIN)/python benchmarks/gpu.sh $$third; done
+	for third in 1 2 3; do \
+		PYTHON=$(BIN)/python benchmarks/gpu.sh $$third || failed=1; \
+	done; test -z "$$failed"
 
 lint: .venv/test.done
 	$(BIN)/ruff check .

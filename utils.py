@@ -559,7 +559,7 @@ def logits_at_a_time(device: torch.device) -> int:
         return LOGITS_AT_A_TIME
     fit = free // 2 // (5 * 4)  # half; the backward pass holds five float32 tensors
     power = 1 << fit.bit_length() >> 1  # rarely another, so that rounding is the same
-    return max(LOGITS_AT_A_TIME, min(power, 2**31 - 1))  # of more, not all kernels know the place
+    return max(LOGITS_AT_A_TIME, min(power, 2**31 - 1))  # some kernels index with 32 bits
 
 
 def in_chunks(

@@ -25,6 +25,7 @@ W5 and W6 are described in benchmarks/throughput.py.
 import importlib.metadata
 import importlib.util
 import json
+import shutil
 import signal
 import statistics
 import subprocess
@@ -79,10 +80,12 @@ def main(args: Args) -> None:
         sys.exit(f"error: {args.part}: is no part; pass one of {', '.join(PARTS)}")
     (ROOT / args.runs).mkdir(parents=True, exist_ok=True)
     started = time.time()
+    folder = ROOT / (args.runs if args.dry_run else "benchmarks/results")
+    result = folder / f"gpu-{args.part}.json"
+    result.unlink(missing_ok=True)  # a part that fails leaves none
     report = PARTS[args.part](args)
     report = {"machine": machine(2) | versions(), "part_seconds": time.time() - started} | report
-    folder = ROOT / (args.runs if args.dry_run else "benchmarks/results")
-    (folder / f"gpu-{args.part}.json").write_text(json.dumps(report, indent=2) + "\n")
+    result.write_text(json.dumps(report, indent=2) + "\n")
     print(args.part, json.dumps(report), flush=True)
     sys.exit(report.get("exit_code", 0))
 
@@ -261,6 +264,7 @@ def resume(args: Args) -> dict[str, Any]:
 
     for name in ("whole", "again"):
         subprocess.run(command(name, "--overwrite"), cwd=ROOT, check=True)
+    shutil.rmtree(ROOT / out / "killed", ignore_errors=True)  # checkpoints of a run before
     with subprocess.Popen(command("killed", "--overwrite"), cwd=ROOT) as run:
         checkpoint = ROOT / out / "killed" / "checkpoint/000004/SHA256SUMS"
         while run.poll() is None and not checkpoint.exists():

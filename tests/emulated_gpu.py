@@ -3,13 +3,13 @@
 Within `emulate()` a tensor "on cuda:0" is one of the CPU whose storage is marked. As on a card,
 
 - an operation on tensors of both devices is refused;
-- the device's random numbers come from its own generators;
 - a captured graph holds the kernels that were called, which have not run, and replays them on the
   same memory; what Python knew at the capture, such as a slice's end, stays;
 - while it is captured, nothing may ask the device for a value.
 
 `Gpu.waits` counts the places where the CPU asked the device for a value, and so waited. Speed,
-memory and what a card's kernels round otherwise are not emulated.
+memory and what a card's kernels round otherwise are not emulated, nor which kernels autocast rounds
+on a card only, nor copies to the device that a card refuses in a capture.
 """
 
 import contextlib
@@ -65,7 +65,8 @@ class Gpu(TorchDispatchMode):
         if self.capturing is not None:
             raise RuntimeError(f"{what}: operation not permitted when stream is capturing")
         frames = [f for f in traceback.extract_stack() if Path(f.filename).parent == ROOT]
-        self.waits[f"{Path(frames[-1].filename).name}: {frames[-1].line}" if frames else "-"] += 1
+        last = frames[-1] if frames else None
+        self.waits[f"{last.name}: {last.line}" if last else "-"] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name, given = kwargs or {}, func.name().split(".")[0].replace("::", "."), []

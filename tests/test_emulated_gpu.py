@@ -13,7 +13,7 @@ import generate
 import utils
 
 
-def test_it_refuses_what_a_gpu_does():
+def test_it_refuses_what_a_gpu_refuses():
     """So that what passes here has a meaning."""
     with emulate() as gpu:
         here, there = torch.ones(3), torch.ones(3, device=GPU)
@@ -115,7 +115,7 @@ def test_the_cpu_does_not_wait_for_a_forward_pass(ppo, tmp_path):
     inside = ("last_hidden_state", "logits_of", "choose_token", "head_outputs", "masked_sum")
     assert not [line for line in gpu.waits if any(name in line for name in inside)]
     sampled = 4  # two evaluations, two updates
-    assert 0 < gpu.waits["generate.py: going = int(alive.sum())"] <= 2 * sampled
+    assert 0 < gpu.waits["decode: going = int(alive.sum())"] <= 2 * sampled
 
 
 @torch.no_grad()

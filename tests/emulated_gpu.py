@@ -69,7 +69,7 @@ class Gpu(TorchDispatchMode):
         self.waits[f"{last.name}: {last.line}" if last else "-"] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name, given = kwargs or {}, func.name().split(".")[0].replace("::", "."), []
+        kwargs, name = kwargs or {}, func.name().split(".")[0].replace("::", ".")
         given = tensors_in((args, kwargs))
         places = [on_gpu(x) for x in given]
         here = any(places)
@@ -172,11 +172,7 @@ class Graph:
         return result
 
     def replay(self) -> None:
-        with (
-            _disable_current_modes(),
-            _pop_mode_temporarily(),
-            autocast("cpu", enabled=False),
-        ):
+        with _disable_current_modes(), _pop_mode_temporarily(), autocast("cpu", enabled=False):
             for func, args, kwargs, memory in self.kernels:
                 result = func(*args, **kwargs)
                 if memory:

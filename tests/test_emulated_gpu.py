@@ -12,6 +12,9 @@ import dataset
 import generate
 import utils
 
+pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's own
+
 
 def test_it_refuses_what_a_gpu_refuses():
     """So that what passes here has a meaning."""
@@ -67,8 +70,6 @@ def test_its_graphs_are_those_of_a_gpu():
                 x.add_(1)
 
 
-pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's own
 ALL = {  # flags of the three stages
     "plain": {},
     "checkpointing": {"gradient_checkpointing": True},
@@ -119,7 +120,7 @@ def test_the_cpu_does_not_wait_for_a_forward_pass(ppo, tmp_path):
 
 
 @torch.no_grad()
-def test_a_model_that_cannot_be_captured_is_decoded_step_by_step(tokenizer, monkeypatch):
+def test_a_model_that_cannot_be_captured_is_decoded_step_by_step(tokenizer):
     """One that asks the device something: the capture is tried once, the tokens are the same."""
     model, results = make_model(tokenizer, attn_implementation="sdpa"), []
     layer, asks = model.model.layers[0], []
@@ -135,4 +136,5 @@ def test_a_model_that_cannot_be_captured_is_decoded_step_by_step(tokenizer, monk
         assert len(gpu.graphs) > 0
     ids, mask, again, mask_again = (x.cpu() for x in results)
     assert torch.equal(ids, again) and torch.equal(mask, mask_again)
+    assert hasattr(model, "not_captured")
     assert len(asks) >= 50

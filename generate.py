@@ -98,8 +98,8 @@ def decode(
     body = model.base_model
     parameters = inspect.signature(body.forward).parameters
     cache_name = "cache" if "cache" in parameters else "past_key_values"
-    position = CachePosition(capacity=prompt_length + response_length)
-    cache = KeyValueCache(position)
+    position = Position(capacity=prompt_length + response_length)
+    cache = transformers.Cache(layer_class_to_replicate=lambda: KeyValueLayer(position))
 
     response_ids = torch.full((rows, response_length), pad_id, device=device)  # [B, R]
     response_mask = torch.zeros_like(response_ids)  # [B, R]
@@ -133,7 +133,7 @@ def decode(
             inputs["position_ids"] = mask.sum(1, keepdim=True) - 1  # only real tokens count
         choose_token(next_logits(inputs))
 
-    steps = Steps(decode_one, model)
+    graph = captured = None  # decode_one on CUDA, of one shape
     with torch.compiler.set_stance("force_eager"):
         position.end = prompt_length
         choose_token(next_logits(utils.model_inputs(body, prompt_ids, prompt_mask)))
@@ -146,12 +146,19 @@ def decode(
             if going <= 0.75 * len(live):
                 kept = alive.nonzero().squeeze(1)
                 live, alive, token, mask = (x[kept] for x in (live, alive, token, mask))
-                cache.keep(kept)
+                cache.batch_select_indices(kept)
             count = min(stride, response_length - start)
             position.end = prompt_length + start + count - 1
             if stride > 1:  # few ends, so few graphs
                 position.end = min(-(-position.end // COLUMNS) * COLUMNS, position.capacity)
-            steps.make(count, (len(live), position.end))
+            shape = (len(live), position.end)
+            if shape != captured and count > 3:
+                decode_one()  # what a first one allocates is no part of the graph
+                graph = capture(decode_one, model, graph)
+                captured, count = shape, count - 1
+            step = graph.replay if graph and shape == captured else decode_one
+            for _ in range(count):
+                step()
     return response_ids, response_mask
 
 
@@ -207,46 +214,24 @@ def rows_at_once(model: Any, prompt_length: int, response_length: int) -> int:
     return max(1, int(0.75 * free / row))
 
 
-class Steps:
-    """A step that is made again and again; on CUDA as a captured graph, where it can be."""
-
-    def __init__(self, step: Callable[[], None], model: Any):
-        self.step, self.model = step, model
-        self.run, self.shape, self.graph = step, None, None
-
-    def make(self, times: int, shape: tuple[int, ...]) -> None:
-        """Make so many; a graph is of one `shape`, and captured once for each."""
-        run = self.run if shape == self.shape else self.step
-        if shape != self.shape and times > 3 and can_capture(self.model):
-            self.step()  # what a first one allocates is no part of the graph
-            times, self.shape = times - 1, shape
-            run = self.run = self.capture()
-        for _ in range(times):
-            run()
-
-    def capture(self) -> Callable[[], None]:
-        """The step's graph, replayed; the step itself if a model asks the device something."""
-        # in the memory of the graph before, which is not replayed again
-        pool = self.graph and self.graph.pool()
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        try:
-            with torch.cuda.graph(graph, pool=pool):
-                self.step()
-        except RuntimeError:
-            torch.cuda.set_stream(stream)
-            self.model.not_captured = graph  # which the allocator may still ask
-            return self.step
-        self.graph = graph
-        return graph.replay
-
-
-def can_capture(model: Any) -> bool:
-    return model.device.type == "cuda" and not hasattr(model, "not_captured")
+def capture(step: Callable[[], None], model: Any, before: Any) -> Any:
+    """The step as a CUDA graph, in the memory of the one before; none where it cannot be one."""
+    if model.device.type != "cuda" or hasattr(model, "not_captured"):
+        return None
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=before and before.pool()):
+            step()
+        return graph
+    except RuntimeError:  # it asks the device something
+        torch.cuda.set_stream(stream)
+        model.not_captured = graph  # which the allocator may still ask
+    return None
 
 
 @dataclasses.dataclass
-class CachePosition:
-    """Where in a KeyValueCache of `capacity` columns the decoding is.
+class Position:
+    """Where in a cache of `capacity` columns the decoding is.
 
     `slot` is where the next keys and values go: 0 for a prompt, then a tensor [1] on the device, so
     that a captured graph can move on. Attention reads the columns before `end`; those not yet
@@ -258,24 +243,11 @@ class CachePosition:
     end: int = 0
 
 
-class KeyValueCache(transformers.Cache):
-    """Keys and values of all layers, [b, heads, capacity, head size] each, written in place."""
-
-    def __init__(self, position: CachePosition):
-        super().__init__(layer_class_to_replicate=lambda: KeyValueLayer(position))
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these."""
-        for layer in self.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-
-
 class KeyValueLayer(transformers.cache_utils.DynamicLayer):
-    """One layer of a KeyValueCache."""
+    """A layer's keys and values, [b, heads, capacity, head size] each, written in place."""
 
-    def __init__(self, position: CachePosition):
+    def __init__(self, position: Position):
         super().__init__()
-        # not the cache: a cycle would keep keys and values until a garbage collection
         self.position = position
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -299,6 +271,9 @@ class KeyValueLayer(transformers.cache_utils.DynamicLayer):
             else:
                 stored.index_copy_(2, slot, new.to(stored.dtype))
         return self.keys[:, :, : self.position.end], self.values[:, :, : self.position.end]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.keys, self.values = self.keys[indices], self.values[indices]
 
     def get_seq_length(self) -> int | Tensor:
         return self.position.slot

@@ -168,7 +168,7 @@ def test_sampled_tokens_have_the_probabilities_of_teacher_forcing(family, monkey
     """B11: drawn step by step over the cache, and asked about afterwards in one forward pass."""
     model = utils.load_causal_lm(family, CPU)
     ids, mask = dataset.pad(PROMPTS, 0, "left", CPU)
-    sample, keep = generate.sample, generate.KeyValueCache.keep
+    sample, keep = generate.sample, transformers.Cache.batch_select_indices
     live, drawn = torch.arange(len(ids)), torch.zeros(len(ids), 0)
 
     def recorded(logits, *args):
@@ -184,7 +184,7 @@ def test_sampled_tokens_have_the_probabilities_of_teacher_forcing(family, monkey
         keep(cache, rows)
 
     monkeypatch.setattr(generate, "sample", recorded)
-    monkeypatch.setattr(generate.KeyValueCache, "keep", recorded_keep)
+    monkeypatch.setattr(transformers.Cache, "batch_select_indices", recorded_keep)
     uniform = generate.random_numbers(len(ids), 15, utils.generator(CPU, 1))
     got, got_mask = generate.generate(model, ids, mask, uniform, [1], pad_id=0)
     responses = [row[real.bool()].tolist() for row, real in zip(got, got_mask, strict=True)]

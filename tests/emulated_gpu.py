@@ -5,11 +5,10 @@ Within `emulate()` a tensor "on cuda:0" is one of the CPU whose storage is marke
 - an operation on tensors of both devices is refused;
 - a captured graph holds the kernels that were called, which have not run, and replays them on the
   same memory; what Python knew at the capture, such as a slice's end, stays;
-- while it is captured, nothing may ask the device for a value.
+- while it is captured, nothing may ask the device for a value, nor copy one to it.
 
-`Gpu.waits` counts the places where the CPU asked the device for a value, and so waited. Speed,
-memory and what a card's kernels round otherwise are not emulated, nor which kernels autocast rounds
-on a card only, nor copies to the device that a card refuses in a capture.
+`Gpu.waits` counts the places where the CPU did either, and so waited. Speed, memory and what a
+card's kernels round otherwise are not emulated, nor which kernels autocast rounds on a card only.
 """
 
 import contextlib
@@ -36,6 +35,7 @@ COPIES = ("aten._to_copy", "aten.copy_")  # take what is on another device
 INDEXED = ("aten.index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_")
 ASK = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal")
 ASK += ("aten._unique2", "aten.is_nonzero")
+MADE = (torch.tensor, torch.as_tensor)  # of numbers that the CPU has
 
 
 def tensors_in(x: Any) -> list[Tensor]:
@@ -79,10 +79,14 @@ class Gpu(TorchDispatchMode):
                 raise RuntimeError(f"{name}: indices are on the GPU, what they index is not")
             if here and any(x.dtype == torch.bool for x in given[1:]):
                 self.asked(name)
+            if here and not all(places):
+                self.asked(f"{name} by what is on the CPU")
         elif name in COPIES:
             here = places[0] if self.goes_to is None else self.goes_to == GPU
             if any(places) and not here:
                 self.asked(name)
+            if here and not places[-1]:
+                self.asked(f"{name} of what is on the CPU")
         elif not given:
             here = self.goes_to == GPU
         elif here and not all(on or x.dim() == 0 for on, x in zip(places, given, strict=True)):
@@ -136,6 +140,8 @@ class Calls(TorchFunctionMode):
         try:
             if moves and goes_to == CPU and on_gpu(args[0]):
                 gpu.asked("to the CPU")
+            if goes_to == GPU and (func in MADE or (moves and not on_gpu(args[0]))):
+                gpu.asked("to the GPU")
             result = func(*args, **kwargs)
             if isinstance(result, Tensor) and goes_to is not None:
                 if moves and on_gpu(result) != (goes_to == GPU):

@@ -37,10 +37,22 @@ def test_it_refuses_what_a_gpu_refuses():
         gpu.waits.clear()
         there.sum() * there.mean()
         assert not gpu.waits
-        for waits in (there.sum().item, there.tolist, lambda: there[there > 0], there.cpu):
+        for waits in (
+            there.sum().item,
+            there.tolist,
+            lambda: there[there > 0],
+            there.cpu,
+            lambda: here.to(GPU),
+            lambda: torch.tensor([1.0], device=GPU),
+            lambda: there.copy_(here),
+            lambda: there[[-1]],
+        ):
             waits()
             assert gpu.waits.total() == 1
             gpu.waits.clear()
+            with pytest.raises(RuntimeError, match="capturing"):
+                with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                    waits()
 
 
 def test_its_graphs_are_those_of_a_gpu():

@@ -282,6 +282,23 @@ def test_samples_stay_within_top_k_and_top_p(temperature, top_k, top_p, allowed)
     assert {*draws(4000, temperature, top_k, top_p).nonzero().flatten().tolist()} == allowed
 
 
+@pytest.mark.parametrize("size", [8, 127, 128, 129, 1000])
+def test_samples_are_those_of_one_cumulative_sum(size):
+    """Whatever the vocabulary's size beside the blocks', and where most tokens are ruled out."""
+    generator = torch.Generator().manual_seed(size)
+    logits = 3 * torch.randn(4000, size, generator=generator)
+    logits[2000:, torch.randperm(size, generator=generator)[: size - 5]] = -INF
+    uniform = torch.rand(4000, generator=generator, dtype=torch.float64)
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    threshold = uniform[:, None] * cumulative[:, -1:]
+    expected = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+    assert torch.equal(generate.sample(logits, 1.0, 0, 1.0, uniform), expected)
+    uniform[:] = math.nextafter(1, 0)
+    last = (logits > -INF).long() * torch.arange(size)
+    assert torch.equal(generate.sample(logits, 1.0, 0, 1.0, uniform), last.amax(1))
+    assert generate.sample(logits * torch.nan, 1.0, 0, 1.0, uniform).max() < size
+
+
 def test_samples_at_the_ends_of_the_unit_interval():
     """Uniform numbers of 0 and just below 1 give the first and last token of any probability."""
     logits = torch.tensor([-INF, 0.0, 0.0, -INF]).expand(3, -1)

@@ -65,13 +65,14 @@ def generate(
     stride = stride or (1 if device.type == "cpu" else 32)
     stops, sampling = torch.tensor(stop_ids, device=device), (temperature, top_k, top_p)
     parts = -(-rows // rows_at_once(model, prompt_ids.shape[1], uniform.shape[1]))
-    each = (prompt_ids, prompt_mask, uniform)
+    each = [x.tensor_split(parts) for x in (prompt_ids, prompt_mask, uniform)]
     decoded = [
         decode(model, *part, stops, pad_id, sampling, stride, watch)
-        for part in zip(*(x.tensor_split(parts) for x in each), strict=True)
+        for part in zip(*each, strict=True)
     ]
-    response_ids, response_mask = (torch.cat(x) for x in zip(*decoded, strict=True))
-    return response_ids, response_mask
+    response_ids = torch.cat(decoded)
+    ends = torch.isin(response_ids, stops).long()
+    return response_ids, (ends.cumsum(1) <= ends).long()  # up to the first (D3)
 
 
 def random_numbers(rows: int, response_length: int, rng: torch.Generator | None = None) -> Tensor:
@@ -90,8 +91,8 @@ def decode(
     sampling: tuple[float, int, float],
     stride: int,
     watch: Callable[[Tensor], Any] | None,
-) -> tuple[Tensor, Tensor]:
-    """What `generate` says, for B of its rows."""
+) -> Tensor:
+    """The response_ids of `generate`, for B of its rows."""
     (rows, prompt_length), response_length = prompt_ids.shape, uniform.shape[1]
     device = prompt_ids.device
     if model.config.model_type == "gpt_neo":
@@ -103,7 +104,6 @@ def decode(
     cache = transformers.Cache(layer_class_to_replicate=lambda: KeyValueLayer(position))
 
     response_ids = torch.full((rows, response_length), pad_id, device=device)  # [B, R]
-    response_mask = torch.zeros_like(response_ids)  # [B, R]
     live = torch.arange(rows, device=device)  # [b] rows still decoded
     alive = torch.ones_like(live, dtype=torch.bool)  # [b] whether they go on
     token = torch.zeros_like(live)  # [b] their last token
@@ -112,12 +112,11 @@ def decode(
 
     def choose_token(logits: Tensor) -> None:
         """Sample token t of the b rows from logits [b, V]."""
-        sampled = sample(logits, *sampling, uniform.index_select(1, t)[live, 0])
-        token.copy_(torch.where(alive, sampled, pad_id))
         place = (live, t.expand_as(live))
-        response_ids.index_put_(place, token)
-        response_mask.index_put_(place, alive.long())
-        mask.index_copy_(1, t + prompt_length, alive[:, None].long())
+        sampled = sample(logits, *sampling, uniform[place])
+        token.copy_(torch.where(alive, sampled, pad_id))
+        response_ids[place] = token
+        mask.index_fill_(1, t + prompt_length, 1)
         alive.logical_and_(~torch.isin(token, stops))
         t.add_(1)
 
@@ -134,7 +133,7 @@ def decode(
             inputs["position_ids"] = mask.sum(1, keepdim=True) - 1  # only real tokens count
         choose_token(next_logits(inputs))
 
-    graph = captured = None  # decode_one on CUDA, of one shape
+    graph = captured = None  # of decode_one on CUDA, and its rows and columns: none come twice
     with torch.compiler.set_stance("force_eager"):
         position.end = prompt_length
         choose_token(next_logits(utils.model_inputs(body, prompt_ids, prompt_mask)))
@@ -153,18 +152,18 @@ def decode(
             if stride > 1:  # few ends, so few graphs
                 position.end = min(-(-position.end // COLUMNS) * COLUMNS, position.capacity)
             shape = (len(live), position.end)
-            if shape != captured and count > 3:
+            if shape != captured and count > 3:  # fewer are not worth it
                 decode_one()  # what a first one allocates is no part of the graph
                 graph = capture(decode_one, model, graph)
                 captured, count = shape, count - 1
             step = graph.replay if graph and shape == captured else decode_one
             for _ in range(count):
                 step()
-    return response_ids, response_mask
+    return response_ids
 
 
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor) -> Tensor:
-    """One token id a row, [b], from logits [b, V], where their cumulative sum passes uniform [b].
+    """One token id a row, [b], from logits [b, V]: where probabilities add up to uniform [b].
 
     One random number a row, in [0, 1); `torch.multinomial` takes one a token of the vocabulary. In
     two steps, since a cumulative sum over 150,000 tokens is slow: which block, then which of it.
@@ -182,22 +181,21 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform
         logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
     size = logits.shape[-1]
     probs = F.pad(logits.softmax(-1), (0, -size % BLOCK)).unflatten(-1, (-1, BLOCK))
-    block, uniform = invert(probs.sum(-1), uniform)
-    token, _ = invert(probs[torch.arange(len(block), device=block.device), block], uniform)
-    return (block * BLOCK + token).clamp(max=size - 1)
+    block, inside = invert(probs.sum(-1), uniform[:, None])
+    token, _ = invert(probs.take_along_dim(block[..., None], 1).squeeze(1), inside)
+    return (block * BLOCK + token).clamp(max=size - 1).squeeze(1)
 
 
 def invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the cumulative sum of weights [b, n] passes uniform [b] times their sum.
+    """Where weights [b, n] add up to uniform [b, 1] times their sum.
 
-    As the index [b] of a weight above 0, and how far into that weight, [b] in [0, 1).
+    As the index of a weight, and how far into that weight: both [b, 1].
     """
     cumulative = weights.cumsum(-1, dtype=torch.float64)
-    threshold = uniform[:, None].clamp(0, 1 - 1e-12) * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, threshold, right=True).clamp(max=weights.shape[-1] - 1)
-    weight = weights.gather(1, index)
-    inside = 1 - (cumulative.gather(1, index) - threshold) / weight
-    return index.squeeze(1), inside.squeeze(1)
+    share = uniform.clamp(0, 1 - 1e-12)  # 1 after rounding: after it, weights of 0 may follow
+    threshold = share * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, threshold, right=True).clamp(max=weights.shape[1] - 1)
+    return index, 1 - (cumulative.gather(1, index) - threshold) / weights.gather(1, index)
 
 
 def stop_token_ids(tokenizer: Any, stop_token: str, config: Any = None) -> list[int]:
@@ -267,12 +265,13 @@ class KeyValueLayer(transformers.cache_utils.DynamicLayer):
         self.position = position
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        rows, heads, _, size = key_states.shape
-        shape, kind = (rows, heads, self.position.capacity), key_states.device.type
+        kind, columns = key_states.device.type, self.position.capacity
         cast = torch.is_autocast_enabled(kind) and kind != "cpu"  # to what attention would cast to
         dtype = torch.get_autocast_dtype(kind) if cast else torch.float32
-        self.keys = key_states.new_zeros(*shape, size, dtype=dtype)
-        self.values = key_states.new_zeros(*shape, value_states.shape[-1], dtype=dtype)
+        self.keys, self.values = (
+            x.new_zeros(*x.shape[:2], columns, x.shape[3], dtype=dtype)
+            for x in (key_states, value_states)
+        )
         self.is_initialized = True
 
     def update(
@@ -283,7 +282,7 @@ class KeyValueLayer(transformers.cache_utils.DynamicLayer):
         slot = self.position.slot
         for stored, new in ((self.keys, key_states), (self.values, value_states)):
             if isinstance(slot, int):
-                stored[:, :, slot : slot + new.shape[2]] = new
+                stored[:, :, : new.shape[2]] = new
             else:
                 stored.index_copy_(2, slot, new.to(stored.dtype))
         return self.keys[:, :, : self.position.end], self.values[:, :, : self.position.end]

@@ -140,12 +140,14 @@ class Calls(TorchFunctionMode):
         try:
             if moves and goes_to == CPU and on_gpu(args[0]):
                 gpu.asked("to the CPU")
-            if goes_to == GPU and (func in MADE or (moves and not on_gpu(args[0]))):
+            if goes_to == GPU and func in MADE and not any(map(on_gpu, tensors_in(args))):
                 gpu.asked("to the GPU")
             result = func(*args, **kwargs)
             if isinstance(result, Tensor) and goes_to is not None:
                 if moves and on_gpu(result) != (goes_to == GPU):
                     result = result.clone()
+                    if goes_to == GPU:
+                        gpu.asked("to the GPU")
                 mark(result, goes_to == GPU)
             return result
         finally:

@@ -77,8 +77,7 @@ d01_reward_and_value_read_prompt_and_response in dataset.py
 d02_prompts_are_padded_on_the_left in generate.py
     mask.sum(1, keepdim=True) - 1  ->  torch.full_like(mask[:, :1], mask.shape[1] - 1)
 d03_masks_come_from_lengths in generate.py
-    response_mask.index_put_(place, alive.long())  ->
-    response_mask.index_put_(place, (token != pad_id).long())
+    (ends.cumsum(1) <= ends).long()  ->  (response_ids != pad_id).long()
 d04_dropout_is_off in utils.py
     loaded.to(device).eval()  ->  loaded.to(device).train()
 d05_log_probabilities_are_divided_by_the_temperature in ppo_rlhf.py

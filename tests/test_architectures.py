@@ -39,7 +39,7 @@ FAMILIES = {  # some with dropout, which OPT has in flags of its own and not in 
     "bloom": GPT2 | {"hidden_size": 32},
     "olmo2": ROPE,
 }
-STEP_BY_STEP = ("falcon",)  # not captured: its `[..., [-2], :]` copies a number to the device
+STEP_BY_STEP = ("falcon",)  # not captured: its `qkv[:, :, :, [-2]]` copies a number to the device
 
 
 def make_random(kind: str, folder, **config) -> str:

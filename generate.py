@@ -192,7 +192,7 @@ def invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     As the index of a weight, and how far into that weight: both [b, 1].
     """
     cumulative = weights.cumsum(-1, dtype=torch.float64)
-    share = uniform.clamp(0, 1 - 1e-12)  # 1 after rounding: after it, weights of 0 may follow
+    share = uniform.clamp(0, 1 - 1e-12)  # at 1 a weight of 0 would be found
     threshold = share * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, threshold, right=True).clamp(max=weights.shape[1] - 1)
     return index, 1 - (cumulative.gather(1, index) - threshold) / weights.gather(1, index)

@@ -138,16 +138,13 @@ class Calls(TorchFunctionMode):
         args, kwargs = tree_map(on_cpu, (args, kwargs))
         before, gpu.goes_to = gpu.goes_to, goes_to
         try:
-            if moves and goes_to == CPU and on_gpu(args[0]):
-                gpu.asked("to the CPU")
             if goes_to == GPU and func in MADE and not any(map(on_gpu, tensors_in(args))):
-                gpu.asked("to the GPU")
+                gpu.asked(f"to {goes_to}")
             result = func(*args, **kwargs)
             if isinstance(result, Tensor) and goes_to is not None:
                 if moves and on_gpu(result) != (goes_to == GPU):
+                    gpu.asked(f"to {goes_to}")
                     result = result.clone()
-                    if goes_to == GPU:
-                        gpu.asked("to the GPU")
                 mark(result, goes_to == GPU)
             return result
         finally:

@@ -2,6 +2,7 @@
 
 import contextlib
 
+import emulated_gpu
 import pytest
 import torch
 from conftest import args_of, assert_same_run, make_model, metrics_of
@@ -132,20 +133,25 @@ def test_the_cpu_does_not_wait_for_a_forward_pass(ppo, tmp_path):
 
 
 @torch.no_grad()
-def test_a_model_that_cannot_be_captured_is_decoded_step_by_step(tokenizer):
+def test_a_model_that_cannot_be_captured_is_decoded_step_by_step(tokenizer, monkeypatch):
     """One that asks the device something: the capture is tried once, the tokens are the same."""
     model, results = make_model(tokenizer, attn_implementation="sdpa"), []
-    layer, asks = model.model.layers[0], []
-    with emulate() as gpu:
+    layer, asks, tries, Graph = model.model.layers[0], [], [], emulated_gpu.Graph
+    monkeypatch.setattr(generate, "COLUMNS", 4)  # several shapes
+    with emulate() as gpu, monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "CUDAGraph", lambda: tries.append(Graph()) or tries[-1])
         model.to(GPU)
         for ask in (False, True):
             if ask:
+                assert len(tries) > 2
+                tries.clear()
                 layer.register_forward_pre_hook(lambda *_: asks.append(layer.state.sum().item()))
                 layer.state = torch.ones(2, device=GPU)
             ids, mask = dataset.pad(PROMPTS, 0, "left", GPU)
             uniform = generate.random_numbers(len(ids), 50, utils.generator(GPU, 5))
-            results += generate.generate(model, ids, mask, uniform, [1], pad_id=0)
+            results += generate.generate(model, ids, mask, uniform, [1], pad_id=0, stride=8)
         assert len(gpu.graphs) > 0
+        assert len(tries) == 1
     ids, mask, again, mask_again = (x.cpu() for x in results)
     assert torch.equal(ids, again) and torch.equal(mask, mask_again)
     assert hasattr(model, "not_captured")

@@ -237,9 +237,10 @@ def capture(step: Callable[[], None], model: Any, before: Any) -> Any:
         with torch.cuda.graph(graph, pool=before and before.pool()):
             step()
         return graph
-    except RuntimeError:  # it asks the device something
+    except RuntimeError as error:  # it asks the device something
         torch.cuda.set_stream(stream)
         model.not_captured = graph  # which the allocator may still ask
+        utils.say(f"decoding goes without a CUDA graph, slowly: {utils.first_line(error)}")
     return None
 
 

@@ -133,8 +133,8 @@ def test_the_cpu_does_not_wait_for_a_forward_pass(ppo, tmp_path):
 
 
 @torch.no_grad()
-def test_a_model_that_cannot_be_captured_is_decoded_step_by_step(tokenizer, monkeypatch):
-    """One that asks the device something: the capture is tried once, the tokens are the same."""
+def test_a_model_that_cannot_be_captured_is_decoded_step_by_step(tokenizer, monkeypatch, capsys):
+    """One that asks the device something: it is tried and said once, the tokens are the same."""
     model, results = make_model(tokenizer, attn_implementation="sdpa"), []
     layer, asks, tries, Graph = model.model.layers[0], [], [], emulated_gpu.Graph
     monkeypatch.setattr(generate, "COLUMNS", 4)  # several shapes
@@ -155,4 +155,6 @@ def test_a_model_that_cannot_be_captured_is_decoded_step_by_step(tokenizer, monk
     ids, mask, again, mask_again = (x.cpu() for x in results)
     assert torch.equal(ids, again) and torch.equal(mask, mask_again)
     assert hasattr(model, "not_captured")
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in said] == ["decoding goes without a CUDA graph, slowly"]
     assert len(asks) >= 50

@@ -34,7 +34,7 @@ PROMPT_FORMATS = [("prompt",)]
 CHATS = ("prompt", "completion", "messages", "chosen", "rejected", "conversations", "text")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-EVALUATION_SPLITS = ("validation", "test", "val", "dev", "valid")
+EVALUATION_SPLITS = ("validation", "test", "val", "dev", "valid", "eval")
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # each also with .gz
 LAYOUTS = {  # what columns are known by, and what --columns would say of them
     ("instruction", "output"): ["prompt=instruction+input", "completion=output"],  # Alpaca
@@ -42,7 +42,7 @@ LAYOUTS = {  # what columns are known by, and what --columns would say of them
     ("question", "chosen"): ["prompt=system+question"],  # Orca
 }
 MATTERS = "prompt instruction input question query system context history messages conversations "
-MATTERS += "system_prompt role label"
+MATTERS += "system_prompt role label labels tools functions images"
 
 
 class Row(dict):
@@ -96,7 +96,11 @@ def load_splits(args: Any, formats: Formats) -> tuple[list[Row], list[Row]]:
             some = data_order(len(rows), 0, args.seed)[: round(size * weights[i])]
             train[i] = [rows[j] for j in sorted(some)]
             utils.say(f"{args.dataset[i]}: {len(some)} of {len(rows)} training rows are taken")
-    train, held_out = sum(train, []), sum(held_out, [])
+    # of the held-out rows any first part has of each data set as large a part
+    parts = [
+        ((i / len(rows), k), row) for k, rows in enumerate(held_out) for i, row in enumerate(rows)
+    ]
+    train, held_out = sum(train, []), [row for _, row in sorted(parts, key=lambda part: part[0])]
     if formats is PROMPT_FORMATS:  # reward functions get None where a row lacks a column
         missing = dict.fromkeys(columns_of(train + held_out))
         for row in train + held_out:
@@ -126,6 +130,8 @@ def load_data(dataset: str, split: str, formats: Formats, args: Any = None) -> l
         if not column or not {*filter(None, sources.split("+"))} <= {*found}:
             what = f"{column}={sources}: {dataset} has {','.join(found)}"
             stop(f"--columns: {what}; pass prompt=question")
+        if [name for name, _ in pairs].count(column) > 1:
+            stop(f"--columns: names {column} twice; join by {column}=a+b")
     for known, layout in {} if pairs or "prompt" in found else LAYOUTS.items():
         names = re.split("[=+]", "=".join(layout))
         if {*known} <= {*found} and all(
@@ -136,11 +142,11 @@ def load_data(dataset: str, split: str, formats: Formats, args: Any = None) -> l
         rename(row, pairs)
         known_layout(row, formats)
     found = columns_of(rows)
-    settled = {name for column, sources in pairs for name in (column, *sources.split("+"))}
+    settled = {name for column, sources in pairs for name in (sources or column).split("+")}
     labels = [row.get("label") for row in rows]
     if formats is SFT_FORMATS and "completion" in found and any(x is True for x in labels):  # KTO
-        utils.say(f"{dataset} ({split}): {sum(map(bool, labels))} of {len(rows)} are labelled true")
-        rows = [row for row in rows if row.get("label")]
+        utils.say(f"{dataset} ({split}): {labels.count(True)} of {len(rows)} are labelled true")
+        rows = [row for row in rows if row.get("label") is True]
         settled.add("label")
     if not rows:
         stop(f"{dataset} ({split}): holds no rows; pass another")
@@ -151,6 +157,7 @@ def load_data(dataset: str, split: str, formats: Formats, args: Any = None) -> l
     ignored = [name for name in found if name not in {*columns, *settled}]
     fitting = [row for row in rows if all(row.get(column) for column in columns)]
     matters = {*MATTERS.split()} - ({"messages"} if "prompt" in columns else set())
+    matters |= {column for column, sources in pairs if sources}
     if formats is not PROMPT_FORMATS and (
         lost := [name for name in columns_of(fitting) if name in ignored and name in matters]
     ):
@@ -158,8 +165,21 @@ def load_data(dataset: str, split: str, formats: Formats, args: Any = None) -> l
         stop(f"{rows[0].place}: {what}; name it by --columns, as {lost[0]}= to leave it out")
     read, left = ",".join(columns), ",".join(ignored) or "none"
     utils.say(f"{dataset} ({split}): reads {read}; leaves {left}")
+    answers = [name for name in columns if name in ("completion", "chosen", "rejected")]
+
+    def begun(row: Row) -> list[bool]:
+        """Of which answers the row's prompt is the beginning."""
+        prompt = row.get("prompt")
+        both = [(prompt, row.get(name)) for name in answers if isinstance(prompt, str)]
+        return [isinstance(text, str) and text.startswith(prompt) for prompt, text in both]
+
+    doubled = 2 * sum(all(b) for row in rows if (b := begun(row))) > len(rows)  # else by chance
 
     def checked(row: Row) -> Row:
+        if doubled and any(both := begun(row)):
+            if not all(both):
+                raise Unusable("one answer begins with the prompt, the other does not; fix the row")
+            row |= {name: row[name].removeprefix(row["prompt"]) for name in answers}
         for column in columns:
             check_field(row.get(column), column)
         return row
@@ -197,9 +217,10 @@ def known_layout(row: Row, formats: Formats) -> None:
         if isinstance(value, dict) and {"role", "from"} & {*value}:
             value = [value]
         row[column] = [message_of(m) for m in value] if isinstance(value, list) else value
-    turns, messages = row.get("conversations"), row.get("messages")
-    if isinstance(turns, list) and all(said(turn)[0] for turn in turns):
-        row["prompt" if "chosen" in row else "messages"] = messages = row.pop("conversations")
+    turns, column = row.get("conversations"), "prompt" if "chosen" in row else "messages"
+    if isinstance(turns, list) and all(said(turn)[0] for turn in turns) and not row.get(column):
+        row[column] = row.pop("conversations")
+    messages = row.get("messages")
     if formats is SFT_FORMATS and isinstance(messages, list):
         while messages and said(messages[-1])[0] == "user":
             messages.pop()
@@ -212,8 +233,9 @@ def message_of(message: Any) -> Any:
     if not isinstance(message, dict):
         return message
     if {"from", "value"} <= {*message}:
-        role = message["from"]
-        return {"role": SHAREGPT_ROLES.get(str(role), role), "content": message["value"]}
+        message = dict(message)
+        role, content = message.pop("from"), message.pop("value")
+        return message | {"role": SHAREGPT_ROLES.get(str(role), role), "content": content}
     parts = message.get("content")
     if isinstance(parts, list) and all(
         isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts
@@ -240,7 +262,8 @@ def same_chat_head(prompt: Any, chat: list[Any]) -> int:
 
 def parsed_chat(text: str) -> Any:
     """The chat that a text holds, in JSON or as Python or numpy writes it; else the text (B33)."""
-    spaced = re.sub(r"\}\s+\{", "}, {", text)  # numpy writes no comma
+    # numpy writes no comma
+    spaced = re.sub(r"\}\s+(?=\{'(role|content|from|value)': )", "}, ", text)
     for parse, source in ((json.loads, text), (ast.literal_eval, text), (ast.literal_eval, spaced)):
         with contextlib.suppress(Exception):
             value = parse(source)
@@ -383,7 +406,7 @@ def check_field(value: Any, column: str) -> None:
     role, text = "", ""
     for message in messages:
         role, text = said(message)
-        if text is None and role == "assistant" and message.get("tool_calls"):
+        if not text and role == "assistant" and message.get("tool_calls"):
             text = "a call"
         if not isinstance(text, str) or role not in ROLES:
             what = f"{message!r:.60} is no chat message of the roles {', '.join(ROLES)}"
@@ -394,6 +417,8 @@ def check_field(value: Any, column: str) -> None:
         raise Unusable(f"{column}: is empty; fill it in or drop the row")
     if isinstance(value, list) and column != "prompt" and role != "assistant":
         raise Unusable(f"{column}: its last message is not the assistant's; end it with a reply")
+    if column == "completion" and any(said(m)[0] != "assistant" for m in messages[:-1]):
+        raise Unusable(f"{column}: has turns of others, which would be learned; write messages")
 
 
 # ---- token ids
@@ -430,19 +455,25 @@ def render(tokenizer: Any, prompt: Any, answer: Any = None, all_turns: bool = Fa
             start = template(
                 messages, add_generation_prompt=not is_begun, continue_final_message=is_begun
             )
+        elif said(answer[0])[0] == "assistant":  # what comes before it is not said by it
+            start = os.path.commonprefix([template([answer[0] | {"content": x}]) for x in "ab"])
         if answer is None:
+            check_all_said(template, messages, [], start)
             return Rendered([start], True)
         if is_begun:
             begun = messages.pop()["content"]
             answer = [answer[0] | {"content": begun + answer[0]["content"]}]
         whole = template([*messages, *answer])
+        check_all_said(template, messages, answer, whole)
         marks = r"{%\1 if true %}\0{% endif \2%}"
         marked = re.sub(
             r"{%(-?)\s*(?:end)?generation\s*(-?)%}", marks, tokenizer.get_chat_template()
         )
         if all_turns and "\0" in marked:
             whole = template([*messages, *answer], chat_template=marked)
-            return Rendered(whole.rpartition("\0")[0].rstrip().split("\0"), True)
+            return Rendered("".join(whole.rpartition("\0")[::2]).rstrip().split("\0"), True)
+    except Unusable:
+        raise
     except Exception as error:
         why = utils.first_line(error)
         raise Unusable(f"does not fit the chat template ({why}); check roles and order") from None
@@ -463,11 +494,34 @@ def render(tokenizer: Any, prompt: Any, answer: Any = None, all_turns: bool = Fa
     return Rendered([*pieces, start[done:], learned], True)
 
 
+def check_all_said(template: Callable, earlier: list, answer: list, text: str) -> None:
+    """Raise Unusable where a template's text of a chat lacks what is said or called in it.
+
+    Of the assistant's `earlier` turns the text may lack the reasoning.
+    """
+    for message in [m for m in earlier if m["role"] != "assistant"] + answer:
+        words = message.get("content") or ""
+        forms = (words.strip(), json.dumps(words, ensure_ascii=False)[1:-1])  # as a tool's result
+        if not any(x in text for x in forms) and "".join(words.split()) not in "".join(
+            text.split()
+        ):
+            raise Unusable(f"the chat template leaves out {words!r:.60}; mend it or use text")
+    for name in ("tool_calls", "function_call", "reasoning_content"):
+        turns = answer if name == "reasoning_content" else earlier + answer
+        if any(turn.get(name) for turn in turns):
+            without = [{k: x for k, x in m.items() if k != name} for m in earlier + answer]
+            if template([m | {"content": m.get("content") or ""} for m in without]) == text:
+                raise Unusable(f"the chat template leaves out {name}; mend it or use text")
+
+
 def render_row(tokenizer: Any, row: Row, all_turns: bool = True) -> Rendered:
     """A row of SFT_FORMATS; of a text all is learned."""
     if "prompt" in row and "completion" in row:
         return render(tokenizer, row["prompt"], row["completion"])
     if "messages" in row:
+        learned = row["messages"][0 if all_turns else -1 :]
+        if any(turn["role"] == "assistant" and turn.get("weight") == 0 for turn in learned):
+            raise Unusable("messages: a turn of weight 0 would be learned; take it out")
         return render(tokenizer, row["messages"][:-1], row["messages"][-1:], all_turns)
     return Rendered(["", row["text"]], False)
 
@@ -608,6 +662,23 @@ def as_judged(
         if shortened[i]:
             sequences[i] = sequences[i][: limit - len(end)] + end
     return sequences, shortened
+
+
+def answer_texts(tokenizer: Any, prompts: list[Prompt], answers: list[list[int]]) -> list[str]:
+    """Answers without special tokens, each as its row would hold it.
+
+    After a text with the space that it begins with, which some decoders drop from what they get
+    alone; as a message without: that one is the template's.
+    """
+    both = [p.ids + answer for p, answer in zip(prompts, answers, strict=True)]
+    heads = tokenizer.batch_decode([p.ids for p in prompts], skip_special_tokens=True)
+    texts = tokenizer.batch_decode(both, skip_special_tokens=True)
+    goes_on = [said(p.row["prompt"][-1])[0] in (None, "assistant") for p in prompts]
+    each = [
+        text[len(os.path.commonprefix([head, text])) :]
+        for head, text in zip(heads, texts, strict=True)
+    ]
+    return [x if on else x.lstrip() for x, on in zip(each, goes_on, strict=True)]
 
 
 def common_end(a: Any, b: Any) -> Any:

@@ -353,7 +353,7 @@ def main(args: Args) -> None:
 
         def show(ids: Tensor) -> str:
             """Print what is new, but no part of a character."""
-            text = tokenizer.decode(ids[0], skip_special_tokens=True)
+            [text] = dataset.answer_texts(tokenizer, [prompt], ids.tolist())
             new = utils.visible(text.strip("\ufffd \n"))[len(printed) :]
             printed.extend(new)
             print(new if typed else new.replace("\n", "\\n"), end="", flush=True)

@@ -375,7 +375,7 @@ def main(args: Args) -> None:
     def score_responses(prompts: list[dataset.Prompt], batch: Batch) -> Scores:
         """Ask reward models, then functions, and combine what they say."""
         responses = real_tokens(batch)
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        texts = dataset.answer_texts(tokenizer, prompts, responses)
         by_name = {}
         token_rewards = torch.zeros(batch.response_mask.shape, device=device)  # [B, R]
         shortened = torch.zeros(len(texts), dtype=torch.bool, device=device)

@@ -367,12 +367,14 @@ def encode(tokenizer: Any, rows: list[dataset.Row], max_length: int) -> list[Pai
             if n != dataset.same_chat_head(prompt, rejected):
                 raise dataset.Unusable("only chosen begins with the prompt; fix the row")
             prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]  # B34
-        elif isinstance(chosen, str) and chosen.startswith(prompt) and rejected.startswith(prompt):
-            chosen, rejected = chosen.removeprefix(prompt), rejected.removeprefix(prompt)
         sides = [dataset.render(tokenizer, prompt, side) for side in (chosen, rejected)]
         return row, *sides
 
     def pair(row: dataset.Row, chosen: tuple, rejected: tuple) -> Pair:
+        if chosen[0] == rejected[0]:
+            raise dataset.Unusable(
+                "chosen and rejected are equal as they are rendered; fix the row"
+            )
         if max(len(chosen[0]), len(rejected[0])) > max_length:
             raise dataset.Unusable(f"is longer than {max_length} tokens; raise --max-length")
         return Pair(chosen[0], rejected[0], sum(chosen[1]), sum(rejected[1]))

@@ -12,6 +12,7 @@ import pytest
 import transformers
 import tyro
 from conftest import (
+    CHAT_TEMPLATE,
     MODULES,
     ROOT,
     STAGES,
@@ -202,7 +203,7 @@ def test_a_chat_that_the_template_refuses(refused, base, tmp_path):
     model = Path(shutil.copytree(base.chat, tmp_path / "model"))
     refusal = "{{ raise_exception('turns must alternate') }}"
     template = "{% if messages | length > 2 %}" + refusal + "{% endif %}"
-    (model / "chat_template.jinja").write_text(template)
+    (model / "chat_template.jinja").write_text(template + CHAT_TEMPLATE)
     folder, place = chats(tmp_path / "data", "messages", [USER, ASSISTANT], [USER, USER, ASSISTANT])
     refused("sft", place, "turns must alternate", dataset=folder, model=str(model))
 

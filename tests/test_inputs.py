@@ -285,12 +285,20 @@ def test_b33_a_chat_as_numpy_writes_it(tmp_path):
     assert len(read(tmp_path, rows)) == 20
 
 
-def test_b34_a_text_prompt_that_is_the_answers_head_too(tokenizer):
-    """Two texts that both begin with the whole prompt."""
+def test_b34_a_text_prompt_that_is_the_answers_head_too(tokenizer, tmp_path, error_of):
+    """Texts that begin with the whole prompt, in most rows; in a single one it is by chance."""
     row = {"prompt": "Q: figs?", "chosen": "Q: figs? Yes.", "rejected": "Q: figs? No."}
-    [pair] = reward_model_stage.encode(tokenizer, [dataset.Row(row, "f:1")], 99)
+    other = {"prompt": "Hi", "chosen": "Hi! How are you?", "rejected": "Hi there."}
+    whole = read(tmp_path, [row, row, other], PAIRS)
+    pair = reward_model_stage.encode(tokenizer, whole, 99)[0]
     assert tokenizer.decode(pair.chosen) == "Q: figs? Yes.<eos>"
     assert pair.chosen_length == len(tokenizer(" Yes.")["input_ids"]) + 1
+    apart = row | {"chosen": " Yes.", "rejected": " No."}
+    assert read(tmp_path, [other, apart, apart], PAIRS)[0]["chosen"] == "Hi! How are you?"
+    assert read(tmp_path, [apart | {"completion": row["chosen"]}])[0]["completion"] == " Yes."
+    assert "the other does not" in error_of(
+        read, tmp_path, [row, row | {"chosen": "Yes."}, row], PAIRS
+    )
 
 
 def test_one_bad_row_among_good_ones_is_left_out(tmp_path):
@@ -644,3 +652,151 @@ def test_a_head_is_used_whatever_architectures_says(models, tmp_path):
     folder = shutil.copytree(models.reward_model, tmp_path / "judge")
     change_config(folder, architectures=["LlamaForCausalLM"])
     assert utils.load_classifier(str(folder), CPU, trained=True).score.weight.any()
+
+
+# ---- B37 to B40: what is lost or added between row, template and text
+
+
+HEADED = (  # as Qwen's: a system message where there is none, answers without their reasoning
+    "{% if messages[0].role != 'system' %}<|system|>Be kind.<|end|>{% endif %}{% for m in messages "
+    "if m.role in ('system', 'user', 'assistant') %}<|{{ m.role }}|>"
+    "{{ (m.content or '').split('</think>')[-1] | trim }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "figs"}}}
+
+
+@pytest.mark.parametrize(
+    ("lost", "messages"),
+    [
+        ("Be brief", [{"role": "developer", "content": "Be brief."}, USER, GOOD]),
+        ("4 figs", [USER, GOOD, {"role": "tool", "content": "4 figs"}, GOOD]),
+        ("<think>", [USER, GOOD | {"content": "<think>two</think>Yes."}]),
+        ("tool_calls", [USER, GOOD | {"tool_calls": [CALL]}]),
+        ("tool_calls", [USER, GOOD | {"tool_calls": [CALL], "content": None}]),
+        ("reasoning_content", [USER, GOOD | {"reasoning_content": "two"}]),
+    ],
+)
+def test_b37_what_a_template_leaves_out(lost, messages):
+    """A message, a call or the reasoning of what is learned: such a row cannot be used."""
+    tokenizer = chatty(HEADED)
+    row = dataset.Row({"messages": messages}, "f:1")
+    with pytest.raises(dataset.Unusable, match=f"leaves out .*{lost}"):
+        dataset.render_row(tokenizer, row, all_turns=False)
+    if lost == "Be brief":
+        with pytest.raises(dataset.Unusable, match="leaves out"):
+            dataset.render(tokenizer, messages[:-1])
+
+
+def test_b37_what_a_template_writes_otherwise():
+    """Other line breaks, a tool's result as JSON, no earlier reasoning: all is said."""
+    result = {"role": "tool", "content": 'a "fig"\nhere'}
+    answer = GOOD | {"content": " <think>two</think>\n\nYes. "}
+    as_json = "{% for m in messages %}{{ m.content | tojson if m.role == 'tool' else m.content }}"
+    messages = [USER, GOOD, result, answer]
+    row = dataset.Row({"messages": messages}, "f:1")
+    pieces = dataset.render_row(chatty(as_json + "{% endfor %}"), row, all_turns=False).pieces
+    assert "".join(pieces).endswith('a \\"fig\\"\\nhere" <think>two</think>\n\nYes.')
+    earlier = dataset.Row({"messages": [USER, answer, USER, GOOD]}, "f:1")
+    assert dataset.render_row(chatty(HEADED), earlier, all_turns=False).pieces[-1] == "Yes.<|end|>"
+
+
+def test_b37_a_chat_that_the_assistant_opens():
+    """Its header and the template's own system message are given, not learned."""
+    assert taught(chatty(HEADED), [GOOD, USER, BAD]) == "Yes.<|end|>No.<|end|><eos>"
+    assert taught(chatty(HEADED), [GOOD]) == "Yes.<|end|><eos>"
+
+
+def test_b37_marks_that_leave_the_end_of_a_turn_out():
+    """The last turn's end is learned all the same, as EOS after it would not be sampled."""
+    inside = MARKED.replace("<|end|>{% endgeneration %}", "{% endgeneration %}<|end|>")
+    assert taught(chatty(inside), TALK) == "Yes.No.<|end|><eos>"
+
+
+def test_b37_turns_that_must_not_be_learned(tmp_path, error_of):
+    """One of weight 0; those of users and tools in a completion; tools that the prompt lacks."""
+    for talk in (
+        [USER, BAD | {"weight": 0}, USER, GOOD],
+        [*TURNS[:1], TURNS[1] | {"weight": 0.0}, *TURNS],
+    ):
+        [row] = read(tmp_path, [{"messages": talk}])
+        with pytest.raises(dataset.Unusable, match="weight 0"):
+            dataset.render_row(chatty(), row)
+        assert dataset.render_row(chatty(), row, all_turns=False)
+    row = {"prompt": [USER], "completion": [GOOD, USER, GOOD]}
+    assert "turns of others" in error_of(read, tmp_path, [row] * 2)
+    row = {"messages": [USER, GOOD], "tools": [CALL]}
+    assert "tools ignored" in error_of(read, tmp_path, [row] * 2)
+
+
+def test_b37_a_last_call_with_an_empty_text(tmp_path):
+    """As OpenAI's API writes it."""
+    message = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert len(read(tmp_path, [{"messages": [USER, message]}])) == 1
+
+
+def test_b38_an_answer_keeps_its_first_space():
+    """Which SentencePiece drops from what it decodes alone; a message has none."""
+    tokenizer = metaspace()
+    text = dataset.Row({"prompt": "Answer:"}, "f:1")
+    ids = tokenizer("Answer:")["input_ids"]
+    chat, begun = ({"prompt": [USER, *more]} for more in ([], [GOOD]))
+    answer = tokenizer("Answer: it is")["input_ids"][len(ids) :]
+    assert tokenizer.decode(answer) == "it is"
+    prompts = [dataset.Prompt(ids, "", row, []) for row in (text, chat, begun)]
+    texts = dataset.answer_texts(tokenizer, prompts, [[*answer, tokenizer.eos_token_id]] * 3)
+    assert texts == [" it is", "it is", " it is"]
+
+
+@pytest.mark.parametrize("name", ["chosen", "messages"])
+def test_b39_conversations_beside_what_is_named(tmp_path, error_of, name):
+    """They take no column's place."""
+    row = {"conversations": TURNS, "clean": [USER, BAD]}
+    columns = [f"{'prompt' if name == 'chosen' else name}=clean"]
+    rows, formats = ([row | ANSWERS], PAIRS) if name == "chosen" else ([row], dataset.SFT_FORMATS)
+    assert "conversations ignored" in error_of(read, tmp_path, rows, formats, columns)
+    [row] = read(tmp_path, rows, formats, [*columns, "conversations="])
+    assert row["prompt" if name == "chosen" else name] == [USER, BAD]
+
+
+def test_b39_columns_that_are_named_but_not_read(tmp_path, error_of):
+    rows = [{"prompt": "Q", "completion": "A", "dialog": [USER, GOOD]}] * 2
+    assert "messages ignored" in error_of(read, tmp_path, rows, columns=["messages=dialog"])
+    columns = ["prompt=dialog", "prompt=completion+"]
+    assert "names prompt twice" in error_of(read, tmp_path, rows, columns=columns)
+
+
+def test_b39_held_out_rows_of_several_data_sets_are_mixed(tmp_path):
+    """PPO evaluates on the first of them; those of one stay in their order."""
+    for name, count in (("a", 40), ("b", 20)):
+        rows = [{"prompt": f"{name}{i}"} for i in range(count)]
+        for split in ("train", "validation"):
+            write_jsonl(tmp_path / name / f"{split}.jsonl", rows)
+    names = [tmp_path / "a", tmp_path / "b"]
+    _, held_out = dataset.load_splits(flags_of(*names), dataset.PROMPT_FORMATS)
+    assert sorted(row["prompt"] for row in held_out[:6]) == ["a0", "a1", "a2", "a3", "b0", "b1"]
+    _, held_out = dataset.load_splits(flags_of(names[0]), dataset.PROMPT_FORMATS)
+    assert [row["prompt"] for row in held_out] == [f"a{i}" for i in range(40)]
+
+
+def test_pairs_that_are_equal_once_they_are_rendered():
+    row = dataset.Row({"prompt": [USER], "chosen": [GOOD], "rejected": [GOOD | {"id": 2}]}, "f:1")
+    good = dataset.Row({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, "f:2")
+    assert len(reward_model_stage.encode(chatty(), [row] + [good] * 9, 99)) == 9
+
+
+def test_a_chat_as_prompt_and_texts_as_answers():
+    row = dataset.Row({"prompt": [USER], "chosen": "Yes.", "rejected": "No."}, "f:1")
+    [pair] = reward_model_stage.encode(chatty(), [row], 99)
+    assert chatty().decode(pair.chosen).endswith("<|assistant|>Yes.<|end|><eos>")
+
+
+def test_b33_braces_in_a_chat_that_numpy_wrote(tmp_path):
+    talk = [USER, GOOD | {"content": "\\frac{1} {2}"}]
+    text = repr(talk).replace("}, {", "} {")
+    assert read(tmp_path, [{"messages": text}])[0]["messages"] == talk
+
+
+def test_kto_labels_that_are_no_booleans(tmp_path):
+    rows = [{"prompt": "Q", "completion": str(x), "label": x} for x in (True, "false", None, False)]
+    assert [row["completion"] for row in read(tmp_path, rows)] == ["True"]

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from torch import Tensor
+from transformers.configuration_utils import get_head_shapes
 
 import dataset
 import distributed
@@ -198,6 +199,25 @@ def invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     return index, 1 - (cumulative.gather(1, index) - threshold) / weights.gather(1, index)
 
 
+@torch.no_grad()
+def check(model: Any, name: str) -> None:
+    """Stop unless a model is decoded, padding on the left, as one forward pass reads the text."""
+    ids, mask = torch.tensor([[[1, 2, 3], [0, 3, 2]], [[1, 1, 1], [0, 1, 1]]], device=model.device)
+    uniform = random_numbers(2, 8, utils.generator(model.device, 0))
+    try:
+        got, _ = generate(model, ids, mask, uniform, [-1], pad_id=0, stride=1)
+        for row, start in ((0, 0), (1, 1)):
+            text = torch.cat([ids[row, start:], got[row]])
+            hidden = utils.hidden_states(model, text[None])[0, 2 - start : -1]  # [8, H]
+            probs = utils.logits_of(model, hidden).double().softmax(-1)
+            upper, prob = (x.gather(1, got[row, :, None]) for x in (probs.cumsum(-1), probs))
+            u = uniform[row, :, None]  # is within the token's part of the distribution
+            if torch.maximum(upper - prob - u, u - upper).max() > 0.02:
+                utils.stop(f"{name}: would be sampled from another distribution; pass another")
+    except Exception as error:
+        utils.stop(f"{name}: cannot be decoded here ({utils.first_line(error)}); pass another")
+
+
 def stop_token_ids(tokenizer: Any, stop_token: str, config: Any = None) -> list[int]:
     """EOS, the ends in a generation `config` (B28) and, if not "eos", `stop_token`."""
     ends = getattr(config, "eos_token_id", None)
@@ -218,13 +238,12 @@ def rows_at_once(model: Any, prompt_length: int, response_length: int) -> int:
     free, config = utils.free_memory(model.device), model.config.get_text_config()
     if free is None:
         return 2**30
-    heads, hidden = config.num_attention_heads, config.hidden_size
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    width = groups * (getattr(config, "head_dim", None) or hidden // heads)
+    heads, sizes = map(torch.tensor, get_head_shapes(config))  # of keys and values, by layer
+    width = int((heads * sizes).expand(config.num_hidden_layers).sum())
     size = 2 if torch.is_autocast_enabled(model.device.type) else 4
-    cache = 2 * size * config.num_hidden_layers * width * (prompt_length + response_length)
+    cache = 2 * size * width * (prompt_length + response_length)
     # what a layer makes of a prompt, and the last logits with what `sample` makes of them
-    row = cache + 64 * hidden * prompt_length + 32 * config.vocab_size
+    row = cache + 64 * config.hidden_size * prompt_length + 32 * config.vocab_size
     return max(1, int(0.75 * free / row))
 
 
@@ -234,7 +253,8 @@ def capture(step: Callable[[], None], model: Any, before: Any) -> Any:
         return None
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        with torch.cuda.graph(graph, pool=before and before.pool()):
+        pool = before and before.pool()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             step()
         return graph
     except RuntimeError as error:  # it asks the device something
@@ -328,7 +348,9 @@ def main(args: Args) -> None:
     device, speakers, typed = utils.start_process(args).device, [], sys.stdin.isatty()
     for name in filter(None, (args.model, args.compare)):
         tokenizer = utils.load_tokenizer(name)
-        model = utils.freeze(utils.load_causal_lm(name, device, tokenizer), args.dtype)
+        model = utils.load_causal_lm(name, device, tokenizer)
+        check(model, name)
+        utils.freeze(model, args.dtype)
         speakers.append((name, model, tokenizer, []))
     if args.score:
         judge = utils.load_classifier(args.score, device, trained=True)
@@ -361,7 +383,8 @@ def main(args: Args) -> None:
 
         print(f"{name}\t" * bool(args.compare), end="")
         ids = torch.tensor([prompt.ids], device=device)
-        stops = stop_token_ids(tokenizer, "eos", model.generation_config)
+        ends = model.generation_config.eos_token_id or []  # --stop-token's too
+        stops = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
         more = {"pad_id": 0, "stride": 1, "watch": show} | settings
         uniform = random_numbers(1, min(length, room)).to(device)
         ids, mask = generate(model, ids, torch.ones_like(ids), uniform, stops, **more)

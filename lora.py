@@ -27,6 +27,8 @@ def adapt(model: Any, args: Any, start: Path | None = None) -> Any:
     except ImportError:
         utils.stop("--lora-rank: needs peft; pip install -r requirements-lora.txt")
     model = utils.freeze(copy.deepcopy(model, {id(p): p for p in model.parameters()}), args.dtype)
+    for module in model.modules():
+        vars(module).pop("forward", None)  # of --compile, which would be that of the other model
     names = args.lora_target
     if names != "all-linear":
         names = [name.strip() for name in names.split(",")]

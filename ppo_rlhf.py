@@ -237,7 +237,9 @@ def main(args: Args) -> None:
     pad_id = tokenizer.pad_token_id
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     at = utils.load_device(args, device)
-    reference = utils.freeze(utils.load_causal_lm(args.model, at, tokenizer), args.dtype)
+    reference = utils.load_causal_lm(args.model, at, tokenizer)
+    generate.check(reference, args.model)
+    utils.freeze(reference, args.dtype)
     if args.lora_rank:  # one base for policy, reference and value function (D43)
         policy = lora.adapt(reference, args)
     else:
@@ -568,9 +570,10 @@ def main(args: Args) -> None:
                 baseline = others / (args.samples_per_prompt - 1)
                 episode_advantages = (grouped_rewards - baseline).flatten()
             elif args.advantage == "grpo":  # standardized over the prompt's group (D35)
-                center = grouped_rewards.mean(1, keepdim=True)
-                spread = grouped_rewards.std(1, keepdim=True, correction=0)
-                episode_advantages = ((grouped_rewards - center) / (spread + 1e-4)).flatten()
+                grouped = grouped_rewards.double()  # equal ones differ from their mean by nothing
+                center = grouped.mean(1, keepdim=True)
+                spread = grouped.std(1, keepdim=True, correction=0)
+                episode_advantages = ((grouped - center) / (spread + 1e-4)).flatten().float()
             advantages = episode_advantages[:, None] * response_mask  # [B, R]
             returns = episode_rewards[:, None] * response_mask  # [B, R]
         if args.whiten_advantages:  # over the real tokens of all processes (D22, B7, B8)
@@ -586,8 +589,6 @@ def main(args: Args) -> None:
         for group, rate in zip(optimizer.param_groups, rates, strict=False):
             group["lr"] = rate * left  # D6, D38
         policy_weights.requires_grad_(update > args.critic_warmup_updates)  # D32
-        for model in trained.values():
-            utils.set_gradient_checkpointing(model, args.gradient_checkpointing)
         shuffle = utils.generator("cpu", args.seed, SHUFFLING, update, 0)
         ptx_rng = utils.generator("cpu", args.seed, PTX, update, 0)
         batch_tokens = distributed.sum_all(response_mask.sum())
@@ -660,8 +661,6 @@ def main(args: Args) -> None:
             epoch_means.append(dict(zip(sums, means.tolist(), strict=True)))
             if args.target_kl and epoch_means[-1]["policy/approxkl_avg"] > args.target_kl:
                 break  # D28
-        for model in trained.values():
-            utils.set_gradient_checkpointing(model, False)
         policy_weights.requires_grad_(True)  # autocast caches casts only of such weights
         clock.append(utils.now(device))
 
@@ -815,7 +814,8 @@ def check_flags(args: Args, world: int) -> None:
         utils.stop("--total-episodes: is below --batch-size; raise")
     if args.advantage in ("rloo", "grpo") and args.samples_per_prompt < 2:
         utils.stop(f"--samples-per-prompt: is 1; {args.advantage} needs 2 or more")
-    for name in ("value_model", "value_lam", "value_learning_rate", "critic_warmup_updates"):
+    of_critic = "value_model value_lam value_learning_rate critic_warmup_updates gamma lam vf_coef "
+    for name in (of_critic + "cliprange_value").split():
         if args.advantage != "gae" and getattr(args, name) != getattr(Args, name):
             utils.stop(f"{utils.flag(name)}: {args.advantage} has no critic; leave it out")
     if args.advantage == "gae":

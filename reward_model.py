@@ -256,7 +256,6 @@ def main(args: Args) -> None:
         }
 
     # ---- train
-    utils.set_gradient_checkpointing(model, args.gradient_checkpointing)
     interruption = distributed.Interruption(process)
     steps = dataset.batches(len(train_pairs), args.batch_size, args.epochs, args.seed, start)
     for step, indices in steps:

@@ -60,7 +60,8 @@ def save_weights(model: Any, folder: Path, name: str = "model") -> None:
     if name == "model":
         getattr(model, "lora_config", model.config).save_pretrained(folder)
     file, weights = weights_of(model, name)
-    safetensors.torch.save_file(weights, folder / file, {"format": "pt"})
+    norms = {k: str(x) for k, x in vars(model.config).items() if k in ("reward_mean", "reward_std")}
+    safetensors.torch.save_file(weights, folder / file, {"format": "pt"} | norms)
 
 
 def load_weights(model: Any, folder: Path, name: str = "model") -> None:

@@ -202,7 +202,6 @@ def main(args: Args) -> None:
         return nats / tokens
 
     # ---- train
-    utils.set_gradient_checkpointing(model, args.gradient_checkpointing)
     interruption = distributed.Interruption(process)
     steps = dataset.batches(len(train_rows), args.batch_size, args.epochs, args.seed, start)
     for step, indices in steps:

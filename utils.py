@@ -6,6 +6,7 @@ Shapes: B sequences, R response tokens, T tokens, H hidden size, V vocabulary, n
 
 import asyncio
 import contextlib
+import functools
 import importlib.util
 import inspect
 import json
@@ -22,6 +23,7 @@ from unittest import mock
 import filelock
 import huggingface_hub.utils
 import numpy as np
+import safetensors
 import torch
 import transformers
 from rich.console import Console
@@ -31,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import masking_utils
 from transformers.integrations import sdpa_attention
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import card
 import distributed
@@ -230,8 +233,11 @@ def check_output(args: Any, stage: str) -> None:
         stop("--resume: contradicts --overwrite; pass one")
     if args.track:
         import wandb  # noqa: F401
-    if Path(args.model).expanduser().resolve() == out.resolve():
-        stop(f"--output-dir: {out} is also --model; pass another")
+    others = getattr(args, "reward_model", None) or (), getattr(args, "value_model", None)
+    for model in filter(None, (args.model, *others[0], others[1])):
+        path = Path(model).expanduser().resolve()
+        if path == out.resolve() or (args.overwrite and out.resolve() in path.parents):
+            stop(f"--output-dir: {out} holds {model}, which would be overwritten; pass another")
     if not out.is_dir() or {path.name for path in out.iterdir()} <= {"run.lock", "args.json.part"}:
         return
     before = flags_of(out)
@@ -382,16 +388,18 @@ def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any)
         try:
             import peft
 
-            (Path(model).expanduser() / "adapter_model.safetensors").stat()
+            (file := Path(model).expanduser() / "adapter_model.safetensors").stat()
             loaded = peft.PeftModel.from_pretrained(loaded, model, torch_device="cpu")
             loaded = loaded.merge_and_unload().requires_grad_(True)
+            with safetensors.safe_open(file, "pt") as adapter:
+                for name, number in (adapter.metadata() or {}).items():
+                    if name in ("reward_mean", "reward_std"):  # (B18)
+                        setattr(loaded.config, name, float(number))
         except Exception as error:
             what = f"its adapter cannot be merged ({first_line(error)})"
             stop(f"{model}: {what}; pip install -r requirements-lora.txt, or check its files")
-    for module in loaded.modules():  # some layers drop out by a flag that checkpointing sets
-        for name in ("dropout", "layerdrop"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+    if any(p.dtype != torch.float32 for p in loaded.parameters()):  # float8 weights, on a GPU
+        stop(f"{model}: its weights are quantized; pass a model with whole ones")
     return loaded.to(device).eval()
 
 
@@ -404,7 +412,7 @@ def load_causal_lm(model: str, device: torch.device, tokenizer: Any = None) -> A
     loaded = load_model(transformers.AutoModelForCausalLM, model, device)
     if getattr(loaded, "_is_stateful", False):
         stop(f"{model}: is a state-space model without keys and values; pass another")
-    ids = torch.arange(4, device=device)[None]  # any that it knows
+    ids = check_causal(model, loaded)
     own = loaded(**model_inputs(loaded, ids), use_cache=False).logits.float()
     if not torch.allclose(logits_of(loaded, hidden_states(loaded, ids)), own, rtol=1e-3, atol=1e-3):
         stop(f"{model}: does something unknown to its logits; pass another")
@@ -425,11 +433,17 @@ def load_classifier(model: str, device: torch.device, trained: bool = False) -> 
         stop(f"{model}: {type(loaded).__name__} has no head named score; pass another")
     if trained and not loaded.score.weight.any():
         stop(f"{model}: is no reward model; run reward_model.py first")
-    ids = torch.arange(4, device=device)[None]
+    check_causal(model, loaded)
+    return loaded
+
+
+def check_causal(model: str, loaded: Any) -> Tensor:
+    """Stop if the model's tokens see later ones; return some ids that it knows, [1, 4]."""
+    ids = torch.arange(4, device=loaded.device)[None]
     some, more = (hidden_states(loaded, ids[:, :n])[:, :3] for n in (3, 4))
     if (some - more).norm() > 0.02 * some.norm():  # by less they differ in TF32
         stop(f"{model}: its tokens see later ones; pass a causal one")
-    return loaded
+    return ids
 
 
 def freeze(model: Any, dtype: str) -> Any:
@@ -452,22 +466,19 @@ def freeze(model: Any, dtype: str) -> Any:
 def same_tokenizer(a: Any, b: Any) -> bool:
     """Whether two give the same ids, so that one model can read the other's tokens (B5)."""
     same = a.eos_token_id == b.eos_token_id and a.chat_template == b.chat_template
-    return same and a.get_vocab() == b.get_vocab()
+    text = " A text\n in  Two lines."  # they may begin, or put spaces, in other ways
+    return same and a.get_vocab() == b.get_vocab() and a(text)["input_ids"] == b(text)["input_ids"]
 
 
 def context_length(model: Any) -> int:
-    """The most tokens that the model's positions allow; 2^30 without a limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**30
+    """The most tokens that the model's positions allow; 2^30 without a limit.
 
-
-def set_gradient_checkpointing(model: Any, on: bool) -> None:
-    """Recompute activations in the backward pass; sampling needs it off."""
-    if on:
-        model.activation_checkpointing_enable()
-    for module in model.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            # transformers checkpoints what is in training mode; children stay in eval mode (D4)
-            module.training = on
+    By "longrope" any token's position would be another one beside a sequence longer than this.
+    """
+    config = model.config.get_text_config()
+    if (rope := getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
+        return rope["original_max_position_embeddings"]
+    return getattr(config, "max_position_embeddings", None) or 2**30
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
@@ -484,6 +495,9 @@ def attention(module: Any, *inputs: Tensor | None, **kwargs: Any) -> tuple:
 
 
 transformers.AttentionInterface.register("sdpa", attention)
+# on a Hopper or Blackwell torch would prefer it, which plans anew for each shape, tens of
+# milliseconds each, and with some masks gives wrong numbers (pytorch issues 193893, 196678)
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def load_device(args: Any, device: torch.device) -> torch.device:
@@ -494,11 +508,20 @@ def load_device(args: Any, device: torch.device) -> torch.device:
 def spread(model: Any, args: Any, device: torch.device, trained: bool = True) -> None:
     """Let the processes of torchrun, if any, share the work on a model; with --fsdp the model.
 
-    With --compile what comes before its head is compiled, on first use; decoding does without.
+    With --gradient-checkpointing a layer's activations are made again in the backward pass; with
+    --compile layers are compiled, on first use: they share code. Decoding does without.
     """
-    if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # models of one class share code
-        model.base_model.compile(dynamic=True)
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers and (args.compile or (trained and args.gradient_checkpointing)):
+        kind = type(model).__name__
+        stop(f"--compile, --gradient-checkpointing: {kind} is without layers for it; leave it out")
+    for layer in layers:
+        if args.compile:
+            torch._dynamo.config.recompile_limit = 64  # models of one class share code
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        if trained and args.gradient_checkpointing:  # transformers' own needs dropout's mode (D4)
+            how = {"use_reentrant": False, "preserve_rng_state": False}
+            layer.forward = functools.partial(checkpoint, layer.forward, **how)
     if args.fsdp:
         distributed.shard(model, device, args.dtype, offload=not trained and args.cpu_offload)
     elif trained:
@@ -521,7 +544,7 @@ def hidden_states(model: Any, ids: Tensor) -> Tensor:
     """What the model's head reads, [B, T, H], of ids [B, T] padded on the right."""
     inputs = model_inputs(model.base_model, ids)
     # transformers would look for several sequences in a row of ours: in each pass the CPU would
-    # wait for the GPU, and with --compile there would be a mask, without which attention is faster
+    # wait for the GPU
     with mock.patch.object(masking_utils, "find_packed_sequence_indices", none_packed, create=True):
         return model.base_model(**inputs, use_cache=False).last_hidden_state
 
@@ -680,6 +703,8 @@ def call_reward_function(
         returned = function(**columns)
         if inspect.iscoroutine(returned):
             returned = runner.run(returned)
+        if isinstance(returned, dict | set | str):
+            raise TypeError(f"a {type(returned).__name__} is no list of numbers")
         numbers = [[float(x) for x in s] if np.ndim(s) else float(s) for s in returned]
     except Exception as error:
         what = f"raised {first_line(error)} for {len(texts)} prompts, {texts[0]!r:.60} first"

@@ -119,9 +119,10 @@ def check(args: Args) -> dict[str, Any]:
 def tests(args: Args) -> dict[str, Any]:
     """How many of the tests for GPUs passed, failed and were skipped."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, cwd=ROOT, text=True, **both)
     print(done.stdout[-3000:], flush=True)
-    return {"exit_code": done.returncode, "summary": done.stdout.strip().splitlines()[-1]}
+    return {"exit_code": done.returncode, "summary": done.stdout.strip().rpartition("\n")[2]}
 
 
 def embedded(args: Args) -> dict[str, Any]:

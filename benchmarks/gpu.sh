@@ -8,8 +8,8 @@ export HF_HUB_OFFLINE=1
 python=${PYTHON:-python}
 case ${1:-} in
 1) parts="tests:130 embedded:150 resume:100 ceilings:20 rollout:130" ;;
-2) parts="W6:140 W6-trl:150 memory:100 W6-compile:140" ;;
-3) parts="W5:220 W5-trl:230 vllm:80" ;;
+2) parts="W6:140 W6-trl:150 memory:90 W6-compile:160" ;;
+3) parts="W5:220 W5-trl:230 vllm:240" ;;  # vLLM, where it is installed, starts slowly
 *) echo "usage: benchmarks/gpu.sh 1|2|3 [--dry-run]" >&2 && exit 2 ;;
 esac
 shift

@@ -207,7 +207,7 @@ def emulate(free: int = 2**33) -> Iterator[Gpu]:
     gpu = Gpu()
 
     @contextlib.contextmanager
-    def capture(graph: Graph, pool: Any = None) -> Iterator[None]:
+    def capture(graph: Graph, pool: Any = None, capture_error_mode: str = "") -> Iterator[None]:
         alive = [other() for other in gpu.graphs if other()]
         if pool is not None and pool not in [other.pool() for other in alive]:
             raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED: the pool's graph is gone")

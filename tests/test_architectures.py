@@ -1,5 +1,7 @@
 """Every family of language models that people use, as a random one built from its configuration."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,8 @@ OPT = WIDTH | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embedding
 GEMMA = ROPE | {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}
 BOTH_WAYS = GEMMA | {"use_bidirectional_attention": True, "sliding_window": 16}
 FALCON = WIDTH | {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}
+GEMMA4 = GEMMA | {"global_head_dim": 16, "num_hidden_layers": 6, "hidden_size_per_layer_input": 8}
+GEMMA4 |= {"vocab_size_per_layer_input": 404, "num_kv_shared_layers": 0}
 ALIBI = {"alibi": True, "multi_query": False, "new_decoder_architecture": False}
 FAMILIES = {  # some with dropout, which OPT has in flags of its own and not in modules (D4)
     "gpt2": GPT2 | {"n_embd": 32, "n_positions": 128, "resid_pdrop": 0.5},
@@ -34,7 +38,7 @@ FAMILIES = {  # some with dropout, which OPT has in flags of its own and not in 
     "gemma3_text": GEMMA,
     "phi3": ROPE,
     "opt": OPT | {"init_std": 0.1, "dropout": 0.5, "layerdrop": 0.5, "attention_dropout": 0.5},
-    "falcon": FALCON,
+    "falcon": FALCON | {"hidden_dropout": 0.5},
     "falcon-alibi": WIDTH | ALIBI,
     "bloom": GPT2 | {"hidden_size": 32},
     "olmo2": ROPE,
@@ -150,6 +154,20 @@ def test_captured_steps_decode_the_same(family, dtype, monkeypatch, request):
     assert torch.equal(a_mask, b_mask)
 
 
+def test_memory_for_heads_of_several_sizes(tmp_path, monkeypatch):
+    """A cache holds what each layer needs: Gemma 4 has wide heads in some."""
+    model = utils.load_causal_lm(make_random("gemma4_text", tmp_path, **GEMMA4), CPU)
+    monkeypatch.setattr(utils, "free_memory", lambda device: 2**30)
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=torch.tensor([PROMPTS[2]]), cache=cache)
+    width = sum(layer.keys.shape[1] * layer.keys.shape[3] for layer in cache.layers)
+    assert width > 6 * 2 * 8
+    row = 2 * 4 * width * 300 + 64 * 32 * 100 + 32 * 404
+    assert generate.rows_at_once(model, 100, 200) == int(0.75 * 2**30 / row)
+    generate.check(model, "m")
+
+
 @torch.no_grad()
 def test_greedy_decoding_is_that_of_transformers(family):
     """D2: token for token, over prompts of different lengths padded on the left."""
@@ -239,13 +257,59 @@ REFUSED = [
     ("mamba", SIZES | {"state_size": 8}, utils.load_causal_lm, "state-space model"),
     # padding on the right would change its scores
     ("gemma3_text", BOTH_WAYS, utils.load_classifier, "its tokens see later ones"),
+    ("gemma3_text", BOTH_WAYS, utils.load_causal_lm, "its tokens see later ones"),
 ]
+BART = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
+LFM2 = ROPE | {"layer_types": ["conv", "full_attention"]}
+UNDECODED = {
+    "bart": (BART | {"init_std": 0.2, "scale_embedding": True}, "from another distribution"),
+    "lfm2": (LFM2, "cannot be decoded here"),  # it keeps more than keys and values
+}
 
 
 @pytest.mark.parametrize(("kind", "sizes", "load", "what"), REFUSED)
 def test_models_that_are_refused(kind, sizes, load, what, tmp_path, error_of):
     """One without keys and values; one whose tokens see later ones."""
     assert what in error_of(load, make_random(kind, tmp_path, **sizes), CPU)
+
+
+@pytest.mark.parametrize("kind", UNDECODED)
+def test_b40_models_that_would_be_decoded_wrongly(kind, tmp_path, error_of):
+    """One that counts padding on the left as positions."""
+    sizes, what = UNDECODED[kind]
+    model = utils.load_causal_lm(make_random(kind, tmp_path, **sizes), CPU)
+    with warnings.catch_warnings(action="ignore"):  # of the name of the cache
+        assert what in error_of(generate.check, model, "m")
+
+
+def test_b40_a_model_that_is_decoded_as_it_is_read(family):
+    generate.check(utils.load_causal_lm(family, CPU), "m")
+
+
+def test_b40_a_rotation_that_depends_on_the_longest_sequence(tmp_path):
+    """By "longrope" it does beyond a length, which is the context's limit then."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    sizes = ROPE | {"rope_parameters": rope | {"factor": 8.0, "rope_theta": 10_000.0}}
+    folder = make_random("phi3", tmp_path, **sizes, original_max_position_embeddings=16)
+    model = utils.load_causal_lm(folder, CPU)
+    assert utils.context_length(model) == 16
+    ids, mask = dataset.pad([PROMPTS[0], [30] * 17], 0, "right", CPU)
+    with torch.no_grad():
+        alone, beside = (utils.hidden_states(model, x)[0, :4] for x in (ids[:1, :4], ids))
+    assert not torch.allclose(alone, beside, atol=0.01)  # what the limit is against
+
+
+def test_b40_quantized_weights(family, monkeypatch, error_of):
+    """Of float8, as transformers keeps them on newer GPUs: they could not be trained."""
+    load = utils.from_pretrained
+
+    def quantized(*args, **kwargs):
+        model, info = load(*args, **kwargs)
+        model.get_input_embeddings().to(torch.float8_e4m3fn)
+        return model, info
+
+    monkeypatch.setattr(utils, "from_pretrained", quantized)
+    assert "quantized" in error_of(utils.load_causal_lm, family, CPU)
 
 
 @torch.no_grad()

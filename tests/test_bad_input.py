@@ -406,6 +406,8 @@ PPO = [
     {"value_model": "x", "advantage": "batch_mean"},
     {"value_lam": 0.0, "advantage": "batch_mean"},
     {"value_learning_rate": 1.0, "advantage": "batch_mean"},
+    *({name: 0.5, "advantage": "batch_mean"} for name in ("gamma", "lam", "vf_coef")),
+    {"cliprange_value": 0.5, "advantage": "batch_mean"},
     {"ptx_coef": 1.0},
     {"ptx_coef": 0.0, "ptx_dataset": "x"},
     {"kl_target": 6.0, "kl_coef": 0.0},
@@ -531,6 +533,8 @@ def test_the_model_stays_where_it_is(refused, name, chain, tmp_path):
     (tmp_path / "deeper").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "deeper")
     refused(name, "--output-dir", model=f"{tmp_path}/link/../out", overwrite=True)
+    shutil.copytree(getattr(chain, name), tmp_path / "out" / "best")
+    refused(name, "--output-dir", model=str(tmp_path / "out" / "best"), overwrite=True)
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 

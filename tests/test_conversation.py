@@ -36,6 +36,7 @@ def talk(monkeypatch, capsys):
 
     def run(lines, **flags) -> tuple[str, str]:
         lines = io.StringIO(lines) if isinstance(lines, str) else lines
+        monkeypatch.setattr(generate, "check", lambda *given: None)  # which would be recorded too
         monkeypatch.setattr(sys, "stdin", lines)
         capsys.readouterr()
         generate.main(generate.Args(**{"device": "cpu", "dtype": "float32"} | flags))
@@ -90,6 +91,35 @@ def test_it_samples_as_in_training(talk, chain, monkeypatch, tmp_path):
     assert first != talk(PIPED, model=folder, seed=2)
     talk(PIPED, model=folder, temperature=0.7, top_k=3, top_p=0.9, max_new_tokens=4)
     assert {*asked} == {(10, 0.5, 7, 1.0), (4, 0.7, 3, 0.9)}
+
+
+def test_it_stops_where_the_policy_was_trained_to(talk, chain, tmp_path):
+    """At an ordinary token too, which PPO leaves in the generation config."""
+    folder = str(shutil.copytree(chain.ppo, tmp_path / "ppo"))
+    config, tokenizer = plain_lm(folder).generation_config, utils.load_tokenizer(folder)
+    answer = greedy(folder, PROMPTS[0])[1]
+    config.eos_token_id = [tokenizer.eos_token_id, answer[-4]]
+    config.save_pretrained(folder)
+    whole, cut = (talk(PIPED, model=x, temperature=0)[0] for x in (str(chain.ppo), folder))
+    assert whole.startswith(cut.splitlines()[0])
+    assert whole.splitlines()[0] != cut.splitlines()[0]
+
+
+def test_a_message_is_kept_without_the_space_before_it(talk, chat, monkeypatch):
+    """B38: which belongs to the template."""
+    seen, decode = [], generate.generate
+    tokenizer = utils.load_tokenizer(chat)
+    [answer] = tokenizer([" figs"])["input_ids"]
+
+    def recorded(model, ids, *given, **named):
+        seen.append(tokenizer.decode(ids[0]))
+        tokens = iter([*answer, tokenizer.eos_token_id])
+        monkeypatch.setattr(generate, "sample", lambda *given: torch.tensor([next(tokens)]))
+        return decode(model, ids, *given, **named)
+
+    monkeypatch.setattr(generate, "generate", recorded)
+    talk(Typed("a\nb\n"), model=chat, max_new_tokens=5)
+    assert seen[1] == "<|user|>a<|end|><|assistant|>figs<|end|><|user|>b<|end|><|assistant|>"
 
 
 def test_two_models_and_scores(talk, chain):

@@ -437,6 +437,18 @@ def test_d35_responses_to_one_prompt_are_compared(runs, advantage):
     recomputed.check_rewards(runs(advantage))
 
 
+def test_d35_equal_responses_teach_nothing(ppo, tmp_path):
+    """Where groups of equal rewards are all there is, rounding is not made into advantages."""
+    (tmp_path / "f.py").write_text(
+        "def f(prompts, completions, **columns):\n    return [-0.1 * len(p) for p in prompts]\n"
+    )
+    flags = {"reward_fn": f"{tmp_path / 'f.py'}:f", "advantage": "grpo", "samples_per_prompt": 3}
+    flags |= {"batch_size": 12, "micro_batch_size": 4, "total_episodes": 12, "save_rollouts": 1}
+    out = ppo(tmp_path / "out", kl_coef=0, missing_eos_penalty=0, **flags)
+    assert np.ptp(rollouts_of(out)[0].a["scores"]) > 0
+    assert not rollouts_of(out)[0].a["advantages"].any()
+
+
 @pytest.mark.parametrize("flags", [{"top_k": 1}, {"top_p": 1e-6}])
 def test_d36_top_k_and_top_p_change_sampling_only(ppo, flags, tmp_path):
     """With one candidate all answers agree, but log-probabilities are over all tokens (B11)."""

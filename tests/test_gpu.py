@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import args_of, metrics_of, target_logits
+from conftest import args_of, make_model, make_tokenizer, metrics_of, save_pair, target_logits
 from test_architectures import FAMILIES, STEP_BY_STEP, make_random
 
 import dataset
@@ -37,6 +37,26 @@ def test_the_captured_graph_decodes_what_single_steps_do(base, dtype):
             assert torch.equal(a, b) and torch.equal(a_mask, b_mask)
         else:
             assert (a == b).all(1).float().mean() > 0.5
+
+
+@torch.no_grad()
+def test_masked_attention_in_bfloat16_samples_what_is_read_without_a_mask(tmp_path):
+    """Left padding, keys shared by heads of 64: by each token's place in the distribution."""
+    device, tokenizer = torch.device("cuda"), make_tokenizer()
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    folder = save_pair(tmp_path, make_model(tokenizer, **sizes), tokenizer)
+    model, flags = utils.load_causal_lm(folder, device), {"pad_id": 0, "stride": 32}
+    ids, mask = dataset.pad(PROMPTS, 0, "left", device)
+    uniform = generate.random_numbers(len(ids), 70, utils.generator(device, 1))
+    with utils.autocast(device, "bfloat16"):
+        response_ids, real = generate.generate(model, ids, mask, uniform, [1], **flags)
+        for prompt, answer, n, u in zip(PROMPTS, response_ids, real.sum(1), uniform, strict=True):
+            text = torch.cat([torch.tensor(prompt, device=device), answer[:n]])
+            hidden = utils.hidden_states(model, text[None])[0, len(prompt) - 1 : -1]
+            probs = utils.logits_of(model, hidden).double().softmax(-1)
+            upper, prob = (x.gather(1, answer[:n, None]) for x in (probs.cumsum(-1), probs))
+            outside = torch.maximum(upper - prob - u[:n, None], u[:n, None] - upper)
+            assert outside.max() < 0.05
 
 
 @torch.no_grad()

@@ -172,11 +172,14 @@ def test_a_number_per_response_or_per_token(array):
 
 @pytest.mark.parametrize(
     "returned",
-    [[1, 2], [1, 2, [3, 4]], [1, [], 3], [[1, math.nan], [1], 2], [1, 2, [[1], [2], 3]]],
+    [
+        *([1, 2], [1, 2, [3, 4]], [1, [], 3], [[1, math.nan], [1], 2], [1, 2, [[1], [2], 3]]),
+        *({0: 0.5, 1: 0.7, 2: 0.9}, {1.0, 2.0, 3.0}, "123"),
+    ],
     ids=str,
 )
 def test_what_is_neither(returned, error_of):
-    """The wrong count of responses or of tokens, a NaN among them, lists of lists."""
+    """The wrong count of responses or of tokens, a NaN among them, lists of lists, no list."""
     line = error_of(called, returned, update=3, code=1)
     assert line.startswith("error: update 3: f.py:f: ")
 

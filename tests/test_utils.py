@@ -1,6 +1,7 @@
 """utils.py: each helper against an independent computation, with what went wrong elsewhere."""
 
 import copy
+import functools
 import logging
 import os
 import shutil
@@ -89,11 +90,8 @@ def test_attention_on_a_cpu_is_not_rounded_to_bfloat16():
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.skipif(
-    torch.__version__ < "2.13", reason="transformers always makes a mask there when it is compiled"
-)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_compiled_model_attends_without_a_mask(kind, tokenizer):
+def test_a_compiled_model_attends_without_a_mask(kind, tokenizer, monkeypatch):
     """As one that is not: padding is on the right, and a row is one sequence."""
     if kind == "llama":
         model = make_model(tokenizer, attn_implementation="sdpa")
@@ -108,9 +106,11 @@ def test_a_compiled_model_attends_without_a_mask(kind, tokenizer):
         return graph.forward
 
     torch._dynamo.reset()
-    model.base_model.compile(dynamic=True, backend=backend)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    flags = {"gradient_checkpointing": False, "compile": True, "fsdp": False}
+    utils.spread(model, SimpleNamespace(**flags), CPU)
     torch.testing.assert_close(utils.hidden_states(model, ids), expected)
-    assert attends == [(None, True)] * 2  # layers
+    assert attends == [(None, True)]  # once: the layers share code
 
 
 @pytest.mark.parametrize("at_a_time", [2**26, 30_000])  # whole, and in chunks of 64 tokens
@@ -185,15 +185,15 @@ def test_models_are_loaded_in_float32_and_without_dropout(base, tmp_path):
     for load in (utils.load_causal_lm, utils.load_classifier):
         loaded = load(str(tmp_path), CPU)
         assert {p.dtype for p in loaded.parameters()} == {torch.float32}
-        for on in (True, False):
-            utils.set_gradient_checkpointing(loaded, on)
+        flags = {"gradient_checkpointing": True, "compile": False, "fsdp": False}
+        utils.spread(loaded, SimpleNamespace(**flags), CPU)
         assert not any(m.training for m in loaded.modules())
 
 
 def test_tokenizers_are_the_same_or_not(tokenizer):
     """B5: ids may be passed on only where they mean the same."""
     assert utils.same_tokenizer(tokenizer, make_tokenizer())
-    for other in ({"size": 300}, {"eos": "<|end|>"}, {"chat": True}):
+    for other in ({"size": 300}, {"eos": "<|end|>"}, {"chat": True}, {"bos": "<bos>"}):
         assert not utils.same_tokenizer(tokenizer, make_tokenizer(**other))
 
 

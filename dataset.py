@@ -96,7 +96,7 @@ def load_splits(args: Any, formats: Formats) -> tuple[list[Row], list[Row]]:
             some = data_order(len(rows), 0, args.seed)[: round(size * weights[i])]
             train[i] = [rows[j] for j in sorted(some)]
             utils.say(f"{args.dataset[i]}: {len(some)} of {len(rows)} training rows are taken")
-    # of the held-out rows any first part has of each data set as large a part
+    # of the held-out rows any first part has of each data set as large a part (B39)
     parts = [
         ((i / len(rows), k), row) for k, rows in enumerate(held_out) for i, row in enumerate(rows)
     ]
@@ -495,7 +495,7 @@ def render(tokenizer: Any, prompt: Any, answer: Any = None, all_turns: bool = Fa
 
 
 def check_all_said(template: Callable, earlier: list, answer: list, text: str) -> None:
-    """Raise Unusable where a template's text of a chat lacks what is said or called in it.
+    """Raise Unusable where a template's text of a chat lacks what is said or called in it (B37).
 
     Of the assistant's `earlier` turns the text may lack the reasoning.
     """
@@ -668,7 +668,7 @@ def answer_texts(tokenizer: Any, prompts: list[Prompt], answers: list[list[int]]
     """Answers without special tokens, each as its row would hold it.
 
     After a text with the space that it begins with, which some decoders drop from what they get
-    alone; as a message without: that one is the template's.
+    alone; as a message without: that one is the template's (B38).
     """
     both = [p.ids + answer for p, answer in zip(prompts, answers, strict=True)]
     heads = tokenizer.batch_decode([p.ids for p in prompts], skip_special_tokens=True)

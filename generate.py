@@ -201,7 +201,7 @@ def invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def check(model: Any, name: str) -> None:
-    """Stop unless a model is decoded, padding on the left, as one forward pass reads the text."""
+    """Stop unless a model is decoded, padding on the left, as one forward pass reads it (B40)."""
     ids, mask = torch.tensor([[[1, 2, 3], [0, 3, 2]], [[1, 1, 1], [0, 1, 1]]], device=model.device)
     uniform = random_numbers(2, 8, utils.generator(model.device, 0))
     try:

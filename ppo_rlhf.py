@@ -562,6 +562,7 @@ def main(args: Args) -> None:
         else:  # one number per response: the sum of its rewards against a baseline
             episode_rewards = rewards.sum(1)  # [B]
             grouped_rewards = episode_rewards.view(-1, args.samples_per_prompt)
+            grouped_rewards = grouped_rewards - grouped_rewards[:, :1]  # of equal ones exactly 0
             if args.advantage == "batch_mean":  # D34
                 baseline = distributed.sum_all(episode_rewards.sum()) / args.batch_size
                 episode_advantages = episode_rewards - baseline
@@ -570,10 +571,9 @@ def main(args: Args) -> None:
                 baseline = others / (args.samples_per_prompt - 1)
                 episode_advantages = (grouped_rewards - baseline).flatten()
             elif args.advantage == "grpo":  # standardized over the prompt's group (D35)
-                grouped = grouped_rewards.double()  # equal ones differ from their mean by nothing
-                center = grouped.mean(1, keepdim=True)
-                spread = grouped.std(1, keepdim=True, correction=0)
-                episode_advantages = ((grouped - center) / (spread + 1e-4)).flatten().float()
+                center = grouped_rewards.mean(1, keepdim=True)
+                spread = grouped_rewards.std(1, keepdim=True, correction=0)
+                episode_advantages = ((grouped_rewards - center) / (spread + 1e-4)).flatten()
             advantages = episode_advantages[:, None] * response_mask  # [B, R]
             returns = episode_rewards[:, None] * response_mask  # [B, R]
         if args.whiten_advantages:  # over the real tokens of all processes (D22, B7, B8)

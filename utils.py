@@ -233,11 +233,12 @@ def check_output(args: Any, stage: str) -> None:
         stop("--resume: contradicts --overwrite; pass one")
     if args.track:
         import wandb  # noqa: F401
-    others = getattr(args, "reward_model", None) or (), getattr(args, "value_model", None)
-    for model in filter(None, (args.model, *others[0], others[1])):
-        path = Path(model).expanduser().resolve()
-        if path == out.resolve() or (args.overwrite and out.resolve() in path.parents):
-            stop(f"--output-dir: {out} holds {model}, which would be overwritten; pass another")
+    for name in ("model", "reward_model", "value_model"):
+        given = getattr(args, name, None) or ()
+        for path in map(Path, [given] if isinstance(given, str) else given):
+            folders = [path.expanduser().resolve(), *path.expanduser().resolve().parents]
+            if out.resolve() in folders[: None if args.overwrite else 1]:
+                stop(f"--output-dir: {out} is or holds {flag(name)}, {path}; pass another")
     if not out.is_dir() or {path.name for path in out.iterdir()} <= {"run.lock", "args.json.part"}:
         return
     before = flags_of(out)
@@ -438,7 +439,7 @@ def load_classifier(model: str, device: torch.device, trained: bool = False) -> 
 
 
 def check_causal(model: str, loaded: Any) -> Tensor:
-    """Stop if the model's tokens see later ones; return some ids that it knows, [1, 4]."""
+    """Stop if the model's tokens see later ones (B40); return ids that it knows, [1, 4]."""
     ids = torch.arange(4, device=loaded.device)[None]
     some, more = (hidden_states(loaded, ids[:, :n])[:, :3] for n in (3, 4))
     if (some - more).norm() > 0.02 * some.norm():  # by less they differ in TF32
@@ -703,7 +704,7 @@ def call_reward_function(
         returned = function(**columns)
         if inspect.iscoroutine(returned):
             returned = runner.run(returned)
-        if isinstance(returned, dict | set | str):
+        if isinstance(returned, dict | set | str):  # whose keys or letters may be numbers
             raise TypeError(f"a {type(returned).__name__} is no list of numbers")
         numbers = [[float(x) for x in s] if np.ndim(s) else float(s) for s in returned]
     except Exception as error:

@@ -166,6 +166,8 @@ d35_responses_to_one_prompt_are_compared[rloo] in ppo_rlhf.py
     others / (args.samples_per_prompt - 1)  ->  others / args.samples_per_prompt
 d35_responses_to_one_prompt_are_compared[grpo] in ppo_rlhf.py
     grouped_rewards.std(1, keepdim=True, correction=0)  ->  grouped_rewards.std(1, keepdim=True)
+d35_equal_responses_teach_nothing in ppo_rlhf.py
+    grouped_rewards - grouped_rewards[:, :1]  ->  grouped_rewards
 d36_top_k_and_top_p_change_sampling_only in ppo_rlhf.py
     stop_ids, pad_id=pad_id, **sampling  ->  stop_ids, pad_id=pad_id
 d37_explained_variance in ppo_rlhf.py

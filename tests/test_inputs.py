@@ -1,4 +1,4 @@
-"""B23 to B36: inputs that people have, each read right or refused out loud."""
+"""B23 to B40: inputs that people have, each read right or refused out loud."""
 
 import json
 import shutil

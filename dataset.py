@@ -32,6 +32,8 @@ Formats = list[tuple[str, ...]]
 SFT_FORMATS = [("prompt", "completion"), ("messages",), ("text",)]
 PROMPT_FORMATS = [("prompt",)]
 CHATS = ("prompt", "completion", "messages", "chosen", "rejected", "conversations", "text")
+BROKEN_CHAT = r"\s*\[\s*\{(\s*['\"](role|content|from|value)\b|[^}]*['\"](role|from)['\"]: ['\"]"
+BROKEN_CHAT += r"(user|human|system|assistant|gpt)\b)"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 EVALUATION_SPLITS = ("validation", "test", "val", "dev", "valid", "eval")
@@ -159,7 +161,7 @@ def load_data(dataset: str, split: str, formats: Formats, args: Any = None) -> l
     matters = {*MATTERS.split()} - ({"messages"} if "prompt" in columns else set())
     matters |= {column for column, sources in pairs if sources}
     if formats is not PROMPT_FORMATS and (
-        lost := [name for name in columns_of(fitting) if name in ignored and name in matters]
+        lost := [name for name in ignored if name in matters and any(r.get(name) for r in fitting)]
     ):
         what = f"{','.join(columns)} would be read, {','.join(lost)} ignored"
         stop(f"{rows[0].place}: {what}; name it by --columns, as {lost[0]}= to leave it out")
@@ -170,10 +172,13 @@ def load_data(dataset: str, split: str, formats: Formats, args: Any = None) -> l
     def begun(row: Row) -> list[bool]:
         """Of which answers the row's prompt is the beginning."""
         prompt = row.get("prompt")
-        both = [(prompt, row.get(name)) for name in answers if isinstance(prompt, str)]
-        return [isinstance(text, str) and text.startswith(prompt) for prompt, text in both]
+        both = [(prompt, row.get(name)) for name in answers if prompt and isinstance(prompt, str)]
+        return [isinstance(x, str) and x != p and x.startswith(p) for p, x in both]
 
-    doubled = 2 * sum(all(b) for row in rows if (b := begun(row))) > len(rows)  # else by chance
+    count = sum(all(b) for row in rows if (b := begun(row)))
+    if doubled := 2 * count > len(rows):  # in a few it is by chance
+        what = f"{count} of {len(rows)} rows have the prompt in their answers too"
+        utils.say(f"{dataset} ({split}): {what}, which are read without it")
 
     def checked(row: Row) -> Row:
         if doubled and any(both := begun(row)):
@@ -263,7 +268,7 @@ def same_chat_head(prompt: Any, chat: list[Any]) -> int:
 def parsed_chat(text: str) -> Any:
     """The chat that a text holds, in JSON or as Python or numpy writes it; else the text (B33)."""
     # numpy writes no comma
-    spaced = re.sub(r"\}\s+(?=\{'(role|content|from|value)': )", "}, ", text)
+    spaced = re.sub(r"\}\s+(?=\{'\w+': )", "}, ", text)
     for parse, source in ((json.loads, text), (ast.literal_eval, text), (ast.literal_eval, spaced)):
         with contextlib.suppress(Exception):
             value = parse(source)
@@ -400,7 +405,7 @@ def check_field(value: Any, column: str) -> None:
     if not isinstance(value, wanted):
         kind = "missing" if value is None else f"of type {type(value).__name__}"
         raise Unusable(f"{column}: is {kind}; make it a string, or a list of chat messages")
-    if isinstance(value, str) and re.match(r"\s*\[\s*\{\s*['\"](role|content|from|value)\b", value):
+    if isinstance(value, str) and re.match(BROKEN_CHAT, value):
         raise Unusable(f"{column}: is a chat that cannot be parsed; write it as JSON")
     messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
     role, text = "", ""
@@ -452,19 +457,18 @@ def render(tokenizer: Any, prompt: Any, answer: Any = None, all_turns: bool = Fa
     try:
         start = ""
         if messages:
-            start = template(
-                messages, add_generation_prompt=not is_begun, continue_final_message=is_begun
-            )
+            how = {"add_generation_prompt": not is_begun, "continue_final_message": is_begun}
+            start = template(messages, **how)
         elif said(answer[0])[0] == "assistant":  # what comes before it is not said by it
             start = os.path.commonprefix([template([answer[0] | {"content": x}]) for x in "ab"])
         if answer is None:
-            check_all_said(template, messages, [], start)
+            check_all_said(functools.partial(template, **how), start, messages, [])
             return Rendered([start], True)
         if is_begun:
             begun = messages.pop()["content"]
             answer = [answer[0] | {"content": begun + answer[0]["content"]}]
         whole = template([*messages, *answer])
-        check_all_said(template, messages, answer, whole)
+        check_all_said(template, whole, messages, answer)
         marks = r"{%\1 if true %}\0{% endif \2%}"
         marked = re.sub(
             r"{%(-?)\s*(?:end)?generation\s*(-?)%}", marks, tokenizer.get_chat_template()
@@ -494,24 +498,32 @@ def render(tokenizer: Any, prompt: Any, answer: Any = None, all_turns: bool = Fa
     return Rendered([*pieces, start[done:], learned], True)
 
 
-def check_all_said(template: Callable, earlier: list, answer: list, text: str) -> None:
-    """Raise Unusable where a template's text of a chat lacks what is said or called in it (B37).
+def check_all_said(template: Callable, text: str, earlier: list, answer: list) -> None:
+    """Raise Unusable where the text, a template's of a chat, lacks what is said or called (B37).
 
-    Of the assistant's `earlier` turns the text may lack the reasoning.
+    In the assistant's `earlier` turns only its calls count: templates drop old reasoning.
     """
-    for message in [m for m in earlier if m["role"] != "assistant"] + answer:
-        words = message.get("content") or ""
-        forms = (words.strip(), json.dumps(words, ensure_ascii=False)[1:-1])  # as a tool's result
-        if not any(x in text for x in forms) and "".join(words.split()) not in "".join(
-            text.split()
-        ):
+
+    def is_said(words: str) -> bool:
+        def bare(x: str) -> str:  # without switches, which some templates act on
+            return "".join(re.sub(r"/(no_?)?think\b", "", x).split())
+
+        forms = (words, json.dumps(words, ensure_ascii=False)[1:-1])  # as a tool's result
+        return words.strip() in text or any(bare(x) in bare(text) for x in forms)
+
+    chat = earlier + answer
+    for i, message in enumerate(chat):
+        words, is_new = message.get("content") or "", i >= len(earlier)
+        if (is_new or message["role"] != "assistant") and not is_said(words):
             raise Unusable(f"the chat template leaves out {words!r:.60}; mend it or use text")
-    for name in ("tool_calls", "function_call", "reasoning_content"):
-        turns = answer if name == "reasoning_content" else earlier + answer
-        if any(turn.get(name) for turn in turns):
-            without = [{k: x for k, x in m.items() if k != name} for m in earlier + answer]
-            if template([m | {"content": m.get("content") or ""} for m in without]) == text:
-                raise Unusable(f"the chat template leaves out {name}; mend it or use text")
+        for name in ["tool_calls", "function_call"] + ["reasoning_content"] * is_new:
+            if message.get(name):
+                less = {k: x for k, x in message.items() if k != name} | {"content": words}
+                without = None
+                with contextlib.suppress(Exception):  # it misses the call, so it looks at it
+                    without = template([*chat[:i], less, *chat[i + 1 :]])
+                if without == text:
+                    raise Unusable(f"the chat template leaves out {name}; mend it or use text")
 
 
 def render_row(tokenizer: Any, row: Row, all_turns: bool = True) -> Rendered:
@@ -673,12 +685,13 @@ def answer_texts(tokenizer: Any, prompts: list[Prompt], answers: list[list[int]]
     both = [p.ids + answer for p, answer in zip(prompts, answers, strict=True)]
     heads = tokenizer.batch_decode([p.ids for p in prompts], skip_special_tokens=True)
     texts = tokenizer.batch_decode(both, skip_special_tokens=True)
-    goes_on = [said(p.row["prompt"][-1])[0] in (None, "assistant") for p in prompts]
+    lasts = [(p.row["prompt"] or [None])[-1] for p in prompts]
+    goes_on = [said(message)[0] in (None, "assistant") for message in lasts]  # None: a letter
     each = [
         text[len(os.path.commonprefix([head, text])) :]
         for head, text in zip(heads, texts, strict=True)
     ]
-    return [x if on else x.lstrip() for x, on in zip(each, goes_on, strict=True)]
+    return [x if on else x.removeprefix(" ") for x, on in zip(each, goes_on, strict=True)]
 
 
 def common_end(a: Any, b: Any) -> Any:

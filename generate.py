@@ -383,8 +383,10 @@ def main(args: Args) -> None:
 
         print(f"{name}\t" * bool(args.compare), end="")
         ids = torch.tensor([prompt.ids], device=device)
-        ends = model.generation_config.eos_token_id or []  # --stop-token's too
-        stops = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
+        stops = stop_token_ids(tokenizer, "eos", model.generation_config)
+        ends = model.generation_config.eos_token_id
+        if isinstance(ends, list) and tokenizer.eos_token_id in ends:
+            stops = ends  # of a policy, trained with --stop-token
         more = {"pad_id": 0, "stride": 1, "watch": show} | settings
         uniform = random_numbers(1, min(length, room)).to(device)
         ids, mask = generate(model, ids, torch.ones_like(ids), uniform, stops, **more)

@@ -25,6 +25,7 @@ W5 and W6 are described in benchmarks/throughput.py.
 import importlib.metadata
 import importlib.util
 import json
+import re
 import shutil
 import signal
 import statistics
@@ -122,7 +123,8 @@ def tests(args: Args) -> dict[str, Any]:
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     done = subprocess.run(command, cwd=ROOT, text=True, **both)
     print(done.stdout[-3000:], flush=True)
-    return {"exit_code": done.returncode, "summary": done.stdout.strip().rpartition("\n")[2]}
+    summaries = re.findall(r"^=*.*\d (?:passed|failed|skipped|error).*$", done.stdout, re.M)
+    return {"exit_code": done.returncode, "summary": (summaries or ["none"])[-1]}
 
 
 def embedded(args: Args) -> dict[str, Any]:

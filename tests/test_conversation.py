@@ -101,6 +101,9 @@ def test_it_stops_where_the_policy_was_trained_to(talk, chain, tmp_path):
     config.eos_token_id = [tokenizer.eos_token_id, answer[-4]]
     config.save_pretrained(folder)
     whole, cut = (talk(PIPED, model=x, temperature=0)[0] for x in (str(chain.ppo), folder))
+    config.eos_token_id = answer[-4]  # of another tokenizer, say (B28)
+    config.save_pretrained(folder)
+    assert talk(PIPED, model=folder, temperature=0)[0] == whole
     assert whole.startswith(cut.splitlines()[0])
     assert whole.splitlines()[0] != cut.splitlines()[0]
 

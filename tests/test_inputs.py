@@ -281,11 +281,12 @@ def test_b33_a_chat_as_numpy_writes_it(tmp_path):
     """Without commas, as pandas does for what it has read from parquet; what is broken is left."""
     text = repr([USER, GOOD]).replace("}, {", "}\n {")
     assert read(tmp_path, [{"messages": text}])[0]["messages"] == [USER, GOOD]
-    rows = [{"text": "a"}] * 20 + [{"text": "[{'role': 'user', 'content': ..."}]
-    assert len(read(tmp_path, rows)) == 20
+    for broken in ("[{'role': 'user', 'content': ...", "[{'id': 1, 'role': 'user', 'content': ..."):
+        rows = [{"text": "a"}] * 20 + [{"text": broken}]
+        assert len(read(tmp_path, rows)) == 20
 
 
-def test_b34_a_text_prompt_that_is_the_answers_head_too(tokenizer, tmp_path, error_of):
+def test_b34_a_text_prompt_that_is_the_answers_head_too(tokenizer, tmp_path, error_of, capsys):
     """Texts that begin with the whole prompt, in most rows; in a single one it is by chance."""
     row = {"prompt": "Q: figs?", "chosen": "Q: figs? Yes.", "rejected": "Q: figs? No."}
     other = {"prompt": "Hi", "chosen": "Hi! How are you?", "rejected": "Hi there."}
@@ -296,6 +297,9 @@ def test_b34_a_text_prompt_that_is_the_answers_head_too(tokenizer, tmp_path, err
     apart = row | {"chosen": " Yes.", "rejected": " No."}
     assert read(tmp_path, [other, apart, apart], PAIRS)[0]["chosen"] == "Hi! How are you?"
     assert read(tmp_path, [apart | {"completion": row["chosen"]}])[0]["completion"] == " Yes."
+    assert "3 of 3 rows have the prompt in their answers" in capsys.readouterr().out
+    copied = [{"prompt": "I is.", "completion": text} for text in ("I is.", "I is.", "I am.")]
+    assert read(tmp_path, copied) == copied  # to be corrected, most are right
     assert "the other does not" in error_of(
         read, tmp_path, [row, row | {"chosen": "Yes."}, row], PAIRS
     )
@@ -701,6 +705,38 @@ def test_b37_what_a_template_writes_otherwise():
     assert dataset.render_row(chatty(HEADED), earlier, all_turns=False).pieces[-1] == "Yes.<|end|>"
 
 
+ALTERNATE = (  # as Mistral's: turns alternate, but for calls and their results
+    "{% set turns = messages | rejectattr('tool_calls', 'defined') "
+    "| rejectattr('role', 'eq', 'tool') | list %}"
+    "{% for m in turns %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('turns must alternate') }}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{{ (m.tool_calls | tojson) if m.tool_calls is defined else m.content }}<|end|>{% endfor %}"
+)
+
+
+def test_b37_a_call_that_is_said():
+    """Also by a template that would refuse the chat without it."""
+    talk = [USER, GOOD | {"tool_calls": [CALL], "content": ""}]
+    talk += [{"role": "tool", "content": "4 figs"}, GOOD]
+    row = dataset.Row({"messages": talk}, "f:1")
+    assert "look" in dataset.render_row(chatty(ALTERNATE), row, all_turns=False).pieces[0]
+    assert "look" in dataset.render(chatty(ALTERNATE), talk[:-1]).pieces[0]
+    for template in (HEADED.replace("'user', ", "'user', 'tool', "), None):
+        with pytest.raises(dataset.Unusable, match="leaves out tool_calls"):
+            dataset.render(chatty(template), talk[:-1])
+
+
+def test_b37_switches_that_a_template_acts_on():
+    """As those of Qwen, SmolLM and Nemotron."""
+    template = "{% for m in messages %}{{ m.content | replace('/no_think', '') }}{% endfor %}"
+    asked = USER | {"content": "two figs? /no_think"}
+    assert dataset.render(chatty(template), [asked]).pieces == ["two figs? "]
+    template = template.replace("no_", "")
+    with pytest.raises(dataset.Unusable, match="leaves out"):
+        dataset.render(chatty(template), [USER | {"content": "see docs/thinking.md"}])
+
+
 def test_b37_a_chat_that_the_assistant_opens():
     """Its header and the template's own system message are given, not learned."""
     assert taught(chatty(HEADED), [GOOD, USER, BAD]) == "Yes.<|end|>No.<|end|><eos>"
@@ -725,8 +761,9 @@ def test_b37_turns_that_must_not_be_learned(tmp_path, error_of):
         assert dataset.render_row(chatty(), row, all_turns=False)
     row = {"prompt": [USER], "completion": [GOOD, USER, GOOD]}
     assert "turns of others" in error_of(read, tmp_path, [row] * 2)
-    row = {"messages": [USER, GOOD], "tools": [CALL]}
-    assert "tools ignored" in error_of(read, tmp_path, [row] * 2)
+    row = {"messages": [USER, GOOD], "tools": []}
+    assert read(tmp_path, [row] * 2) == [row] * 2
+    assert "tools ignored" in error_of(read, tmp_path, [row, row | {"tools": [CALL]}])
 
 
 def test_b37_a_last_call_with_an_empty_text(tmp_path):
@@ -746,6 +783,8 @@ def test_b38_an_answer_keeps_its_first_space():
     prompts = [dataset.Prompt(ids, "", row, []) for row in (text, chat, begun)]
     texts = dataset.answer_texts(tokenizer, prompts, [[*answer, tokenizer.eos_token_id]] * 3)
     assert texts == [" it is", "it is", " it is"]
+    empty = dataset.Prompt([], "", dataset.Row({"prompt": ""}, "f:2"), [])  # a line in a pipe
+    assert dataset.answer_texts(tokenizer, [empty], [answer]) == ["it is"]
 
 
 @pytest.mark.parametrize("name", ["chosen", "messages"])
@@ -792,7 +831,7 @@ def test_a_chat_as_prompt_and_texts_as_answers():
 
 
 def test_b33_braces_in_a_chat_that_numpy_wrote(tmp_path):
-    talk = [USER, GOOD | {"content": "\\frac{1} {2}"}]
+    talk = [{"id": 1} | USER, {"id": 2} | GOOD | {"content": "\\frac{1} {2}"}]
     text = repr(talk).replace("}, {", "} {")
     assert read(tmp_path, [{"messages": text}])[0]["messages"] == talk
 

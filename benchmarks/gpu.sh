@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Parts of benchmarks/gpu.py, one after the other, each with a time limit of its own in seconds, so
 # that one that hangs does not take the others along: `benchmarks/gpu.sh 1`, then 2 and 3, each
-# under 9 minutes on one H100, vLLM apart. `benchmarks/gpu.sh 1 --dry-run` does the same in small on a CPU.
+# under 9 minutes on one H100 (vLLM's part apart). With `--dry-run` after the number it does the
+# same in small on a CPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1

@@ -504,10 +504,10 @@ def check_all_said(template: Callable, text: str, earlier: list, answer: list) -
     In the assistant's `earlier` turns only its calls count: templates drop old reasoning.
     """
 
-    def is_said(words: str) -> bool:
-        def bare(x: str) -> str:  # without switches, which some templates act on
-            return "".join(re.sub(r"/(no_?)?think\b", "", x).split())
+    def bare(x: str) -> str:  # without switches, which some templates act on
+        return "".join(re.sub(r"/(no_?)?think\b", "", x).split())
 
+    def is_said(words: str) -> bool:
         forms = (words, json.dumps(words, ensure_ascii=False)[1:-1])  # as a tool's result
         return words.strip() in text or any(bare(x) in bare(text) for x in forms)
 

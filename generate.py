@@ -199,6 +199,17 @@ def invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     return index, 1 - (cumulative.gather(1, index) - threshold) / weights.gather(1, index)
 
 
+def misplaced(model: Any, prompt: Tensor, response: Tensor, uniform: Tensor) -> Tensor:
+    """How far, at most, random numbers [R] are from their tokens' parts of the distribution.
+
+    It is that of one forward pass over prompt [P] and response [R]; at temperature 1.
+    """
+    hidden = utils.hidden_states(model, torch.cat([prompt, response])[None])[0, :-1]
+    probs = utils.logits_of(model, hidden[len(prompt) - 1 :]).double().softmax(-1)  # [R, V]
+    upper, prob = (x.gather(1, response[:, None]).squeeze(1) for x in (probs.cumsum(-1), probs))
+    return torch.maximum(upper - prob - uniform, uniform - upper).max()
+
+
 @torch.no_grad()
 def check(model: Any, name: str) -> None:
     """Stop unless a model is decoded, padding on the left, as one forward pass reads it (B40)."""
@@ -207,12 +218,7 @@ def check(model: Any, name: str) -> None:
     try:
         got, _ = generate(model, ids, mask, uniform, [-1], pad_id=0, stride=1)
         for row, start in ((0, 0), (1, 1)):
-            text = torch.cat([ids[row, start:], got[row]])
-            hidden = utils.hidden_states(model, text[None])[0, 2 - start : -1]  # [8, H]
-            probs = utils.logits_of(model, hidden).double().softmax(-1)
-            upper, prob = (x.gather(1, got[row, :, None]) for x in (probs.cumsum(-1), probs))
-            u = uniform[row, :, None]  # is within the token's part of the distribution
-            if torch.maximum(upper - prob - u, u - upper).max() > 0.02:
+            if misplaced(model, ids[row, start:], got[row], uniform[row]) > 0.02:
                 utils.stop(f"{name}: would be sampled from another distribution; pass another")
     except Exception as error:
         utils.stop(f"{name}: cannot be decoded here ({utils.first_line(error)}); pass another")

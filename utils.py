@@ -235,10 +235,10 @@ def check_output(args: Any, stage: str) -> None:
         import wandb  # noqa: F401
     for name in ("model", "reward_model", "value_model"):
         given = getattr(args, name, None) or ()
-        for path in map(Path, [given] if isinstance(given, str) else given):
-            folders = [path.expanduser().resolve(), *path.expanduser().resolve().parents]
-            if out.resolve() in folders[: None if args.overwrite else 1]:
-                stop(f"--output-dir: {out} is or holds {flag(name)}, {path}; pass another")
+        for model in [given] if isinstance(given, str) else given:
+            path = Path(model).expanduser().resolve()
+            if out.resolve() == path or (args.overwrite and out.resolve() in path.parents):
+                stop(f"--output-dir: {out} is or holds {flag(name)}, {model}; pass another")
     if not out.is_dir() or {path.name for path in out.iterdir()} <= {"run.lock", "args.json.part"}:
         return
     before = flags_of(out)
@@ -394,7 +394,7 @@ def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any)
             loaded = loaded.merge_and_unload().requires_grad_(True)
             with safetensors.safe_open(file, "pt") as adapter:
                 for name, number in (adapter.metadata() or {}).items():
-                    if name in ("reward_mean", "reward_std"):  # (B18)
+                    if name in ("reward_mean", "reward_std"):  # B18
                         setattr(loaded.config, name, float(number))
         except Exception as error:
             what = f"its adapter cannot be merged ({first_line(error)})"
@@ -413,9 +413,9 @@ def load_causal_lm(model: str, device: torch.device, tokenizer: Any = None) -> A
     loaded = load_model(transformers.AutoModelForCausalLM, model, device)
     if getattr(loaded, "_is_stateful", False):
         stop(f"{model}: is a state-space model without keys and values; pass another")
-    ids = check_causal(model, loaded)
+    ids, hidden = check_causal(model, loaded)
     own = loaded(**model_inputs(loaded, ids), use_cache=False).logits.float()
-    if not torch.allclose(logits_of(loaded, hidden_states(loaded, ids)), own, rtol=1e-3, atol=1e-3):
+    if not torch.allclose(logits_of(loaded, hidden), own, rtol=1e-3, atol=1e-3):
         stop(f"{model}: does something unknown to its logits; pass another")
     if tokenizer is not None:
         loaded.known_tokens = 1 + max(tokenizer.get_vocab().values())
@@ -438,13 +438,16 @@ def load_classifier(model: str, device: torch.device, trained: bool = False) -> 
     return loaded
 
 
-def check_causal(model: str, loaded: Any) -> Tensor:
-    """Stop if the model's tokens see later ones (B40); return ids that it knows, [1, 4]."""
+def check_causal(model: str, loaded: Any) -> tuple[Tensor, Tensor]:
+    """Stop if the model's tokens see later ones (B40).
+
+    Returns ids [1, 4] that any model knows, and their hidden states [1, 4, H].
+    """
     ids = torch.arange(4, device=loaded.device)[None]
-    some, more = (hidden_states(loaded, ids[:, :n])[:, :3] for n in (3, 4))
-    if (some - more).norm() > 0.02 * some.norm():  # by less they differ in TF32
+    some, more = (hidden_states(loaded, ids[:, :n]) for n in (3, 4))
+    if (some - more[:, :3]).norm() > 0.02 * some.norm():  # by less they differ in TF32
         stop(f"{model}: its tokens see later ones; pass a causal one")
-    return ids
+    return ids, more
 
 
 def freeze(model: Any, dtype: str) -> Any:
@@ -516,12 +519,13 @@ def spread(model: Any, args: Any, device: torch.device, trained: bool = True) ->
     if not layers and (args.compile or (trained and args.gradient_checkpointing)):
         kind = type(model).__name__
         stop(f"--compile, --gradient-checkpointing: {kind} is without layers for it; leave it out")
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # models of one class share code
+    how = {"use_reentrant": False, "preserve_rng_state": False}
     for layer in layers:
         if args.compile:
-            torch._dynamo.config.recompile_limit = 64  # models of one class share code
             layer.forward = torch.compile(layer.forward, dynamic=True)
         if trained and args.gradient_checkpointing:  # transformers' own needs dropout's mode (D4)
-            how = {"use_reentrant": False, "preserve_rng_state": False}
             layer.forward = functools.partial(checkpoint, layer.forward, **how)
     if args.fsdp:
         distributed.shard(model, device, args.dtype, offload=not trained and args.cpu_offload)

@@ -513,6 +513,11 @@ def check_all_said(template: Callable, text: str, earlier: list, answer: list) -
 
     chat = earlier + answer
     for i, message in enumerate(chat):
+        for call in message.get("tool_calls") or []:  # OpenAI's arguments are JSON in a text
+            arguments = call.get("function", call).get("arguments")
+            if isinstance(arguments, str) and json.dumps(arguments, ensure_ascii=False) in text:
+                what = "the chat template quotes a call's arguments, which are a text"
+                raise Unusable(f"{what}; write them as an object")
         words, is_new = message.get("content") or "", i >= len(earlier)
         if (is_new or message["role"] != "assistant") and not is_said(words):
             raise Unusable(f"the chat template leaves out {words!r:.60}; mend it or use text")

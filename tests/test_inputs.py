@@ -727,6 +727,19 @@ def test_b37_a_call_that_is_said():
             dataset.render(chatty(template), talk[:-1])
 
 
+def test_b37_arguments_of_a_call_that_are_a_text():
+    """As OpenAI's API writes them; most templates would quote them once more, a few would not."""
+    call = {"type": "function", "function": {"name": "look", "arguments": '{"at": "fïgs"}'}}
+    chat = [USER, GOOD | {"tool_calls": [call], "content": ""}]
+    quotes = ALTERNATE.replace("(m.tool_calls |", "(m.tool_calls[0].function.arguments |")
+    writes = quotes.replace("| tojson", "")
+    with pytest.raises(dataset.Unusable, match="quotes a call's arguments"):
+        dataset.render(chatty(quotes), chat[:1], chat[1:])
+    assert '{"at": "fïgs"}' in dataset.render(chatty(writes), chat[:1], chat[1:]).pieces[1]
+    call["function"]["arguments"] = {"at": "fïgs"}
+    assert '{"at": "fïgs"}' in dataset.render(chatty(quotes), chat[:1], chat[1:]).pieces[1]
+
+
 def test_b37_switches_that_a_template_acts_on():
     """As those of Qwen, SmolLM and Nemotron."""
     template = "{% for m in messages %}{{ m.content | replace('/no_think', '') }}{% endfor %}"

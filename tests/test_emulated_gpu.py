@@ -119,7 +119,9 @@ def test_the_three_stages_are_as_on_the_cpu(
             assert_same_run(on_cpu, on_gpu, 1e-5)
     rows = metrics_of(runs["cuda"][2])
     assert abs(rows[0]["objective/kl"]) < 1e-5
-    assert max(row["val/ratio_start_error"] for row in rows) < 1e-5
+    # of two mini-batches the micro-batches are other ones than the rollout's, and so is rounding
+    rounding = 1e-3 if dtype == "bfloat16" and kind == "checkpointing" else 1e-5
+    assert max(row["val/ratio_start_error"] for row in rows) < rounding
 
 
 def test_the_cpu_does_not_wait_for_a_forward_pass(ppo, tmp_path):

@@ -492,7 +492,8 @@ def render(tokenizer: Any, prompt: Any, answer: Any = None, all_turns: bool = Fa
         if message["role"] == "assistant":
             before, turn = render(tokenizer, messages[:i], [message]).pieces
             if not start.startswith(before + turn):
-                raise Unusable("the chat template rewrites earlier turns; pass --last-turn-only")
+                what = "the chat template rewrites earlier turns"
+                raise Unusable(f"{what}; pass --last-turn-only to sft.py, or use text")
             pieces += [before[done:], turn]
             done = len(before + turn)
     return Rendered([*pieces, start[done:], learned], True)

@@ -240,11 +240,11 @@ def main(args: Args) -> None:
     reference = utils.load_causal_lm(args.model, at, tokenizer)
     generate.check(reference, args.model)
     utils.freeze(reference, args.dtype)
+    utils.spread(reference, args, device, trained=False)
     if args.lora_rank:  # one base for policy, reference and value function (D43)
         policy = lora.adapt(reference, args)
     else:
         policy = utils.load_causal_lm(args.model, at, tokenizer)
-    utils.spread(reference, args, device, trained=False)
     utils.spread(policy, args, device)
     stop_ids = generate.stop_token_ids(tokenizer, args.stop_token, policy.generation_config)
     reward_models, readers, shares_tokens = [], [], []  # readers: their tokenizers and contexts

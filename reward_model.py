@@ -16,7 +16,7 @@ summary.json and TensorBoard events.
         --normalize-with my/demonstrations --learning-rate 2e-5 --output-dir runs/my-reward-model
 
 On several GPUs (torchrun) each process takes its share of every batch; gradients and means are over
-all of them. Every process holds the whole model.
+all of them. Each holds the whole model or, with --fsdp, a part of it.
 
 B pairs, T tokens, H hidden size. `D11` in a comment points to docs/details.md.
 """
@@ -168,7 +168,7 @@ def main(args: Args) -> None:
     sft_texts: list[list[int]] = []  # demonstrations whose mean score becomes 0
     if args.normalize_with != "none":
         sft_data = dataset.load_data(args.normalize_with, args.train_split, dataset.SFT_FORMATS)
-        whole = dataset.encode_demonstrations(tokenizer, sft_data, 2**30)  # none is cut
+        whole = dataset.encode_demonstrations(tokenizer, sft_data, 2**30, False)  # none is cut
         sft_texts = [ids for ids, _ in whole if len(ids) <= max_length]
         if not sft_texts:
             utils.stop(f"--max-length: all demonstrations exceed {max_length} tokens; raise it")

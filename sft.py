@@ -13,7 +13,7 @@ TensorBoard events.
         --learning-rate 2e-5 --output-dir runs/my-sft
 
 On several GPUs (torchrun) each process takes its share of every batch; gradients and counts are
-summed over all of them. Every process holds the whole model.
+summed over all of them. Each holds the whole model or, with --fsdp, a part of it.
 
 B sequences, T tokens, N of them to learn from, H hidden size, V vocabulary. `D8` in a comment
 points to docs/details.md.

@@ -167,7 +167,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def generator(device: torch.device | str, *numbers: int) -> torch.Generator:
-    """A random generator that depends on `numbers` only, such as (seed, update, rank) (D7).
+    """A random generator that depends on `numbers` only, such as (seed, SAMPLING, update) (D7).
 
     So a resumed run draws the same numbers.
     """

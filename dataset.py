@@ -32,19 +32,22 @@ Formats = list[tuple[str, ...]]
 SFT_FORMATS = [("prompt", "completion"), ("messages",), ("text",)]
 PROMPT_FORMATS = [("prompt",)]
 CHATS = ("prompt", "completion", "messages", "chosen", "rejected", "conversations", "text")
-BROKEN_CHAT = r"\s*\[\s*\{(\s*['\"](role|content|from|value)\b|[^}]*['\"](role|from)['\"]: ['\"]"
-BROKEN_CHAT += r"(user|human|system|assistant|gpt)\b)"
+BROKEN_CHAT = (  # a list of objects: its first key is a message's, or a later one names a role
+    r"\s*\[\s*\{(\s*['\"](role|content|from|value)\b"
+    r"|[^}]*['\"](role|from)['\"]: ['\"](user|human|system|assistant|gpt)\b)"
+)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 EVALUATION_SPLITS = ("validation", "test", "val", "dev", "valid", "eval")
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # each also with .gz
 LAYOUTS = {  # what columns are known by, and what --columns would say of them
-    ("instruction", "output"): ["prompt=instruction+input", "completion=output"],  # Alpaca
-    ("instruction", "chosen"): ["prompt=instruction+input"],  # LLaMA-Factory
-    ("question", "chosen"): ["prompt=system+question"],  # Orca
+    ("instruction", "output"): {"prompt": "instruction+input", "completion": "output"},  # Alpaca
+    ("instruction", "chosen"): {"prompt": "instruction+input"},  # LLaMA-Factory
+    ("question", "chosen"): {"prompt": "system+question"},  # Orca
 }
-MATTERS = "prompt instruction input question query system context history messages conversations "
-MATTERS += "system_prompt role label labels tools functions images"
+MATTERS = {"prompt", "instruction", "input", "question", "query", "system", "system_prompt"}
+MATTERS |= {"context", "history", "messages", "conversations", "role", "label", "labels"}
+MATTERS |= {"tools", "functions", "images"}
 
 
 class Row(dict):
@@ -71,7 +74,8 @@ def usable(function: Callable, rows: list[Row], *more: list) -> list[Any]:
         except Unusable as error:
             left.append(f"{row.place}: {error}")
     if left:
-        count, (what, _, fix) = f"{len(left)} of {len(rows)} rows", left[0].rpartition("; ")
+        what, _, fix = left[0].rpartition("; ")
+        count = f"{len(left)} of {len(rows)} rows"
         if len(left) > len(rows) / 10:
             stop(f"{what} ({count} cannot be used); {fix}")
         utils.say(f"{count} are left out, the first {what}")
@@ -91,24 +95,25 @@ def load_splits(args: Any, formats: Formats) -> tuple[list[Row], list[Row]]:
         for split in (args.train_split, args.eval_split)
     )
     if weights := args.dataset_weights:
-        if len(weights) != len(train) or min(weights) <= 0:
+        if len(weights) != len(train) or not all(0 < w < float("inf") for w in weights):
             stop(f"--dataset-weights: {weights} for {len(train)} data sets; pass one above 0 each")
         size = min(len(rows) / w for rows, w in zip(train, weights, strict=True))
         for i, rows in enumerate(train):
             some = data_order(len(rows), 0, args.seed)[: round(size * weights[i])]
             train[i] = [rows[j] for j in sorted(some)]
             utils.say(f"{args.dataset[i]}: {len(some)} of {len(rows)} training rows are taken")
+    train = sum(train, [])
     # of the held-out rows any first part has of each data set as large a part (B39)
-    parts = [
-        ((i / len(rows), k), row) for k, rows in enumerate(held_out) for i, row in enumerate(rows)
-    ]
-    train, held_out = sum(train, []), [row for _, row in sorted(parts, key=lambda part: part[0])]
+    parts = [(i / len(rows), row) for rows in held_out for i, row in enumerate(rows)]
+    held_out = [row for _, row in sorted(parts, key=lambda part: part[0])]
     if formats is PROMPT_FORMATS:  # reward functions get None where a row lacks a column
-        missing = dict.fromkeys(columns_of(train + held_out))
+        columns = columns_of(train + held_out)
         for row in train + held_out:
-            row |= missing | row
-    known = {repr(row) for row in train}
-    if same := sum(repr(row) in known for row in held_out):
+            for name in columns:
+                row.setdefault(name)
+    read = sorted({name for columns in formats for name in columns})  # an id makes no other row
+    known = {repr([row.get(name) for name in read]) for row in train}
+    if same := sum(repr([row.get(name) for name in read]) in known for row in held_out):
         what = f"{same} of {len(held_out)} evaluation rows"
         utils.say(f"{' '.join(args.dataset)}: {what} are training rows too")
     return train, held_out
@@ -121,75 +126,96 @@ def load_data(dataset: str, split: str, formats: Formats, args: Any = None) -> l
     `prompt=a+b` both, each with an empty line after it; `system=` leaves `system` out. Stops where
     a column that matters would be ignored (B26), but for PPO, which gives it to reward functions.
     """
+    where = f"{dataset} ({split})"
     try:
         rows = read_split(dataset, split, args)
     except Exception as error:
         why = utils.first_line(error.__cause__ or error)  # "an error occurred" says less
-        stop(f"{dataset} ({split}): cannot be read ({why}); check id or path, and split")
-    found = columns_of(rows)
-    pairs = [pair.partition("=")[::2] for pair in getattr(args, "columns", ())]
-    for column, sources in pairs:
-        if not column or not {*filter(None, sources.split("+"))} <= {*found}:
-            what = f"{column}={sources}: {dataset} has {','.join(found)}"
-            stop(f"--columns: {what}; pass prompt=question")
-        if [name for name, _ in pairs].count(column) > 1:
-            stop(f"--columns: names {column} twice; join by {column}=a+b")
-    for known, layout in {} if pairs or "prompt" in found else LAYOUTS.items():
-        names = re.split("[=+]", "=".join(layout))
-        if {*known} <= {*found} and all(
-            isinstance(row.get(name), str | None) for row in rows for name in names
-        ):
-            pairs = [pair.split("=") for pair in layout]
+        stop(f"{where}: cannot be read ({why}); check id or path, and split")
+    pairs = renamings(dataset, rows, getattr(args, "columns", ()))
     for row in rows:
         rename(row, pairs)
         known_layout(row, formats)
     found = columns_of(rows)
     settled = {name for column, sources in pairs for name in (sources or column).split("+")}
     labels = [row.get("label") for row in rows]
-    if formats is SFT_FORMATS and "completion" in found and any(x is True for x in labels):  # KTO
-        utils.say(f"{dataset} ({split}): {labels.count(True)} of {len(rows)} are labelled true")
-        rows = [row for row in rows if row.get("label") is True]
+    if formats is SFT_FORMATS and "completion" in found and bool in map(type, labels):  # KTO
+        good = [row for row in rows if row.get("label") is True]
+        utils.say(f"{where}: {len(good)} of {len(rows)} are labelled true")
+        rows = good
         settled.add("label")
     if not rows:
-        stop(f"{dataset} ({split}): holds no rows; pass another")
+        stop(f"{where}: holds no rows; pass another")
     columns = next((columns for columns in formats if {*columns} <= {*rows[0]}), None)
     if columns is None:
         wanted = " or ".join(",".join(columns) for columns in formats)
         stop(f"{rows[0].place}: has {','.join(found)}; rename by --columns to {wanted}")
     ignored = [name for name in found if name not in {*columns, *settled}]
-    fitting = [row for row in rows if all(row.get(column) for column in columns)]
-    matters = {*MATTERS.split()} - ({"messages"} if "prompt" in columns else set())
-    matters |= {column for column, sources in pairs if sources}
-    if formats is not PROMPT_FORMATS and (
-        lost := [name for name in ignored if name in matters and any(r.get(name) for r in fitting)]
-    ):
-        what = f"{','.join(columns)} would be read, {','.join(lost)} ignored"
-        stop(f"{rows[0].place}: {what}; name it by --columns, as {lost[0]}= to leave it out")
+    if formats is not PROMPT_FORMATS:
+        check_ignored(rows, columns, ignored, {column for column, sources in pairs if sources})
     read, left = ",".join(columns), ",".join(ignored) or "none"
-    utils.say(f"{dataset} ({split}): reads {read}; leaves {left}")
+    utils.say(f"{where}: reads {read}; leaves {left}")
     answers = [name for name in columns if name in ("completion", "chosen", "rejected")]
-
-    def begun(row: Row) -> list[bool]:
-        """Of which answers the row's prompt is the beginning."""
-        prompt = row.get("prompt")
-        both = [(prompt, row.get(name)) for name in answers if prompt and isinstance(prompt, str)]
-        return [isinstance(x, str) and x != p and x.startswith(p) for p, x in both]
-
-    count = sum(all(b) for row in rows if (b := begun(row)))
-    if doubled := 2 * count > len(rows):  # in a few it is by chance
+    count = sum(begun(row, answers) == answers for row in rows) if answers else 0
+    doubled = 2 * count > len(rows)  # in a few it is by chance
+    if doubled:
         what = f"{count} of {len(rows)} rows have the prompt in their answers too"
-        utils.say(f"{dataset} ({split}): {what}, which are read without it")
+        utils.say(f"{where}: {what}, which are read without it")
 
     def checked(row: Row) -> Row:
-        if doubled and any(both := begun(row)):
-            if not all(both):
-                raise Unusable("one answer begins with the prompt, the other does not; fix the row")
-            row |= {name: row[name].removeprefix(row["prompt"]) for name in answers}
+        names = begun(row, answers) if doubled else []
+        if names and names != answers:
+            raise Unusable("one answer begins with the prompt, the other does not; fix the row")
+        for name in names:
+            row[name] = row[name].removeprefix(row["prompt"])
         for column in columns:
             check_field(row.get(column), column)
         return row
 
     return usable(checked, rows)
+
+
+def renamings(dataset: str, rows: list[Row], flags: tuple[str, ...]) -> list[tuple[str, str]]:
+    """What --columns says, as (column, its sources); without it that of a known layout, if any."""
+    found = columns_of(rows)
+    pairs = [pair.partition("=")[::2] for pair in flags]
+    for pair, (column, sources) in zip(flags, pairs, strict=True):
+        if pair.find("=") < 1 or not {*filter(None, sources.split("+"))} <= {*found}:
+            what = f"{pair}: {dataset} has {','.join(found)}"
+            stop(f"--columns: {what}; pass prompt=question")
+        if [name for name, _ in pairs].count(column) > 1:
+            stop(f"--columns: names {column} twice; join by {column}=a+b")
+    if pairs or "prompt" in found:
+        return pairs
+    for known, layout in LAYOUTS.items():
+        names = [*layout, *"+".join(layout.values()).split("+")]
+        texts = (row.get(name) for row in rows for name in names)
+        if {*known} <= {*found} and all(isinstance(text, str | None) for text in texts):
+            pairs = [*layout.items()]
+    return pairs
+
+
+def check_ignored(
+    rows: list[Row], columns: tuple[str, ...], ignored: list[str], named: set[str]
+) -> None:
+    """Stop where a column that matters or is `named` by --columns would be ignored (B26)."""
+    matters = (MATTERS - {"messages"} if "prompt" in columns else MATTERS) | named
+    fitting = [row for row in rows if all(row.get(column) for column in columns)]
+    empty = (None, "", [], {})  # False and 0 are not: a label may be
+    filled = {name for row in fitting for name in ignored if row.get(name) not in empty}
+    lost = [name for name in ignored if name in matters & filled]
+    if lost:
+        what = f"{','.join(columns)} would be read, {','.join(lost)} ignored"
+        stop(f"{rows[0].place}: {what}; name it by --columns, as {lost[0]}= to leave it out")
+
+
+def begun(row: Row, answers: list[str]) -> list[str]:
+    """Those of a row's answers that are texts, begin with its prompt and go on (B34)."""
+    prompt = row.get("prompt")
+    if not prompt or not isinstance(prompt, str):
+        return []
+    texts = [name for name in answers if isinstance(row.get(name), str)]
+    return [name for name in texts if row[name].startswith(prompt) and row[name] != prompt]
 
 
 def columns_of(rows: list[Row]) -> list[str]:
@@ -201,13 +227,15 @@ def rename(row: Row, pairs: list) -> None:
     """Do what --columns says, in place."""
     new = {}
     for column, sources in pairs:
-        values = [row.get(name) for name in sources.split("+")]
-        is_text = len(values) > 1 and all(isinstance(x, str | None) for x in values)
-        joined = "".join(f"{x}\n\n" for x in values if x) if is_text else values
-        new[column] = values[0] if len(values) == 1 else joined
+        new[column] = row.get(sources)
+        if "+" in sources:  # of `question+` the second is none, not a column without a name
+            values = [row.get(name) for name in sources.split("+") if name]
+            is_text = all(isinstance(x, str | None) for x in values)
+            new[column] = "".join(f"{x}\n\n" for x in values if x) if is_text else values
     for column, sources in pairs:
         row.pop(column, None)
-        row |= {column: new[column]} if sources else {}
+        if sources:
+            row[column] = new[column]
 
 
 def known_layout(row: Row, formats: Formats) -> None:
@@ -222,7 +250,8 @@ def known_layout(row: Row, formats: Formats) -> None:
         if isinstance(value, dict) and {"role", "from"} & {*value}:
             value = [value]
         row[column] = [message_of(m) for m in value] if isinstance(value, list) else value
-    turns, column = row.get("conversations"), "prompt" if "chosen" in row else "messages"
+    turns = row.get("conversations")
+    column = "prompt" if "chosen" in row else "messages"
     if isinstance(turns, list) and all(said(turn)[0] for turn in turns) and not row.get(column):
         row[column] = row.pop("conversations")
     messages = row.get("messages")
@@ -251,8 +280,9 @@ def message_of(message: Any) -> Any:
 
 def said(message: Any) -> tuple[Any, Any]:
     """A chat message's role and content; of what is no message None."""
-    both = ("role", "content")
-    return tuple(message.get(name) if isinstance(message, dict) else None for name in both)
+    if not isinstance(message, dict):
+        return None, None
+    return message.get("role"), message.get("content")
 
 
 def same_chat_head(prompt: Any, chat: list[Any]) -> int:
@@ -260,9 +290,12 @@ def same_chat_head(prompt: Any, chat: list[Any]) -> int:
     texts = [said(message) for message in chat]
     if isinstance(prompt, list):
         n = len(prompt)
-        return n if n < len(chat) and texts[:n] == [said(message) for message in prompt] else 0
-    n = next((n for n, (role, _) in enumerate(texts[:-1], 1) if role == "user"), 0)
-    return n if n and prompt and str(texts[n - 1][1]).strip() == str(prompt).strip() else 0
+        is_head = n < len(chat) and texts[:n] == [said(message) for message in prompt]
+    else:
+        roles = [role for role, _ in texts[:-1]]
+        n = roles.index("user") + 1 if "user" in roles else 0
+        is_head = n and prompt and str(texts[n - 1][1]).strip() == str(prompt).strip()
+    return n if is_head else 0
 
 
 def parsed_chat(text: str) -> Any:
@@ -286,25 +319,30 @@ def read_split(dataset: str, split: str, args: Any) -> list[Row]:
     """
     names, read = open_dataset(dataset, getattr(args, "revision", None))
     match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
-    name, *ends = match.groups() if match else (split, None, None)
+    name, first, last = match.groups() if match else (split, None, None)
     usual = next((other for other in EVALUATION_SPLITS if other in names), None)
-    name = usual or name if name == "validation" else name
-    source = "train" if name == "validation" != usual else name
+    source = usual or "train" if name == "validation" else name
     if source not in names:
         stop(f"{dataset}: has no split {split}; pass {', '.join(names)}, a part as train[:100]")
     table = read(source)
-    some, cut = range(len(table)), len(table) - min(500, max(1, len(table) // 20))
-    if source != name:
-        some = some[cut:]
-    elif (
-        split == "train"
-        and not usual
-        and getattr(args, "eval_split", "validation").startswith("validation")
-    ):
-        some = some[: cut or 1]
+    some = range(len(table))
+    if not usual:
+        cut = len(table) - min(500, max(1, len(table) // 20))
+        held_out = getattr(args, "eval_split", "validation").partition("[")[0]
+        if name == "validation":
+            some = some[cut:]
+        elif split == "train" and held_out == "validation":
+            some = some[: cut or 1]
     n = len(some)
-    counts = [end and int(end.rstrip("%")) * (n / 100 if "%" in end else 1) for end in ends]
-    some = some[slice(*(x if x is None else max(0, round(x) + n * (x < 0)) for x in counts))]
+
+    def position(end: str | None) -> int | None:
+        """Where a slice's end, a count or a percentage, is among n rows."""
+        if end is None:
+            return None
+        count = int(end.rstrip("%")) * (n / 100 if "%" in end else 1)
+        return max(0, round(count) + n) if count < 0 else round(count)
+
+    some = some[position(first) : position(last)]
     if isinstance(table, list):
         return [table[i] for i in some]
     rows = table.select(some).to_list()
@@ -316,7 +354,7 @@ def open_dataset(dataset: str, revision: str | None) -> tuple[list[str], Callabl
     path = Path(dataset).expanduser()
     is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
     if not is_saved and (files := files_of(path)):
-        return [*files], lambda split: sum(map(read_file, files[split]), [])
+        return [*files], lambda split: [row for file in files[split] for row in read_file(file)]
     looks_local = dataset.startswith((".", "/", "~")) or len(path.parts) > 2 or kind_of(path)
     if path.is_file() or (looks_local and not path.exists()):
         what = "is of no known kind" if path.exists() else "no such file or folder"
@@ -351,52 +389,63 @@ def files_of(path: Path) -> dict[str, list[Path]]:
         found = [path] if path.is_file() else map(Path, sorted(glob.glob(str(path))))
         return {"train": files} if (files := [*filter(kind_of, found)]) else {}
     splits: dict[str, list[Path]] = {}
+    parts: dict[str, set[tuple[str, int]]] = {}
     for file in filter(kind_of, sorted(path.iterdir())):
         stem = file.name[: file.name.lower().rindex(kind_of(file))]
         if not stem.startswith("dataset_info"):  # of `datasets`
-            splits.setdefault(re.sub(r"-\d+-of-\d+$", "", stem), []).append(file)
-    for files in splits.values():
-        parts = {re.search(r"(?:-(\d+)-of-(\d+))?\.", file.name).groups("1") for file in files}
-        if len(parts) < len(files) or {int(total) for _, total in parts} != {len(files)}:
+            split, part, total = re.fullmatch(r"(.*?)(?:-(\d+)-of-(\d+))?", stem).groups("1")
+            splits.setdefault(split, []).append(file)
+            parts.setdefault(split, set()).add((part, int(total)))
+    for split, files in splits.items():
+        if len(parts[split]) < len(files) or {total for _, total in parts[split]} != {len(files)}:
             stop(f"{path}: holds {', '.join(f.name for f in files)}; leave one copy, whole")
     return splits
 
 
 def read_file(path: Path) -> list[Row]:
     """The rows of a file."""
-    kind, raw, rows = kind_of(path), path.read_bytes(), []  # pairs of a line and its row
+    kind, raw = kind_of(path), path.read_bytes()
     if path.name.lower().endswith(".gz"):
         raw = gzip.decompress(raw)
     if kind == ".parquet":
         import pyarrow.parquet
 
-        rows = enumerate(pyarrow.parquet.read_table(io.BytesIO(raw)).to_pylist(), 1)
-        return [Row(row, f"{path} (row {i})") for i, row in rows]
+        table = pyarrow.parquet.read_table(io.BytesIO(raw)).to_pylist()
+        return [Row(row, f"{path} (row {i})") for i, row in enumerate(table, 1)]
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = 1 + raw.count(b"\n", 0, error.start)
+        line = 1 + error.object.count(b"\n", 0, error.start)  # without the BOM
         stop(f"{path}:{line}: is not UTF-8; save it as UTF-8")
+    numbered = []  # rows and their lines
     if kind in (".csv", ".tsv"):  # every field is a text, `NA` too
-        delimiter, _ = "," if kind == ".csv" else "\t", csv.field_size_limit(2**31 - 1)
+        csv.field_size_limit(2**31 - 1)
+        delimiter = "," if kind == ".csv" else "\t"
         table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        rows = [(table.line_num, row) for row in table]
+        try:
+            numbered = [(table.line_num, row) for row in table]
+        except csv.Error as error:
+            line = table.reader.line_num
+            stop(f"{path}:{line}: {utils.first_line(error)}; quote as RFC 4180 says")
+        names = table.fieldnames or []
+        if len({*names}) < len(names):
+            stop(f"{path}:1: names a column twice; rename one")
     elif kind == ".json" and text.lstrip().startswith("["):
-        rows = [*enumerate(json.loads(text), 1)]
+        numbered = [*enumerate(json.loads(text), 1)]
     else:
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
-                    rows.append((number, json.loads(line)))
+                    numbered.append((number, json.loads(line)))
                 except (ValueError, RecursionError) as error:  # or a number of 5,000 digits
                     what = f"is not JSON ({utils.first_line(error)})"
                     stop(f"{path}:{number}: {what}; write one JSON object a line")
-    for number, row in rows:
+    for number, row in numbered:
         if not isinstance(row, dict):
             stop(f'{path}:{number}: is not a JSON object; write one a line, as {{"prompt": …}}')
         if None in row:
             stop(f"{path}:{number}: has more fields than line 1; quote what holds a delimiter")
-    return [Row(row, f"{path}:{number}") for number, row in rows]
+    return [Row(row, f"{path}:{number}") for number, row in numbered]
 
 
 def check_field(value: Any, column: str) -> None:
@@ -444,14 +493,15 @@ def render(tokenizer: Any, prompt: Any, answer: Any = None, all_turns: bool = Fa
     own marks `{% generation %}` or by rendering prefix after prefix.
     """
     if isinstance(prompt, str) and not isinstance(answer, list):
-        return Rendered([prompt, answer][: 1 + (answer is not None)], False)
+        return Rendered([prompt] if answer is None else [prompt, answer], False)
     if tokenizer.chat_template is None:
         raise Unusable("is a chat, but the tokenizer has no chat template; use text")
     if isinstance(prompt, str) and prompt:
         raise Unusable("the prompt is a text, but its answer is a chat; write both alike")
     template = functools.partial(tokenizer.apply_chat_template, tokenize=False)
     messages = [*(prompt or [])]
-    is_begun = [said(m)[0] for m in messages[-1:]] == ["assistant"] and not isinstance(answer, list)
+    last_role = said(messages[-1])[0] if messages else None
+    is_begun = last_role == "assistant" and not isinstance(answer, list)
     if isinstance(answer, str):
         answer = [{"role": "assistant", "content": answer}]
     try:
@@ -460,7 +510,8 @@ def render(tokenizer: Any, prompt: Any, answer: Any = None, all_turns: bool = Fa
             how = {"add_generation_prompt": not is_begun, "continue_final_message": is_begun}
             start = template(messages, **how)
         elif said(answer[0])[0] == "assistant":  # what comes before it is not said by it
-            start = os.path.commonprefix([template([answer[0] | {"content": x}]) for x in "ab"])
+            other = [[{"role": "assistant", "content": x}] for x in "ab"]
+            start = os.path.commonprefix([template(chat) for chat in other])
         if answer is None:
             check_all_said(functools.partial(template, **how), start, messages, [])
             return Rendered([start], True)
@@ -469,13 +520,14 @@ def render(tokenizer: Any, prompt: Any, answer: Any = None, all_turns: bool = Fa
             answer = [answer[0] | {"content": begun + answer[0]["content"]}]
         whole = template([*messages, *answer])
         check_all_said(template, whole, messages, answer)
-        marks = r"{%\1 if true %}\0{% endif \2%}"
-        marked = re.sub(
-            r"{%(-?)\s*(?:end)?generation\s*(-?)%}", marks, tokenizer.get_chat_template()
-        )
-        if all_turns and "\0" in marked:
-            whole = template([*messages, *answer], chat_template=marked)
-            return Rendered("".join(whole.rpartition("\0")[::2]).rstrip().split("\0"), True)
+        # a null, which no message holds, for each mark; in a block, which takes as many line breaks
+        block = "{%\\1 if true %}\0{% endif \\2%}"
+        mark = r"{%(-?)\s*(?:end)?generation\s*(-?)%}"
+        marked = re.sub(mark, block, tokenizer.get_chat_template())
+        if all_turns and "\0" in marked and "\0" not in whole:
+            text = template([*messages, *answer], chat_template=marked)
+            before, _, end = text.rpartition("\0")  # the end of the last turn is learned too
+            return Rendered((before + end).rstrip().split("\0"), True)
     except Unusable:
         raise
     except Exception as error:
@@ -534,9 +586,9 @@ def check_all_said(template: Callable, text: str, earlier: list, answer: list) -
 
 def render_row(tokenizer: Any, row: Row, all_turns: bool = True) -> Rendered:
     """A row of SFT_FORMATS; of a text all is learned."""
-    if "prompt" in row and "completion" in row:
+    if row.get("prompt") and "completion" in row:
         return render(tokenizer, row["prompt"], row["completion"])
-    if "messages" in row:
+    if row.get("messages"):
         learned = row["messages"][0 if all_turns else -1 :]
         if any(turn["role"] == "assistant" and turn.get("weight") == 0 for turn in learned):
             raise Unusable("messages: a turn of weight 0 would be learned; take it out")
@@ -551,37 +603,49 @@ def encode(tokenizer: Any, texts: list[Rendered]) -> list[tuple[list[int], list[
     answer as without, which is how it is sampled from. A text begins with what the tokenizer puts
     there (a BOS), a chat with what its template does. A learned end is one EOS (B19).
     """
-    eos, bare = tokenizer.eos_token_id, tokenizer("a", add_special_tokens=False)["input_ids"]
-    start = tokenizer("a")["input_ids"]
-    start = start[: start.index(bare[0])] if bare else start
-    pairs = []
+
+    def tokens(text: Any) -> Any:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def tokens_after(before: str, piece: str) -> list[int]:
+        # where a token reaches across the border, the piece by itself, but after a line break:
+        # there no tokenizer puts a space before it
+        for head in (before, "\n", ""):
+            text, n = head + piece, len(ids_of[head])
+            ids = ids_of[text] if text in ids_of else tokens(text)
+            if ids[:n] == ids_of[head]:
+                break
+        return ids[n:]
+
+    eos, letter, start = tokenizer.eos_token_id, tokens("a"), tokenizer("a")["input_ids"]
+    if letter:
+        start = start[: start.index(letter[0])]
+    pairs, needed = [], {"\n"}
     for pieces, _ in texts:
         if len(pieces) % 2 == 0 and pieces[-1].rstrip().endswith(tokenizer.eos_token):
             pieces = [*pieces[:-1], pieces[-1].rstrip().removesuffix(tokenizer.eos_token)]
         pairs.append([*itertools.pairwise(["", *pieces])])
-    needed = [
-        *{s for row in pairs for before, piece in row for s in (before, before + piece)},
-        "\n",
-    ]
-    ids_of = dict(
-        zip(needed, tokenizer(needed, add_special_tokens=False)["input_ids"], strict=True)
-    )
+        for before, piece in pairs[-1]:
+            needed |= {before, before + piece}
+    ids_of = dict(zip(needed, tokens([*needed]), strict=True))
     encoded = []
     for row, (_, is_chat) in zip(pairs, texts, strict=True):
-        ids, learned = [] if is_chat else [*start], []
+        ids = [] if is_chat else [*start]
+        learned = [False] * len(ids)
         for k, (before, piece) in enumerate(row):
-            head, new = ids_of[before], ids_of[before + piece]
-            if new[: len(head)] != head:  # a token across the border: the piece by itself, after a
-                head = ids_of["\n"]  # line break, where no tokenizer puts a space before it
-                new = tokenizer("\n" + piece, add_special_tokens=False)["input_ids"]
-                if new[: len(head)] != head:
-                    head, new = [], tokenizer(piece, add_special_tokens=False)["input_ids"]
-            new = new[len(head) :]
-            new = new[len(start) :] if ids == start == new[: len(start)] else new  # B30
-            ids += [*new, eos] if k == len(row) - 1 and k % 2 else new
-            learned += [k % 2 == 1] * (len(ids) - len(learned))
+            is_learned, is_last = k % 2 == 1, k == len(row) - 1
+            new = tokens_after(before, piece)
+            if ids == start and new[: len(start)] == start:  # B30
+                new = new[len(start) :]
+            ids += [*new, eos] if is_learned and is_last else new
+            learned += [is_learned] * (len(ids) - len(learned))
         encoded.append((ids, learned))
     return encoded
+
+
+def encode_ids(tokenizer: Any, texts: list[Rendered]) -> list[list[int]]:
+    """Token ids of each text."""
+    return [ids for ids, _ in encode(tokenizer, texts)]
 
 
 def encode_demonstrations(
@@ -589,7 +653,8 @@ def encode_demonstrations(
 ) -> list[tuple[list[int], list[bool]]]:
     """Token ids of rows of SFT_FORMATS and which are learned, cut at `max_length`."""
 
-    def cut(row: Row, ids: list[int], learned: list[bool]) -> tuple[list[int], list[bool]]:
+    def cut(row: Row, both: tuple[list[int], list[bool]]) -> tuple[list[int], list[bool]]:
+        ids, learned = both
         if not any(learned[1:max_length]):
             what = f"prompt: its tokens leave no room for a completion within {max_length}"
             raise Unusable(f"{what}; shorten it or allow more tokens")
@@ -597,7 +662,7 @@ def encode_demonstrations(
 
     pairs = usable(lambda row: (row, render_row(tokenizer, row, all_turns)), rows)
     encoded = encode(tokenizer, [text for _, text in pairs])
-    return usable(lambda row, both: cut(row, *both), [row for row, _ in pairs], encoded)
+    return usable(cut, [row for row, _ in pairs], encoded)
 
 
 class Prompt(NamedTuple):
@@ -632,16 +697,15 @@ def encode_prompts(
         return Prompt(ids, text.pieces[0], row, ends[text.is_chat])
 
     rows, texts, *asked = zip(*usable(rendered, rows), strict=True)
-    encoded = [ids for ids, _ in encode(tokenizer, texts)]
     judged: list[list[list[int]]] = []
     ends: dict[bool, list[list[int]]] = {False: [], True: []}  # of texts and of chats
-    for (judge, _), both in zip(judges, asked, strict=True):
-        judged.append([ids for ids, _ in encode(judge, both)])
-        for is_chat, i in {text.is_chat: i for i, text in enumerate(texts)}.items():
-            other = answered(judge, rows[i], texts[i].pieces[0], "b")
-            # what answers "a" and "b" have in common
-            ends[is_chat].append(common_end(judged[-1][i], encode(judge, [other])[0][0]))
-    return usable(fit, rows, texts, encoded, *judged)
+    one_of = {text.is_chat: i for i, text in enumerate(texts)}
+    for (judge, _), with_a in zip(judges, asked, strict=True):
+        judged.append(encode_ids(judge, with_a))
+        for is_chat, i in one_of.items():  # its end is what answers "a" and "b" have in common
+            with_b = answered(judge, rows[i], texts[i].pieces[0], "b")
+            ends[is_chat].append(common_end(judged[-1][i], encode_ids(judge, [with_b])[0]))
+    return usable(fit, rows, texts, encode_ids(tokenizer, texts), *judged)
 
 
 def answered(tokenizer: Any, row: Row, text: str, answer: str) -> Rendered:
@@ -668,7 +732,7 @@ def as_judged(
     if isinstance(answers[0], str):  # by its own tokenizer and template (B5)
         both = zip(prompts, answers, strict=True)
         texts = [answered(tokenizer, p.row, p.text, answer) for p, answer in both]
-        sequences = [ids for ids, _ in encode(tokenizer, texts)]
+        sequences = encode_ids(tokenizer, texts)
     else:
         sequences = []
         for p, answer, end in zip(prompts, answers, ends, strict=True):
@@ -690,14 +754,13 @@ def answer_texts(tokenizer: Any, prompts: list[Prompt], answers: list[list[int]]
     """
     both = [p.ids + answer for p, answer in zip(prompts, answers, strict=True)]
     heads = tokenizer.batch_decode([p.ids for p in prompts], skip_special_tokens=True)
-    texts = tokenizer.batch_decode(both, skip_special_tokens=True)
-    lasts = [(p.row["prompt"] or [None])[-1] for p in prompts]
-    goes_on = [said(message)[0] in (None, "assistant") for message in lasts]  # None: a letter
-    each = [
-        text[len(os.path.commonprefix([head, text])) :]
-        for head, text in zip(heads, texts, strict=True)
-    ]
-    return [x if on else x.removeprefix(" ") for x, on in zip(each, goes_on, strict=True)]
+    wholes = tokenizer.batch_decode(both, skip_special_tokens=True)
+    texts = []
+    for p, head, whole in zip(prompts, heads, wholes, strict=True):
+        text, prompt = whole[len(os.path.commonprefix([head, whole])) :], p.row["prompt"]
+        goes_on = isinstance(prompt, str) or said(prompt[-1])[0] == "assistant"
+        texts.append(text if goes_on else text.removeprefix(" "))
+    return texts
 
 
 def common_end(a: Any, b: Any) -> Any:
@@ -709,7 +772,9 @@ def show_example(tokenizer: Any, row: Row, *parts: list[int]) -> None:
     """Print the first example as the model sees it; say where a chat template is not applied."""
     texts = " -> ".join(repr(tokenizer.decode(ids)) for ids in parts)
     utils.say(f"first example: {texts}")
-    if tokenizer.chat_template and not any(isinstance(row.get(name), list) for name in CHATS):
+    read = ("prompt", "completion", "chosen", "messages", "text")
+    first = next(row[name] for name in read if row.get(name))
+    if tokenizer.chat_template and not isinstance(first, list):
         utils.say("the data are texts: the tokenizer's chat template is not applied")
 
 
@@ -751,11 +816,9 @@ def pad(
     `pad_id`: pad may equal EOS (D3, B4, B20, B21).
     """
     lengths = torch.tensor([len(s) for s in sequences])
-    width = max(width, int(lengths.max()))
-    padding = [[pad_id] * (width - len(s)) for s in sequences]
-    both = zip(padding, sequences, strict=True)
-    rows = [p + s if side == "left" else s + p for p, s in both]
-    column = torch.arange(width)
-    start = (width - lengths if side == "left" else torch.zeros_like(lengths))[:, None]
-    real = (start <= column) & (column < start + lengths[:, None])
-    return torch.tensor(rows, device=device), real.long().to(device)
+    real = torch.arange(max(width, int(lengths.max()))) < lengths[:, None]
+    if side == "left":
+        real = real.flip(1)
+    ids = torch.full(real.shape, pad_id)
+    ids[real] = torch.tensor([*itertools.chain(*sequences)], dtype=ids.dtype)
+    return ids.to(device), real.long().to(device)

@@ -357,7 +357,7 @@ def encode(tokenizer: Any, rows: list[dataset.Row], max_length: int) -> list[Pai
     """
 
     def rendered(row: dataset.Row) -> tuple:
-        prompt, chosen, rejected = row.get("prompt", ""), row["chosen"], row["rejected"]
+        prompt, chosen, rejected = row.get("prompt") or "", row["chosen"], row["rejected"]
         if chosen == rejected:
             raise dataset.Unusable("chosen and rejected are equal; drop the row")
         if type(chosen) is not type(rejected):

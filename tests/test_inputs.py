@@ -113,6 +113,9 @@ def test_b24_other_names_of_the_evaluation_split(tmp_path, error_of):
     assert len(load(tmp_path, "train")) == 3
     assert len(load(tmp_path, "validation")) == 3
     assert "no split tset; pass test, train" in error_of(load, tmp_path, "tset")
+    (tmp_path / "test.jsonl").rename(tmp_path / "validation_matched.jsonl")
+    args = flags_of(tmp_path, evaluation="validation_matched")  # so nothing of train is held out
+    assert list(map(len, dataset.load_splits(args, dataset.SFT_FORMATS))) == [3, 3]
 
 
 def test_b24_rows_in_both_splits_are_said(tmp_path, capsys):
@@ -120,6 +123,10 @@ def test_b24_rows_in_both_splits_are_said(tmp_path, capsys):
     args = flags_of(path, train="train[:6]", evaluation="train[4:]")
     dataset.load_splits(args, dataset.SFT_FORMATS)
     assert "2 of 4 evaluation rows are training rows too" in capsys.readouterr().out
+    rows = [{"id": i, "text": f"row {i % 4}"} for i in range(8)]  # another id, the same row
+    args.dataset = [str(write_jsonl(path, rows))]
+    dataset.load_splits(args, dataset.SFT_FORMATS)
+    assert "4 of 4 evaluation rows are training rows too" in capsys.readouterr().out
 
 
 def test_b25_a_folder_of_save_to_disk(tmp_path):
@@ -560,8 +567,8 @@ def test_several_data_sets(tmp_path, capsys, error_of):
     assert sum(row["text"].startswith("a") for row in train) == 36
     assert len(held_out) == 8
     assert "36 of 96 training rows" in capsys.readouterr().out
-    args.dataset_weights = (1.0,)
-    assert "--dataset-weights" in error_of(dataset.load_splits, args, dataset.SFT_FORMATS)
+    for args.dataset_weights in ((1.0,), (1.0, float("nan")), (1.0, float("inf"))):
+        assert "--dataset-weights" in error_of(dataset.load_splits, args, dataset.SFT_FORMATS)
     (tmp_path / "b" / "train.jsonl").write_text('{"other": 1}\n')
     args.dataset_weights = ()
     assert f"{tmp_path}/b/train.jsonl:1" in error_of(dataset.load_splits, args, dataset.SFT_FORMATS)
@@ -588,6 +595,9 @@ def test_names_of_files(tmp_path, error_of):
     assert texts(folder) == texts(tmp_path / "d?1?" / "train-*.jsonl") == ["a", "b", "a", "b"]
     assert texts(folder / "train-00001-of-00002.jsonl") == ["a", "b"]
     assert texts(folder, "validation") == ["b"]
+    for part in ("00000", "00001"):
+        write_jsonl(tmp_path / "v" / f"train.v1-{part}-of-00002.jsonl", rows)
+    assert texts(tmp_path / "v", "train.v1") == ["a", "b", "a", "b"]
     (folder / "train-00001-of-00002.jsonl").unlink()
     assert "leave one copy, whole" in error_of(load, folder, "train")
     write_jsonl(folder / "train.jsonl", rows)
@@ -713,6 +723,9 @@ ALTERNATE = (  # as Mistral's: turns alternate, but for calls and their results
     "{% for m in messages %}<|{{ m.role }}|>"
     "{{ (m.tool_calls | tojson) if m.tool_calls is defined else m.content }}<|end|>{% endfor %}"
 )
+
+
+CALLS = ALTERNATE[ALTERNATE.rindex("{% for") :]  # turns in any order
 
 
 def test_b37_a_call_that_is_said():
@@ -849,6 +862,70 @@ def test_b33_braces_in_a_chat_that_numpy_wrote(tmp_path):
     assert read(tmp_path, [{"messages": text}])[0]["messages"] == talk
 
 
-def test_kto_labels_that_are_no_booleans(tmp_path):
-    rows = [{"prompt": "Q", "completion": str(x), "label": x} for x in (True, "false", None, False)]
+def test_kto_labels_that_are_no_booleans(tmp_path, capsys):
+    labels = (True, "false", None, False, 1)
+    rows = [{"prompt": "Q", "completion": str(x), "label": x} for x in labels]
     assert [row["completion"] for row in read(tmp_path, rows)] == ["True"]
+    assert "1 of 5 are labelled true" in capsys.readouterr().out
+
+
+def test_labels_that_are_all_false(tmp_path, error_of):
+    """As at the end of a file that has the bad answers last: none is learned."""
+    bad = {"prompt": "Q", "completion": "A", "label": False}
+    assert "holds no rows" in error_of(read, tmp_path, [bad] * 4)
+    for row in ({"messages": [USER, BAD], "label": False}, {"text": "toxic", "label": 0}):
+        assert "label ignored" in error_of(read, tmp_path, [row] * 4)
+        assert len(read(tmp_path, [row] * 4, columns=["label="])) == 4
+
+
+def test_columns_that_have_no_name(tmp_path, error_of):
+    """pandas writes its index as one; `question+` does not join it, and `question` is no flag."""
+    (path := tmp_path / "x.csv").write_text(",question,answer\n0,Why?,So.\n1,How?,Thus.\n")
+    columns = ["prompt=question+", "completion=answer"]
+    assert [row["prompt"] for row in load(path, columns=columns)] == ["Why?\n\n", "How?\n\n"]
+    assert "--columns: question:" in error_of(load, path, columns=["question"])
+    path.write_text("prompt,completion,completion\nQ,A,B\n")
+    assert f"{path}:1: names a column twice" in error_of(load, path)
+    path.write_text('text\nfine\n"a"b\n')
+    assert f"{path}:3: " in error_of(load, path)
+
+
+def test_a_chat_that_opens_with_a_call_learns_it():
+    """The call stands after the header, which alone is given."""
+    talk = [GOOD | {"content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "4"}, GOOD]
+    given, learned, *_ = dataset.render_row(
+        chatty(CALLS), dataset.Row({"messages": talk}, "")
+    ).pieces
+    assert given == "<|assistant|>" and "look" in learned
+
+
+def test_a_null_character_where_no_one_looks():
+    """It would be taken for a mark of what is learned."""
+    thought = GOOD | {"reasoning_content": "a\0b"}
+    template = MARKED.replace("{{ m.content }}", "{{ m.reasoning_content or '' }}{{ m.content }}")
+    assert template != MARKED
+    row = dataset.Row({"messages": [USER, thought, USER, GOOD]}, "")
+    learned = dataset.render_row(chatty(template), row).pieces[1::2]
+    assert [x.count("Yes.") for x in learned] == [1, 1] and "figs" not in "".join(learned)
+
+
+def test_a_prompt_that_is_null_in_some_rows():
+    """It says as little as one that is not there."""
+    pairs = [{"chosen": "a b", "rejected": "a c"} | more for more in ({}, {"prompt": None})]
+    rows = [dataset.Row(pair, "f:1") for pair in pairs]
+    first, second = reward_model_stage.encode(chatty(), rows, 99)
+    assert first == second
+    row = dataset.Row({"messages": [USER, GOOD], "prompt": None, "completion": "No."}, "f:1")
+    assert "Yes." in dataset.render_row(chatty(), row).pieces[-1]
+    row = dataset.Row({"text": "figs", "messages": None}, "f:1")
+    assert dataset.render_row(chatty(), row).pieces == ["", "figs"]
+
+
+def test_texts_beside_chats_are_said(capsys):
+    """UltraFeedback's prompt is a text, which PPO reads; its messages are left."""
+    tokenizer = chatty()
+    row = dataset.Row({"prompt": "two figs?", "messages": [USER, GOOD]}, "f:1")
+    dataset.show_example(tokenizer, row, [5])
+    assert "the data are texts" in capsys.readouterr().out
+    dataset.show_example(tokenizer, row | {"prompt": [USER]}, [5])
+    assert "the data are texts" not in capsys.readouterr().out

@@ -146,7 +146,10 @@ def llama(shape: Shape) -> transformers.LlamaConfig:
 
 
 def measured(work: Work) -> float:
-    """Peak anonymous bytes of a run of two updates: those of mapped files vary from run to run."""
+    """Peak anonymous bytes of a run of two updates: those of mapped files vary from run to run.
+
+    One pass over each batch: more would take no more memory, but long where bfloat16 is emulated.
+    """
     shape, batch, micro_batch, prompt, response, advantage, lora_rank = work
     with tempfile.TemporaryDirectory() as folder:
         random_model(Path(folder), llama(shape), prompt, None, response)
@@ -156,7 +159,7 @@ def measured(work: Work) -> float:
         flags += f" --total-episodes {2 * batch} --response-length {response}"
         flags += f" --advantage {advantage} --lora-rank {lora_rank} --learning-rate 1e-9"
         flags += " --gradient-checkpointing --dtype bfloat16"  # as in the formula
-        flags += " --eval-prompts 8 --eval-every 0 --save-every 0"
+        flags += " --num-ppo-epochs 1 --eval-prompts 8 --eval-every 0 --save-every 0"
         command, peak = [sys.executable, "ppo_rlhf.py", *flags.split()], 0
         environment = os.environ | {"OMP_NUM_THREADS": "2"}
         with subprocess.Popen(command, cwd=ROOT, env=environment) as run:

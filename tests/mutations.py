@@ -17,7 +17,7 @@ b03_an_eos_in_the_prompt_is_no_end in ppo_rlhf.py
     torch.isin(last_ids, torch.tensor(stop_ids, device=device))  ->
     torch.isin(batch.ids, torch.tensor(stop_ids, device=device)).any(1)
 b04_eos_is_seen_though_it_is_the_pad_token in dataset.py
-    real.long().to(device)  ->  (torch.tensor(rows) != pad_id).long().to(device)
+    real.long().to(device)  ->  (ids != pad_id).long().to(device)
 b05_a_reward_model_with_another_tokenizer_reads_text in ppo_rlhf.py
     utils.same_tokenizer(tokenizer, readers[-1][0])  ->  True
 b05_chats_go_through_the_reward_models_own_template in dataset.py

@@ -9,7 +9,7 @@ out=${RUNS:-runs/guides}/$model
 policy=$model rate=1e-5 episodes=6400
 reward_model=$out/reward-model reward_flags="--learning-rate 2e-5"
 if [ "$model" = tiny ]; then
-    policy=$out/policy rate=3e-4 episodes=400
+    policy=$out/policy rate=3e-4 episodes=640
     reward_flags="--train-split train[:3000] --prefix-coef 0 --lm-coef 0"
     if [ ! -e "$policy/summary.json" ]; then
         python examples/guides/make_tiny_gpt2.py "$out/untrained"

@@ -169,7 +169,7 @@ def checksums(folder: Path) -> str:
     """What `sha256sum` prints of a checkpoint's files."""
     lines = []
     for path in sorted({*folder.rglob("*")} - {folder / "SHA256SUMS"}):
-        if path.is_file():
+        if path.is_file() and not path.name.startswith("."):  # as file systems and desktops put
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             lines.append(f"{digest}  {path.relative_to(folder)}\n")

@@ -15,6 +15,7 @@ import shutil
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -206,8 +207,9 @@ def check_numbers(args: Any, may_be_0: str = "", at_most_1: str = "") -> None:
 
     Also where a list is given twice: the first would be ignored.
     """
+    given = [word.partition("=")[0].replace("_", "-") for word in sys.argv]
     for name, value in vars(args).items():
-        if isinstance(value, tuple) and sys.argv.count(flag(name)) > 1:
+        if isinstance(value, tuple) and given.count(flag(name)) > 1:
             stop(f"{flag(name)}: is given twice; name all after one")
     may_be_0 += " seed save_every eval_every lora_rank"
     for name, value in vars(args).items():
@@ -233,12 +235,12 @@ def check_output(args: Any, stage: str) -> None:
         stop("--resume: contradicts --overwrite; pass one")
     if args.track:
         import wandb  # noqa: F401
-    for name in ("model", "reward_model", "value_model"):
+    for name in ("model", "reward_model", "value_model", "dataset", "ptx_dataset"):
         given = getattr(args, name, None) or ()
-        for model in [given] if isinstance(given, str) else given:
-            path = Path(model).expanduser().resolve()
+        for source in [given] if isinstance(given, str) else given:
+            path = Path(source).expanduser().resolve()
             if out.resolve() == path or (args.overwrite and out.resolve() in path.parents):
-                stop(f"--output-dir: {out} is or holds {flag(name)}, {model}; pass another")
+                stop(f"--output-dir: {out} is or holds {flag(name)}, {source}; pass another")
     if not out.is_dir() or {path.name for path in out.iterdir()} <= {"run.lock", "args.json.part"}:
         return
     before = flags_of(out)
@@ -389,8 +391,15 @@ def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any)
         try:
             import peft
 
-            (file := Path(model).expanduser() / "adapter_model.safetensors").stat()
-            loaded = peft.PeftModel.from_pretrained(loaded, model, torch_device="cpu")
+            folder = Path(model).expanduser()
+            (file := folder / "adapter_model.safetensors").stat()
+            config = peft.PeftConfig.from_pretrained(folder)
+            if config.task_type == "CAUSAL_LM":  # of that kind peft would take no classifier
+                config.task_type = None
+            with warnings.catch_warnings():  # one of another model would change nothing
+                warnings.filterwarnings("error", "Found missing adapter keys")
+                how = {"config": config, "torch_device": "cpu"}
+                loaded = peft.PeftModel.from_pretrained(loaded, folder, **how)
             loaded = loaded.merge_and_unload().requires_grad_(True)
             with safetensors.safe_open(file, "pt") as adapter:
                 for name, number in (adapter.metadata() or {}).items():
@@ -662,7 +671,7 @@ runner = asyncio.Runner()  # one loop for all: clients and locks belong to one
 def load_function(spec: str, where: str) -> Callable[..., list[float]]:
     """The function named by FILE.py:FUNCTION; `where` is the flag for it."""
     file, _, name = spec.rpartition(":")
-    module_name = f"from_{Path(file).resolve()}"
+    module_name = f"from_{Path(file).resolve()}".replace(".", ":")  # a dot would name a package
     try:
         if module_name not in sys.modules:  # dataclasses and pickle look their module up there
             module_spec = importlib.util.spec_from_file_location(module_name, file)

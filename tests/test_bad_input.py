@@ -425,9 +425,9 @@ def test_flags_that_are_wrong(refused, name, flags):
 
 def test_a_flag_given_twice(refused, monkeypatch):
     """Of a list, too, only the last would count."""
-    typed = "ppo_rlhf.py --reward-model a --reward-model b"
-    monkeypatch.setattr("sys.argv", typed.split())
-    refused("ppo", "--reward-model", "twice", reward_model=("b",))
+    for typed in ("--reward-model a --reward-model b", "--reward-model=a --reward_model=b"):
+        monkeypatch.setattr("sys.argv", ["ppo_rlhf.py", *typed.split()])
+        refused("ppo", "--reward-model", "twice", reward_model=("b",))
 
 
 @pytest.mark.parametrize(
@@ -535,6 +535,8 @@ def test_the_model_stays_where_it_is(refused, name, chain, tmp_path):
     refused(name, "--output-dir", model=f"{tmp_path}/link/../out", overwrite=True)
     shutil.copytree(getattr(chain, name), tmp_path / "out" / "best")
     refused(name, "--output-dir", model=str(tmp_path / "out" / "best"), overwrite=True)
+    rows = write_jsonl(tmp_path / "out" / "rows.jsonl", [{"prompt": "Q"}])
+    refused(name, "--output-dir", dataset=(str(rows),), overwrite=True)
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import tokenizers
 import torch
 import transformers
@@ -649,7 +650,18 @@ def test_a_lora_folder_is_merged(refused, models, ppo, tmp_path):
         for a, b in zip(merged.parameters(), loaded.parameters(), strict=True):
             assert torch.equal(a, b)
     ppo(tmp_path / "run", model=folders["CAUSAL_LM"], reward_model=folders["SEQ_CLS"])
-    (tmp_path / "CAUSAL_LM" / "adapter_model.safetensors").unlink()
+    # a language model's adapter may start a reward model; its head is then zero
+    started = utils.load_classifier(folders["CAUSAL_LM"], CPU)
+    adapted = utils.load_causal_lm(folders["CAUSAL_LM"], CPU)
+    ids = torch.arange(3, 9)[None]
+    assert torch.equal(*(utils.hidden_states(model, ids) for model in (started, adapted)))
+    assert not started.score.weight.any()
+    # what fits no weight would leave the base as it is
+    file = tmp_path / "CAUSAL_LM" / "adapter_model.safetensors"
+    saved = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({k.replace("layers", "blocks"): v for k, v in saved.items()}, file)
+    refused("sft", "Found missing adapter keys", model=folders["CAUSAL_LM"])
+    file.unlink()
     refused("sft", "its adapter cannot be merged", model=folders["CAUSAL_LM"])
 
 

@@ -5,6 +5,7 @@ What a run saves and reports is recomputed here from the models and functions th
 
 import asyncio
 import math
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -203,6 +204,7 @@ def test_async_functions_share_a_loop_and_files_are_run_once(tmp_path):
     for _ in range(2):
         scores, _ = utils.call_reward_function(f, "f", prompts, ["a", "bb", ""], [[1]] * 3)
         assert scores == [1, 2, 0]
+    assert pickle.loads(pickle.dumps(g)) is g  # as a pool of processes asks for it
 
 
 def test_an_async_function_that_fails(error_of):

@@ -144,9 +144,9 @@ class Interruption:
         signal.signal(signal.SIGINT, self.note)
 
     def note(self, number: int, frame: Any) -> None:
-        # a forked worker of a reward function ends when it is told to; a Ctrl-C that torchrun
-        # passes on has come to its processes already, and is not a second one
-        if os.getpid() != self.owner or (self.signal and time.monotonic() - self.time > 1):
+        # of a Ctrl-C, which comes to all, forked workers do not end; torchrun sends it again at once
+        ends = number == signal.SIGTERM and os.getpid() != self.owner
+        if ends or (self.signal and time.monotonic() - self.time > 1):
             os._exit(128 + number)
         self.signal, self.time = self.signal or number, self.time or time.monotonic()
 

@@ -246,6 +246,9 @@ def test_a_worker_of_a_reward_function_ends_when_it_is_told_to(tmp_path):
             time.sleep(30)
             os._exit(0)
         os.read(ready, 1)
+        os.kill(child, signal.SIGINT)  # Ctrl-C comes to it too: it goes on, or its pool would hang
+        time.sleep(0.3)
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
         os.kill(child, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
         with pytest.raises(filelock.Timeout):

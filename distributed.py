@@ -144,7 +144,7 @@ class Interruption:
         signal.signal(signal.SIGINT, self.note)
 
     def note(self, number: int, frame: Any) -> None:
-        # of a Ctrl-C, which comes to all, forked workers do not end; torchrun sends it again at once
+        # Ctrl-C comes to all, but does not end forked workers; torchrun sends it again at once
         ends = number == signal.SIGTERM and os.getpid() != self.owner
         if ends or (self.signal and time.monotonic() - self.time > 1):
             os._exit(128 + number)

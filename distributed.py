@@ -157,14 +157,8 @@ class Interruption:
 
 def launch() -> str | None:
     """What names this torchrun, also when it starts its processes again; None without one."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    return name and f"{name} {os.getppid()}"
-
-
-def started_again(device: torch.device) -> bool:
-    """Whether a torchrun, of which each counts for itself, has started its processes again."""
-    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    return int(max_all(torch.tensor(count, device=device))) > 0
+    name, file = (os.environ.get(f"TORCHELASTIC_{x}", "") for x in ("RUN_ID", "ERROR_FILE"))
+    return f"{name} {file.split('/attempt_')[0]}" if name else None  # a folder of a random name
 
 
 # ---- models of several processes
@@ -263,7 +257,8 @@ def shard(model: Any, device: torch.device, dtype: str, offload: bool = False) -
     With `offload` the part is in the CPU's memory. In bfloat16 a GPU gathers a layer's weights as
     that; embeddings, the last norm and the head stay in float32, and gradients are summed in it.
     """
-    mesh = init_device_mesh(device.type, place()[1:])
+    _, world = place()
+    mesh = init_device_mesh(device.type, (world,))
     how: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
     if offload:
         how["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type != "cpu")

@@ -4,6 +4,7 @@ Each is written beside its place and gets its name once it is whole and on the d
 safetensors files only.
 """
 
+import contextlib
 import hashlib
 import json
 from collections import defaultdict
@@ -38,6 +39,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
             model.generation_config = like.generation_config
     model.save_pretrained(part, state_dict=weights)
     tokenizer.save_pretrained(part)
+    utils.discard(folder / "config.json")  # an earlier one's, as in best/
     for path in sorted(part.iterdir(), key=lambda path: path.name == "config.json"):
         utils.discard(folder / path.name)
         utils.move(path, folder / path.name)
@@ -119,7 +121,8 @@ class Checkpoints(NamedTuple):
         utils.sync(self.out / "metrics.jsonl")  # a checkpoint is never ahead of its records
         utils.move(part, final)
         for path in {*utils.checkpoints(self.out)[self.keep :]} - {final}:
-            utils.discard(path)
+            with contextlib.suppress(OSError):  # NFS keeps what somebody reads
+                utils.discard(path)
 
     def is_sharded(self) -> bool:
         return any(map(distributed.is_sharded, self.models.values()))
@@ -169,7 +172,7 @@ def checksums(folder: Path) -> str:
     """What `sha256sum` prints of a checkpoint's files."""
     lines = []
     for path in sorted({*folder.rglob("*")} - {folder / "SHA256SUMS"}):
-        if path.is_file() and not path.name.startswith("."):  # as file systems and desktops put
+        if path.is_file():
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             lines.append(f"{digest}  {path.relative_to(folder)}\n")
@@ -180,8 +183,11 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is whole."""
     try:
         written = (folder / "SHA256SUMS").read_text()
-        wrong = {*written.splitlines()} ^ {*checksums(folder).splitlines()}
-        return f"{max(x[66:] for x in wrong)}: checksum differs" if wrong else None
+        wrong = {*written.splitlines()} - {*checksums(folder).splitlines()}  # a file more may be
+        if "state.json" not in written:
+            raise ValueError("SHA256SUMS is cut")
+        names = [line.partition("  ")[2] for line in wrong]
+        return f"{max(names)}: checksum differs" if wrong else None
     except (OSError, ValueError) as error:
         return utils.first_line(error)
 

@@ -94,14 +94,16 @@ def stage() -> Iterator[None]:
         yield
         distributed.leave()
     except Exception as error:
-        fix = "make room or mend the folder, then --resume"
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             fix = "lower --micro-batch-size or add --gradient-checkpointing"
-        elif not isinstance(error, OSError) and "os error" not in str(error):
-            if not distributed.lost_others(error):
-                raise  # a bug
-            fix = "its own error says why"
-            error = ConnectionError(f"another process has ended ({first_line(error)})")
+        elif isinstance(error, OSError) or "os error" in str(error):
+            fix = "make room or mend the folder, then --resume"
+        elif distributed.lost_others(error):
+            fix = "its own error, if any, says why"
+            why = " ".join(str(error).split())  # NCCL's last line is the cause
+            error = ConnectionError(f"another process has ended, or the way to it ({why})")
+        else:
+            raise  # a bug
         where = f"{progress.unit} {progress.n + 1}" if progress is not None else "start"
         stop(f"{where}: {first_line(error)}; {fix}", 1)
     finally:
@@ -127,12 +129,12 @@ def start_process(args: Any) -> Process:
     except ValueError as error:
         stop(f"--device: {error}; leave it out")
     process = distributed.join(device)
-    if distributed.started_again(device):  # its own run goes on, whatever the flags
-        before = flags_of(Path(args.output_dir).expanduser())
-        if distributed.from_main(before.get("launch") == distributed.launch()):
-            args.resume, args.overwrite = True, False
+    launch = distributed.launch()
+    before = flags_of(Path(args.output_dir).expanduser()) if launch or args.resume else {}
+    if distributed.from_main(launch and before.get("launch") == launch):
+        args.resume, args.overwrite = True, False  # started again: it goes on, whatever the flags
     if getattr(args, "fsdp", False):
-        if not distributed.launch():
+        if not launch:
             stop("--fsdp: shards models over processes; start it by torchrun")
         for name in ("lora_rank", "compile"):
             if getattr(args, name):
@@ -142,8 +144,8 @@ def start_process(args: Any) -> Process:
     torch.manual_seed(args.seed % 2**63)  # heads start alike in all processes
     if args.dtype == "auto":
         native = "bfloat16" if multiplies_bfloat16(device) else "float32"
-        before = flags_of(Path(args.output_dir).expanduser()) if args.resume else {}
-        args.dtype = before.get("dtype", native)
+        dtype = before.get("dtype", native) if args.resume else native
+        args.dtype = distributed.from_main(dtype)  # machines may differ
     if args.dtype == "bfloat16":  # its float32 products on CUDA are those of the heads (B35)
         torch.backends.cuda.matmul.fp32_precision = "tf32"
     remote_code = args.trust_remote_code
@@ -173,8 +175,7 @@ def generator(device: torch.device | str, *numbers: int) -> torch.Generator:
     So a resumed run draws the same numbers.
     """
     # numpy takes [1] and [1, 0] for the same entropy, so the count comes first
-    entropy = [len(numbers), *(n % 2**32 for n in numbers), *(n >> 32 for n in numbers if n >> 32)]
-    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    seed = int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0])
     return torch.Generator(device).manual_seed(seed)
 
 
@@ -235,7 +236,8 @@ def check_output(args: Any, stage: str) -> None:
         stop("--resume: contradicts --overwrite; pass one")
     if args.track:
         import wandb  # noqa: F401
-    for name in ("model", "reward_model", "value_model", "dataset", "ptx_dataset"):
+    read = "model reward_model value_model dataset ptx_dataset normalize_with "
+    for name in (read + "reward_fn eval_reward_fn").split():
         given = getattr(args, name, None) or ()
         for source in [given] if isinstance(given, str) else given:
             path = Path(source).expanduser().resolve()

@@ -111,9 +111,11 @@ def test_the_first_start_does_not_resume_what_is_there(tmp_path, monkeypatch):
     alone = distributed.Process(0, 1, torch.device("cpu"), is_main=True)
     monkeypatch.setattr(distributed, "join", lambda device: alone)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/logs/a_x1y2/attempt_0/0/error.json")
+    first = distributed.launch()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/logs/a_x1y2/attempt_1/0/error.json")
     (tmp_path / "checkpoint").mkdir()
-    for launch, resumes in ((distributed.launch(), True), ("another", False), (None, False)):
+    for launch, resumes in ((first, True), ("another", False), (None, False)):
         facts = {"stage": "ppo_rlhf", "launch": launch}
         (tmp_path / "args.json").write_text(json.dumps(facts))
         args = Args(output_dir=str(tmp_path), overwrite=True, device="cpu")

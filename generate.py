@@ -82,6 +82,7 @@ def random_numbers(rows: int, response_length: int, rng: torch.Generator | None 
     return torch.rand(response_length, rows, generator=rng, device=device, dtype=torch.float64).T
 
 
+@torch.compiler.set_stance("force_eager")
 def decode(
     model: Any,
     prompt_ids: Tensor,
@@ -101,7 +102,7 @@ def decode(
     body = model.base_model
     parameters = inspect.signature(body.forward).parameters
     cache_name = "cache" if "cache" in parameters else "past_key_values"
-    position = Position(capacity=prompt_length + response_length)
+    position = Position(prompt_length + response_length, slot=0, end=prompt_length)
     cache = transformers.Cache(layer_class_to_replicate=lambda: KeyValueLayer(position))
 
     response_ids = torch.full((rows, response_length), pad_id, device=device)  # [B, R]
@@ -111,8 +112,10 @@ def decode(
     mask = F.pad(prompt_mask, (0, response_length))  # [b, P + R]
     t = torch.zeros(1, dtype=torch.long, device=device)  # tokens sampled so far
 
-    def choose_token(logits: Tensor) -> None:
-        """Sample token t of the b rows from logits [b, V]."""
+    def choose_token(inputs: dict[str, Tensor]) -> None:
+        """Feed the inputs, by which the cache grows, and sample token t of the b rows."""
+        outputs = body(**inputs, **{cache_name: cache}, use_cache=True)
+        logits = utils.logits_of(model, outputs.last_hidden_state[:, -1])  # [b, V]
         place = (live, t.expand_as(live))
         sampled = sample(logits, *sampling, uniform[place])
         token.copy_(torch.where(alive, sampled, pad_id))
@@ -121,45 +124,38 @@ def decode(
         alive.logical_and_(~torch.isin(token, stops))
         t.add_(1)
 
-    def next_logits(inputs: dict[str, Tensor]) -> Tensor:
-        """Logits [b, V] of the next token, after the inputs; the cache grows by these."""
-        outputs = body(**inputs, **{cache_name: cache}, use_cache=True)
-        return utils.logits_of(model, outputs.last_hidden_state[:, -1])
-
     def decode_one() -> None:
         """Feed the last token of the b rows and sample the next one."""
         position.slot = t + (prompt_length - 1)
         inputs = {"input_ids": token[:, None], "attention_mask": mask[:, : position.end]}
         if "position_ids" in parameters:
             inputs["position_ids"] = mask.sum(1, keepdim=True) - 1  # only real tokens count
-        choose_token(next_logits(inputs))
+        choose_token(inputs)
 
     graph = captured = None  # of decode_one on CUDA, and its rows and columns: none come twice
-    with torch.compiler.set_stance("force_eager"):
-        position.end = prompt_length
-        choose_token(next_logits(utils.model_inputs(body, prompt_ids, prompt_mask)))
-        for start in range(1, response_length, stride):
-            if watch:
-                watch(response_ids[:, :start])
-            going = int(alive.sum())
-            if not going:
-                break
-            if going <= 0.75 * len(live):
-                kept = alive.nonzero().squeeze(1)
-                live, alive, token, mask = (x[kept] for x in (live, alive, token, mask))
-                cache.batch_select_indices(kept)
-            count = min(stride, response_length - start)
-            position.end = prompt_length + start + count - 1
-            if stride > 1:  # few ends, so few graphs
-                position.end = min(-(-position.end // COLUMNS) * COLUMNS, position.capacity)
-            shape = (len(live), position.end)
-            if shape != captured and count > 3:  # fewer are not worth it
-                decode_one()  # what a first one allocates is no part of the graph
-                graph = capture(decode_one, model, graph)
-                captured, count = shape, count - 1
-            step = graph.replay if graph and shape == captured else decode_one
-            for _ in range(count):
-                step()
+    choose_token(utils.model_inputs(body, prompt_ids, prompt_mask))
+    for start in range(1, response_length, stride):
+        if watch:
+            watch(response_ids[:, :start])
+        going = int(alive.sum())
+        if not going:
+            break
+        if going <= 0.75 * len(live):
+            kept = alive.nonzero().squeeze(1)
+            live, alive, token, mask = (x[kept] for x in (live, alive, token, mask))
+            cache.batch_select_indices(kept)
+        count = min(stride, response_length - start)
+        position.end = prompt_length + start + count - 1
+        if stride > 1:  # few ends, so few graphs
+            position.end = min(-(-position.end // COLUMNS) * COLUMNS, position.capacity)
+        shape = (len(live), position.end)
+        if shape != captured and count > 3:  # fewer are not worth it
+            decode_one()  # what a first one allocates is no part of the graph
+            graph = capture(decode_one, model, graph)
+            captured, count = shape, count - 1
+        step = graph.replay if graph and shape == captured else decode_one
+        for _ in range(count):
+            step()
     return response_ids
 
 
@@ -280,8 +276,8 @@ class Position:
     """
 
     capacity: int
-    slot: int | Tensor = 0
-    end: int = 0
+    slot: int | Tensor
+    end: int
 
 
 class KeyValueLayer(transformers.cache_utils.DynamicLayer):
@@ -291,28 +287,22 @@ class KeyValueLayer(transformers.cache_utils.DynamicLayer):
         super().__init__()
         self.position = position
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        kind, columns = key_states.device.type, self.position.capacity
+    def update(
+        self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store keys and values [b, heads, columns, head size]; return all before `end`."""
+        position, kind = self.position, keys.device.type
         cast = torch.is_autocast_enabled(kind) and kind != "cpu"  # to what attention would cast to
         dtype = torch.get_autocast_dtype(kind) if cast else torch.float32
-        self.keys, self.values = (
-            x.new_zeros(*x.shape[:2], columns, x.shape[3], dtype=dtype)
-            for x in (key_states, value_states)
-        )
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        slot = self.position.slot
-        for stored, new in ((self.keys, key_states), (self.values, value_states)):
-            if isinstance(slot, int):
-                stored[:, :, : new.shape[2]] = new
-            else:
-                stored.index_copy_(2, slot, new.to(stored.dtype))
-        return self.keys[:, :, : self.position.end], self.values[:, :, : self.position.end]
+        keys, values = keys.to(dtype), values.to(dtype)
+        if self.is_initialized:
+            self.keys.index_copy_(2, position.slot, keys)
+            self.values.index_copy_(2, position.slot, values)
+        else:  # the prompt's, with room for what follows
+            room = (0, 0, 0, position.capacity - keys.shape[2])
+            self.keys, self.values = F.pad(keys, room), F.pad(values, room)
+            self.is_initialized = True
+        return self.keys[:, :, : position.end], self.values[:, :, : position.end]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.keys, self.values = self.keys[indices], self.values[indices]

@@ -141,6 +141,9 @@ def start_process(args: Any) -> Process:
                 stop(f"--fsdp: does not go with {flag(name)}; leave one out")
     elif getattr(args, "cpu_offload", False):
         stop("--cpu-offload: goes with --fsdp; pass both or neither")
+    for name in ("lora_alpha", "lora_target"):
+        if not getattr(args, "lora_rank", 1) and getattr(args, name) != getattr(type(args), name):
+            stop(f"{flag(name)}: goes with --lora-rank; pass both or neither")
     torch.manual_seed(args.seed % 2**63)  # heads start alike in all processes
     if args.dtype == "auto":
         native = "bfloat16" if multiplies_bfloat16(device) else "float32"

@@ -526,7 +526,7 @@ def main(args: Args) -> None:
         scored = score_responses(prompts, batch)
         # a response that was cut off loses a constant (D18, B2)
         scores = torch.where(ended, scored.total, scored.total - args.missing_eos_penalty)  # [B]
-        if args.reward_clip is not None:
+        if args.reward_clip:
             scores = scores.clamp(-args.reward_clip, args.reward_clip)  # D30
         clock.append(utils.now(device))
 
@@ -721,7 +721,7 @@ def main(args: Args) -> None:
             tensors = rollout | {name: getattr(batch, name) for name in fields}
             numbers = vars(args) | {"kl_coef": kl_coef, "update": update}
             saving.save_rollout(out, process, tensors, numbers)
-        if args.kl_target is not None:  # Ziegler et al. 2019, section 2.2 (D27)
+        if args.kl_target and update > args.critic_warmup_updates:  # Ziegler et al., 2.2 (D27)
             error = min(max(metrics["objective/kl"] / args.kl_target - 1, -0.2), 0.2)
             state["kl_coef"] *= 1 + error * args.batch_size / args.kl_horizon
         if args.save_every and update % args.save_every == 0 and update < num_updates:
@@ -810,8 +810,8 @@ def check_flags(args: Args, world: int) -> None:
         utils.stop("--num-mini-batches: times processes must divide --batch-size; change it")
     if args.batch_size % (args.samples_per_prompt * world):
         utils.stop("--samples-per-prompt: times processes must divide --batch-size; change it")
-    if args.total_episodes < args.batch_size:
-        utils.stop("--total-episodes: is below --batch-size; raise")
+    if args.total_episodes // args.batch_size <= args.critic_warmup_updates:
+        utils.stop("--total-episodes: train no policy; raise")
     if args.advantage in ("rloo", "grpo") and args.samples_per_prompt < 2:
         utils.stop(f"--samples-per-prompt: is 1; {args.advantage} needs 2 or more")
     of_critic = "value_model value_lam value_learning_rate critic_warmup_updates gamma lam vf_coef "
@@ -822,9 +822,9 @@ def check_flags(args: Args, world: int) -> None:
         args.value_learning_rate = args.value_learning_rate or args.learning_rate
         args.value_lam = args.lam if args.value_lam is None else args.value_lam
     args.cliprange_high = args.cliprange_high or args.cliprange
-    if args.kl_target is not None and not args.kl_coef:
+    if args.kl_target and not args.kl_coef:
         utils.stop("--kl-target: a --kl-coef of 0 cannot be steered; pass one above 0")
-    if args.kl_target is not None and args.batch_size >= 5 * args.kl_horizon:
+    if args.kl_target and args.batch_size >= 5 * args.kl_horizon:
         utils.stop("--kl-horizon: kl_coef could turn negative; pass at least --batch-size")
     if bool(args.ptx_coef) != bool(args.ptx_dataset):
         utils.stop("--ptx-coef: goes with --ptx-dataset; pass both or neither")

@@ -448,6 +448,8 @@ def load_classifier(model: str, device: torch.device, trained: bool = False) -> 
         stop(f"{model}: {type(loaded).__name__} has no head named score; pass another")
     if trained and not loaded.score.weight.any():
         stop(f"{model}: is no reward model; run reward_model.py first")
+    if trained and not hasattr(loaded.config, "reward_mean"):
+        say(f"{model}: is not of reward_model.py; its texts must have ended with EOS (B19)")
     check_causal(model, loaded)
     return loaded
 

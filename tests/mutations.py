@@ -71,7 +71,8 @@ b22_a_smaller_last_batch_counts_by_its_own_size[sft] in sft.py
 b22_a_smaller_last_batch_counts_by_its_own_size[reward_model] in reward_model.py
     F.logsigmoid(margins).sum() / num_pairs  ->  F.logsigmoid(margins).sum() / args.batch_size
 b22_ppo_has_full_batches_only in ppo_rlhf.py
-    args.total_episodes // args.batch_size  ->  -(-args.total_episodes // args.batch_size)
+    num_updates = args.total_episodes // args.batch_size  ->
+    num_updates = -(-args.total_episodes // args.batch_size)
 d01_reward_and_value_read_prompt_and_response in dataset.py
     sequences.append(p.ids + answer + end)  ->  sequences.append(answer + end)
 d02_prompts_are_padded_on_the_left in generate.py

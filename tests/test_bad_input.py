@@ -398,6 +398,7 @@ PPO = [
     *each("stop_token", "two words", ""),
     {"kl_horizon": 1, "kl_target": 6.0},
     {"total_episodes": 7},
+    {"total_episodes": 16, "critic_warmup_updates": 2},
     {"num_mini_batches": 3},
     {"samples_per_prompt": 3},
     *({"samples_per_prompt": 1, "advantage": x} for x in ("rloo", "grpo")),

@@ -92,10 +92,10 @@ def test_d05_log_probabilities_are_divided_by_the_temperature(runs, models):
 @pytest.mark.parametrize("name", ["sft", "reward_model", "ppo"])
 def test_d06_optimizer_and_schedule(request, name, monkeypatch, tmp_path):
     """AdamW, eps 1e-5, no weight decay; the rate falls to 0, as a cosine or, in PPO, a line."""
-    made, adamw = [], torch.optim.AdamW
+    stage, made, adamw = request.getfixturevalue(name), [], torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: made.append(k) or adamw(*a, **k))
     flags = {"total_episodes": 32} if name == "ppo" else {"warmup_ratio": 0.25, "batch_size": 32}
-    out = request.getfixturevalue(name)(tmp_path / "out", **flags)
+    out = stage(tmp_path / "out", **flags)
     rates = [row["lr"] for row in metrics_of(out)]
     assert [(k["eps"], k["weight_decay"]) for k in made] == [(1e-5, 0.0)]
     if name == "ppo":
@@ -414,14 +414,17 @@ def test_d31_ptx_adds_a_language_model_loss(ppo, models, text, tmp_path):
 def test_d32_the_critic_may_be_trained_alone_first(ppo, models, data, tmp_path):
     """In the warm-up neither PPO nor ptx moves the policy, and the value function learns."""
     flags = {"total_episodes": 24, "learning_rate": 3e-3, "save_every": 2}
-    flags |= {"ptx_coef": 1.0, "ptx_dataset": data.sft}
-    out = ppo(tmp_path / "a", critic_warmup_updates=3, **flags)
-    before, after = weights_of(models.sft), weights_of(out)
+    flags |= {"ptx_coef": 1.0, "ptx_dataset": data.sft, "kl_target": 6.0, "kl_horizon": 20}
+    out = ppo(tmp_path / "a", critic_warmup_updates=2, **flags)
+    checkpoint = out / "checkpoint" / "000002"
+    before, after = weights_of(models.sft), weights_of(checkpoint)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert all(row["policy/approxkl_avg"] == 0 for row in metrics_of(out))
-    value = load_file(out / "checkpoint" / "000002" / "value_model.safetensors")
+    rows = metrics_of(out)
+    assert [row["policy/approxkl_avg"] > 0 for row in rows] == [False, False, True]
+    assert len({row["objective/kl_coef"] for row in rows}) == 1  # its KL is 0, and no sign
+    value = load_file(checkpoint / "value_model.safetensors")
     assert not torch.equal(value["score.weight"], weights_of(models.reward_model)["score.weight"])
-    after = weights_of(ppo(tmp_path / "b", critic_warmup_updates=2, **flags))
+    after = weights_of(out)
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 

@@ -348,9 +348,8 @@ def main(args: Args) -> None:
         check(model, name)
         utils.freeze(model, args.dtype)
         speakers.append((name, model, tokenizer, []))
-    if args.score:
-        judge = utils.load_classifier(args.score, device, trained=True)
-        reads = utils.load_tokenizer(args.score)
+    judges = [utils.load_classifier(args.score, device, trained=True)] if args.score else []
+    readers = [(utils.load_tokenizer(args.score), utils.context_length(judge)) for judge in judges]
     settings = {"max_new_tokens": 256, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     for source in (speakers[0][1].generation_config, args):
         settings |= {k: x for k in settings if (x := getattr(source, k)) is not None}
@@ -362,8 +361,9 @@ def main(args: Args) -> None:
         messages, printed = [*chat, {"role": "user", "content": line}], []
         row = dataset.Row({"prompt": messages if tokenizer.chat_template else line}, name)
         [prompt] = dataset.encode_prompts(tokenizer, [row], 2**30)
-        room = utils.context_length(model) - len(prompt.ids)
-        if chat and room < length:
+        context = min(map(utils.context_length, [model, *judges]))
+        room = context - len(prompt.ids)
+        if chat and room < min(length, context // 2):
             del chat[:2]  # the oldest turn
             return answer(line, name, model, tokenizer, chat)
         if room < 1:
@@ -388,14 +388,14 @@ def main(args: Args) -> None:
         ids, mask = generate(model, ids, torch.ones_like(ids), uniform, stops, **more)
         text = show(ids[:, : mask.sum()])
         chat[:] = [*messages, {"role": "assistant", "content": text}] * typed
-        if args.score:
-            [(ids, _)] = dataset.encode(reads, [dataset.answered(reads, row, prompt.text, text)])
-            del ids[utils.context_length(judge) - 1 : -1]
-            raw = utils.last_token_scores(judge, *dataset.pad([ids], 0, "right", device))
+        for judge, reader in zip(judges, readers, strict=True):  # as PPO asks it
+            [asked] = dataset.encode_prompts(tokenizer, [row], 2**30, reader)
+            ids, _ = dataset.as_judged(reader, 0, [asked], [text])
+            raw = utils.last_token_scores(judge, *dataset.pad(ids, 0, "right", device))
             print(f"\tscore {utils.normalize_scores(judge, raw).item():.2f}", end="")
 
     with contextlib.suppress(EOFError, KeyboardInterrupt), utils.autocast(device, args.dtype):
-        while (line := input("> " * typed).replace("\\n", "\n")) or not typed:
+        while (line := input("> " * typed).removesuffix("\r").replace("\\n", "\n")) or not typed:
             for speaker in speakers:
                 with contextlib.suppress(SystemExit):  # it is said what is wrong
                     answer(line, *speaker)

@@ -107,7 +107,9 @@ def page(runs: list[Path], share: int) -> str:
         rows, note = read(run / "metrics.jsonl")
         final, summary = run / "summary.json", {}
         if final.is_file():
-            summary = json.loads(final.read_text("utf-8"), parse_float=lambda x: round(float(x), 3))
+            summary = json.loads(
+                final.read_text("utf-8"), parse_float=lambda x: float(f"{float(x):.4g}")
+            )
         if len(rows) > most:
             note += f", about {most} of {len(rows)} points"
         for metric, line in curves(rows, summary).items():

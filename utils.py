@@ -52,7 +52,7 @@ progress: tqdm | None = None  # the stage's bar, which knows at which step or up
 
 def visible(text: str) -> str:
     """The text with what steers a terminal or turns its order around spelled out: `\\x1b`."""
-    kept = "\n\t\xa0\u3000\u200d"
+    kept = "\n\t\xa0\u2009\u200c\u200d\u202f\u3000"
     return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
 
 

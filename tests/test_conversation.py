@@ -1,6 +1,7 @@
 """generate.py as a command: lines in, answers out."""
 
 import io
+import json
 import shutil
 import sys
 
@@ -71,6 +72,8 @@ def test_piped_prompts_are_answered_each_on_a_line(talk, chain):
     assert out.splitlines() == [greedy(chain.ppo, prompt)[0] for prompt in PROMPTS]
     one = PIPED.splitlines(keepends=True)[1]
     assert talk(one, model=str(chain.ppo), temperature=0)[0] == out.splitlines()[1] + "\n"
+    from_windows = one.replace("\n", "\r\n")
+    assert talk(from_windows, model=str(chain.ppo), temperature=0)[0] == out.splitlines()[1] + "\n"
 
 
 def test_it_samples_as_in_training(talk, chain, monkeypatch, tmp_path):
@@ -136,6 +139,31 @@ def test_two_models_and_scores(talk, chain):
         scores = plain_scores(chain.reward_model, sequences)
         expected = [[x, f"score {y:.2f}"] for x, y in zip(answers, scores, strict=True)]
         assert [row[1:] for row in part] == expected
+
+
+def test_a_score_is_of_the_whole_answer(talk, chain, tmp_path):
+    """A reward model of a small context reads a shorter answer, and no prompt that fills it."""
+    judge = shutil.copytree(chain.reward_model, tmp_path / "judge")
+    config = json.loads((judge / "config.json").read_text())
+    tokenizer = utils.load_tokenizer(str(chain.ppo))
+    prompt = len(tokenizer(PROMPTS[0])["input_ids"])
+    for room in (3, 1):  # the last of them is for EOS
+        (judge / "config.json").write_text(
+            json.dumps(config | {"max_position_embeddings": prompt + room})
+        )
+        flags = {"model": str(chain.ppo), "score": str(judge), "temperature": 0}
+        out, err = talk(PIPED.splitlines(keepends=True)[0], **flags)
+        if room == 1:
+            assert "leave the response no room" in err
+        else:
+            answer, score = out.rstrip("\n").split("\t")
+            ids = tokenizer(PROMPTS[0])["input_ids"]
+            answered = tokenizer(PROMPTS[0] + " " + answer)["input_ids"]
+            assert len(ids) < len(answered) <= len(ids) + room
+            wanted = plain_scores(
+                chain.reward_model, [[*answered[: prompt + 2], tokenizer.eos_token_id]]
+            )
+            assert score == f"score {wanted[0]:.2f}"
 
 
 def test_characters_are_printed_whole(talk, chat, monkeypatch):

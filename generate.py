@@ -326,6 +326,8 @@ class Args:
     """Another model, which answers too."""
     score: str | None = None
     """Reward model."""
+    text: bool = False
+    """Lines are whole prompts, as for a model trained on texts; no chat template."""
     max_new_tokens: int | None = None
     temperature: float | None = None
     """0: greedy."""
@@ -359,7 +361,8 @@ def main(args: Args) -> None:
         if line == "/reset":
             return chat.clear()
         messages, printed = [*chat, {"role": "user", "content": line}], []
-        row = dataset.Row({"prompt": messages if tokenizer.chat_template else line}, name)
+        is_chat = tokenizer.chat_template and not args.text
+        row = dataset.Row({"prompt": messages if is_chat else line}, name)
         [prompt] = dataset.encode_prompts(tokenizer, [row], 2**30)
         context = min(map(utils.context_length, [model, *judges]))
         room = context - len(prompt.ids)

@@ -128,6 +128,12 @@ def test_a_message_is_kept_without_the_space_before_it(talk, chat, monkeypatch):
     assert seen[1] == "<|user|>a<|end|><|assistant|>figs<|end|><|user|>b<|end|><|assistant|>"
 
 
+def test_a_model_with_a_template_that_learned_from_texts(talk, chat):
+    """With --text it is asked by texts; what it says is by greedy decoding after them."""
+    text, templated = (talk("Q: a\n", model=chat, temperature=0, text=x)[0] for x in (True, False))
+    assert text.startswith(greedy(chat, "Q: a", 256)[0][:20]) and text != templated
+
+
 def test_two_models_and_scores(talk, chain):
     """Name, answer and score of both, one under the other; the score is the reward model's own."""
     flags = {"model": str(chain.ppo), "compare": str(chain.sft), "score": str(chain.reward_model)}

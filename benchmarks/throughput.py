@@ -364,11 +364,13 @@ def beside_generate(
             rates["generate"].append(real.sum().item() / (utils.now(device) - started))
             torch.manual_seed(turn)
             transformers.AttentionInterface.register("sdpa", sdpa_attention_forward)  # its own
+            torch.backends.cuda.enable_cudnn_sdp(True)
             started = utils.now(device)
             with torch.no_grad(), utils.autocast(device, dtype):
                 texts = plain.generate(input_ids=ids, attention_mask=mask, **theirs)
             seconds = utils.now(device) - started
             transformers.AttentionInterface.register("sdpa", utils.attention)
+            torch.backends.cuda.enable_cudnn_sdp(False)
             ended = (texts[:, ids.shape[1] :] == stop).cumsum(1)
             tokens = (ended == 0).sum() + (ended[:, -1] > 0).sum()
             rates["model.generate"].append(tokens.item() / seconds)

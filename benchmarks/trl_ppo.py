@@ -54,6 +54,7 @@ class Args:
 def main(args: Args) -> None:
     # TRL's models attend as transformers has it, not as utils.py does
     transformers.AttentionInterface.register("sdpa", sdpa_attention_forward)
+    torch.backends.cuda.enable_cudnn_sdp(True)
     gold = load_module("data/support/gold.py")
     device = torch.device(args.device)
     tokenizer = utils.load_tokenizer(args.model)

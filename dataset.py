@@ -112,8 +112,12 @@ def load_splits(args: Any, formats: Formats) -> tuple[list[Row], list[Row]]:
             for name in columns:
                 row.setdefault(name)
     read = sorted({name for columns in formats for name in columns})  # an id makes no other row
-    known = {repr([row.get(name) for name in read]) for row in train}
-    if same := sum(repr([row.get(name) for name in read]) in known for row in held_out):
+
+    def key(row: Row) -> str:
+        return repr([row.get(name) for name in read])
+
+    known = {key(row) for row in train}
+    if same := sum(key(row) in known for row in held_out):
         what = f"{same} of {len(held_out)} evaluation rows"
         utils.say(f"{' '.join(args.dataset)}: {what} are training rows too")
     return train, held_out
@@ -772,8 +776,7 @@ def show_example(tokenizer: Any, row: Row, *parts: list[int]) -> None:
     """Print the first example as the model sees it; say where a chat template is not applied."""
     texts = " -> ".join(repr(tokenizer.decode(ids)) for ids in parts)
     utils.say(f"first example: {texts}")
-    read = ("prompt", "completion", "chosen", "messages", "text")
-    first = next(row[name] for name in read if row.get(name))
+    first = next(row[name] for name in CHATS if row.get(name))
     if tokenizer.chat_template and not isinstance(first, list):
         utils.say("the data are texts: the tokenizer's chat template is not applied")
 

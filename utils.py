@@ -101,7 +101,7 @@ def stage() -> Iterator[None]:
         elif distributed.lost_others(error):
             fix = "its own error, if any, says why"
             why = " ".join(str(error).split())  # NCCL's last line is the cause
-            error = ConnectionError(f"another process has ended, or the way to it ({why})")
+            error = ConnectionError(f"another process has ended, or the connection to it ({why})")
         else:
             raise  # a bug
         where = f"{progress.unit} {progress.n + 1}" if progress is not None else "start"
@@ -115,6 +115,7 @@ def stage() -> Iterator[None]:
 # ---- processes
 
 
+GOES_WITH = {"cpu_offload": "fsdp", "lora_alpha": "lora_rank", "lora_target": "lora_rank"}
 remote_code = False  # whether code that comes with a model may run; `start_process` sets it
 
 
@@ -139,11 +140,10 @@ def start_process(args: Any) -> Process:
         for name in ("lora_rank", "compile"):
             if getattr(args, name):
                 stop(f"--fsdp: does not go with {flag(name)}; leave one out")
-    elif getattr(args, "cpu_offload", False):
-        stop("--cpu-offload: goes with --fsdp; pass both or neither")
-    for name in ("lora_alpha", "lora_target"):
-        if not getattr(args, "lora_rank", 1) and getattr(args, name) != getattr(type(args), name):
-            stop(f"{flag(name)}: goes with --lora-rank; pass both or neither")
+    for name, other in GOES_WITH.items():
+        default = getattr(type(args), name, None)
+        if getattr(args, name, default) != default and not getattr(args, other):
+            stop(f"{flag(name)}: goes with {flag(other)}; pass both or neither")
     torch.manual_seed(args.seed % 2**63)  # heads start alike in all processes
     if args.dtype == "auto":
         native = "bfloat16" if multiplies_bfloat16(device) else "float32"

@@ -58,7 +58,7 @@ def small(data, models) -> dict[str, str]:
     """Flags with which a stage takes a second."""
     few = "--batch-size 8 --micro-batch-size 4 --eval-every 0 --device cpu"
     pairs = f"{few} --max-length 64 --dataset {data.preferences} --normalize-with {data.sft}"
-    answers = f"--total-episodes 8 --eval-prompts 2 --response-length 8 --temperature 1 {few}"
+    answers = f"--eval-prompts 2 --response-length 8 --temperature 1 {few}"
     return {
         "sft": f"{few} --max-length 64 --dataset {data.sft}",
         "reward_model": pairs,
@@ -69,7 +69,7 @@ def small(data, models) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_first_update_of_an_experiment(name, small, models, tmp_path, monkeypatch):
-    """In this process, on the changed code."""
+    """In this process, on the changed code; after its warm-up, if it has one."""
     experiment, own = EXPERIMENTS[name], tmp_path / "own"
     lab.copy_with(experiment, tmp_path / "code")
     monkeypatch.chdir(tmp_path / "code")
@@ -86,8 +86,12 @@ def test_the_first_update_of_an_experiment(name, small, models, tmp_path, monkey
         module = importlib.import_module(stage)
         assert str(tmp_path) in module.__file__
         flags = small[stage].split() + lab.flags_of(experiment, stage, 1, own, baseline)
-        module.main(tyro.cli(module.Args, args=flags))
-    assert len(metrics_of(own / "ppo_rlhf")) == 1
+        args = tyro.cli(module.Args, args=flags)
+        if stage == "ppo_rlhf":
+            updates = args.critic_warmup_updates + 1
+            args.total_episodes = args.batch_size * updates
+        module.main(args)
+    assert len(metrics_of(own / "ppo_rlhf")) == updates
     assert summary_of(own / "ppo_rlhf")["eval"]["policy"]["judge"] is None
     assert all(weight.isfinite().all() for weight in weights_of(own / "ppo_rlhf").values())
 

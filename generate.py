@@ -1,7 +1,7 @@
 """The decoding loop: responses sampled from a language model, all rows of a batch at once.
 
 In: a causal language model and prompts padded on the left. Out: response ids and their mask.
-As a command, a conversation: python generate.py runs/ppo_rlhf
+As a command, a conversation (chat.py): python generate.py runs/ppo_rlhf
 
 Keys and values are written in place into a cache with room for the whole sequence; rows that have
 ended are dropped; on CUDA the steps are a captured graph that is replayed, and as many rows are
@@ -12,12 +12,10 @@ B sequences, b of them still decoded, P prompt tokens, R response tokens, V voca
 `D16` in comments points to docs/details.md.
 """
 
-import contextlib
 import dataclasses
 import inspect
-import sys
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +24,6 @@ import tyro
 from torch import Tensor
 from transformers.configuration_utils import get_head_shapes
 
-import dataset
 import distributed
 import utils
 
@@ -314,96 +311,7 @@ class KeyValueLayer(transformers.cache_utils.DynamicLayer):
         return self.position.end, 0
 
 
-@dataclasses.dataclass
-class Args:
-    """Answer typed or piped lines; `\\n` breaks one, /reset starts anew, an empty one ends.
-
-    What is left out is as the (first) model's generation config says.
-    """
-
-    model: tyro.conf.Positional[str] = "runs/ppo_rlhf"
-    compare: str | None = None
-    """Another model, which answers too."""
-    score: str | None = None
-    """Reward model."""
-    text: bool = False
-    """Lines are whole prompts, as for a model trained on texts; no chat template."""
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    """0: greedy."""
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 1
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    trust_remote_code: bool = False
-    resume = False  # start_process asks
-
-
-@torch.no_grad()
-def main(args: Args) -> None:
-    utils.check_numbers(args, "temperature top_k", "top_p")
-    device, speakers, typed = utils.start_process(args).device, [], sys.stdin.isatty()
-    for name in filter(None, (args.model, args.compare)):
-        tokenizer = utils.load_tokenizer(name)
-        model = utils.load_causal_lm(name, device, tokenizer)
-        check(model, name)
-        utils.freeze(model, args.dtype)
-        speakers.append((name, model, tokenizer, []))
-    judges = [utils.load_classifier(args.score, device, trained=True)] if args.score else []
-    readers = [(utils.load_tokenizer(args.score), utils.context_length(judge)) for judge in judges]
-    settings = {"max_new_tokens": 256, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    for source in (speakers[0][1].generation_config, args):
-        settings |= {k: x for k in settings if (x := getattr(source, k)) is not None}
-    length = settings.pop("max_new_tokens")
-
-    def answer(line: str, name: str, model: Any, tokenizer: Any, chat: list) -> None:
-        if line == "/reset":
-            return chat.clear()
-        messages, printed = [*chat, {"role": "user", "content": line}], []
-        is_chat = tokenizer.chat_template and not args.text
-        row = dataset.Row({"prompt": messages if is_chat else line}, name)
-        [prompt] = dataset.encode_prompts(tokenizer, [row], 2**30)
-        context = min(map(utils.context_length, [model, *judges]))
-        room = context - len(prompt.ids)
-        if chat and room < min(length, context // 2):
-            del chat[:2]  # the oldest turn
-            return answer(line, name, model, tokenizer, chat)
-        if room < 1:
-            utils.stop(f"{name}: the prompt fills its context; shorten it")
-
-        def show(ids: Tensor) -> str:
-            """Print what is new, but no part of a character."""
-            [text] = dataset.answer_texts(tokenizer, [prompt], ids.tolist())
-            new = utils.visible(text.strip("\ufffd \n"))[len(printed) :]
-            printed.extend(new)
-            print(new if typed else new.replace("\n", "\\n"), end="", flush=True)
-            return text
-
-        print(f"{name}\t" * bool(args.compare), end="")
-        ids = torch.tensor([prompt.ids], device=device)
-        stops = stop_token_ids(tokenizer, "eos", model.generation_config)
-        ends = model.generation_config.eos_token_id
-        if isinstance(ends, list) and tokenizer.eos_token_id in ends:
-            stops = ends  # of a policy, trained with --stop-token
-        more = {"pad_id": 0, "stride": 1, "watch": show} | settings
-        uniform = random_numbers(1, min(length, room)).to(device)
-        ids, mask = generate(model, ids, torch.ones_like(ids), uniform, stops, **more)
-        text = show(ids[:, : mask.sum()])
-        chat[:] = [*messages, {"role": "assistant", "content": text}] * typed
-        for judge, reader in zip(judges, readers, strict=True):  # as PPO asks it
-            [asked] = dataset.encode_prompts(tokenizer, [row], 2**30, reader)
-            ids, _ = dataset.as_judged(reader, 0, [asked], [text])
-            raw = utils.last_token_scores(judge, *dataset.pad(ids, 0, "right", device))
-            print(f"\tscore {utils.normalize_scores(judge, raw).item():.2f}", end="")
-
-    with contextlib.suppress(EOFError, KeyboardInterrupt), utils.autocast(device, args.dtype):
-        while (line := input("> " * typed).removesuffix("\r").replace("\\n", "\n")) or not typed:
-            for speaker in speakers:
-                with contextlib.suppress(SystemExit):  # it is said what is wrong
-                    answer(line, *speaker)
-                print(flush=True)
-
-
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    import chat
+
+    chat.main(tyro.cli(chat.Args))

@@ -12,18 +12,18 @@ Hugging Face folder, with metrics.jsonl, summary.json, samples.jsonl and TensorB
         --dataset my/prompts --learning-rate 3e-6 --output-dir runs/my-ppo
     torchrun --nproc-per-node 8 ppo_rlhf.py
 
-On several GPUs each process takes its share of the episodes; the batch is the same on any number of
+On several GPUs each process takes its share of episodes; the batch is the same on any number of
 them. Gradients, token counts, means and the whitening's mean and variance are over all of them.
 Each holds whole models or, with --fsdp, a part of each (docs/scaling.md).
 
 Left out: asynchronous rollouts. Variants, such as a KL loss, are diffs in experiments/. The
-decoding loop is in generate.py. `D17` (a detail) and `B14` (a known bug) are in docs/details.md.
+decoding loop is generate.py. `D17` (a detail) and `B14` (a known bug) are in docs/details.md.
 
 Shapes: B sequences of this process, b of a micro-batch, P prompt and R response tokens, T = P + R
 (T' cut to a micro-batch's longest), N real response tokens of a micro-batch, H hidden size, V
 vocabulary. `response_mask` is 1 on every sampled token up to and including EOS or the stop token.
 The rest is padding: log-probabilities, values and rewards are 0 there; losses, whitening and token
-metrics are over the tokens where the mask is 1. A response cut off at R counts as complete.
+metrics are over tokens where the mask is 1. A response cut off at R counts as complete.
 """
 
 import json
@@ -42,6 +42,7 @@ from torch import Tensor
 
 import dataset
 import distributed
+import encoding
 import generate
 import lora
 import saving
@@ -66,7 +67,7 @@ class Args:
     value_model: str | None = None
     """Start of the value function; none: the first reward model, else --model."""
     trust_remote_code: bool = False
-    """Run code that comes with a model; its author can then do what you can."""
+    """Run code that comes with a model; its author can do what you can."""
     lora_rank: int = 0
     """Rank of a LoRA adapter, trained in place of the weights; 0: none (D43)."""
     lora_alpha: float = 32.0
@@ -277,23 +278,23 @@ def main(args: Args) -> None:
     trained = {"model": policy} | ({"value_model": value_model} if value_model else {})
     max_prompt = min(map(utils.context_length, trained.values())) - R
     train_prompts, eval_prompts = (
-        dataset.encode_prompts(tokenizer, rows, max_prompt, *readers)  # B31
+        encoding.encode_prompts(tokenizer, rows, max_prompt, *readers)  # B31
         for rows in dataset.load_splits(args, dataset.PROMPT_FORMATS)
     )
     del eval_prompts[args.eval_prompts :]
     if args.ptx_dataset:
         ptx_data = dataset.load_data(args.ptx_dataset, args.train_split, dataset.SFT_FORMATS)
-        ptx_rows = dataset.encode_demonstrations(tokenizer, ptx_data, utils.context_length(policy))
+        ptx_rows = encoding.encode_demonstrations(tokenizer, ptx_data, utils.context_length(policy))
     num_updates = args.total_episodes // args.batch_size
     micro_batch_size = utils.micro_batch_size(args, process.world, args.num_mini_batches)
 
     # ---- what the loop calls
     def sample_responses(
-        model: Any, prompts: list[dataset.Prompt], width: int, uniform: Tensor
+        model: Any, prompts: list[encoding.Prompt], width: int, uniform: Tensor
     ) -> Batch:
         """A response to each prompt; prompts are padded to `width` at least."""
         prompt_ids = [p.ids for p in prompts]
-        prompt_ids, prompt_mask = dataset.pad(prompt_ids, pad_id, "left", device, width)  # D2
+        prompt_ids, prompt_mask = encoding.pad(prompt_ids, pad_id, "left", device, width)  # D2
         with utils.autocast(device, args.dtype):
             response_ids, response_mask = generate.generate(  # [B, R], [B, R] D16
                 model, prompt_ids, prompt_mask, uniform, stop_ids, pad_id=pad_id, **sampling
@@ -358,26 +359,26 @@ def main(args: Args) -> None:
         return torch.zeros(mask.shape, device=device).masked_scatter(mask, x)
 
     def ask_reward_model(
-        number: int, prompts: list[dataset.Prompt], answers: list[Any]
+        number: int, prompts: list[encoding.Prompt], answers: list[Any]
     ) -> tuple[Tensor, Tensor]:
         """Scores [B] of ids or texts, and [B] which were cut to the model's context (B31)."""
         model, reader = reward_models[number], readers[number]
-        sequences, shortened = dataset.as_judged(reader, number, prompts, answers)  # D1
+        sequences, shortened = encoding.as_judged(reader, number, prompts, answers)  # D1
         scores = torch.zeros(len(sequences), device=device)
         order = torch.tensor([len(s) for s in sequences]).argsort(stable=True)  # little padding
         for part in order.tensor_split(math.ceil(len(order) / micro_batch_size)):
             some = [sequences[i] for i in part]
-            ids, mask = dataset.pad(some, reader[0].pad_token_id, "right", device)
+            ids, mask = encoding.pad(some, reader[0].pad_token_id, "right", device)
             with utils.autocast(device, args.dtype):
                 raw = utils.last_token_scores(model, ids, mask)  # [b] D10
             scores[part.to(device)] = utils.normalize_scores(model, raw)  # D13
         return scores, torch.tensor(shortened, device=device)
 
     @torch.no_grad()
-    def score_responses(prompts: list[dataset.Prompt], batch: Batch) -> Scores:
-        """Ask reward models, then functions, and combine what they say."""
+    def score_responses(prompts: list[encoding.Prompt], batch: Batch) -> Scores:
+        """Ask reward models, then functions; combine their scores."""
         responses = real_tokens(batch)
-        texts = dataset.answer_texts(tokenizer, prompts, responses)
+        texts = encoding.answer_texts(tokenizer, prompts, responses)
         by_name = {}
         token_rewards = torch.zeros(batch.response_mask.shape, device=device)  # [B, R]
         shortened = torch.zeros(len(texts), dtype=torch.bool, device=device)
@@ -452,8 +453,8 @@ def main(args: Args) -> None:
         @distributed.forward_pass
         def sum_of_losses(policy: Any, rows: list) -> Tensor:
             rows = rows or [([pad_id], [False])]  # no tokens
-            ids, _ = dataset.pad([ids for ids, _ in rows], pad_id, "right", device)  # [b, T]
-            is_target, _ = dataset.pad([learned for _, learned in rows], False, "right", device)
+            ids, _ = encoding.pad([ids for ids, _ in rows], pad_id, "right", device)  # [b, T]
+            is_target, _ = encoding.pad([learned for _, learned in rows], False, "right", device)
             is_target = is_target[:, 1:]  # [b, T - 1]
             with utils.autocast(device, args.dtype):
                 hidden = utils.hidden_states(policy, ids)[:, :-1][is_target]  # [N, H]
@@ -484,7 +485,7 @@ def main(args: Args) -> None:
     work = f"{len(train_prompts)} prompts, {num_updates} updates"
     ends = " or ".join(tokenizer.convert_ids_to_tokens(stop_ids))
     utils.say(f"ppo_rlhf: {size}, {work}, on {device} in {args.dtype}; responses end with {ends}")
-    dataset.show_example(tokenizer, train_prompts[0].row, train_prompts[0].ids)
+    encoding.show_example(tokenizer, train_prompts[0].row, train_prompts[0].ids)
     done, shown = state.pop("step"), "objective/scores objective/kl response/length"
     # `model.generate` of the saved policy samples as is done here (B11)
     special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": pad_id}

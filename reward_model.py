@@ -34,6 +34,7 @@ from torch import Tensor
 
 import dataset
 import distributed
+import encoding
 import lora
 import saving
 import utils
@@ -45,7 +46,7 @@ class Args:
     model: str = "runs/sft"
     """What to start from: a hub id or a local folder."""
     trust_remote_code: bool = False
-    """Run code that comes with a model; its author can then do what you can."""
+    """Run code that comes with a model; its author can do what you can."""
     lora_rank: int = 0
     """Rank of a LoRA adapter, trained in place of the weights; 0: none (D43)."""
     lora_alpha: float = 32.0
@@ -168,7 +169,7 @@ def main(args: Args) -> None:
     sft_texts: list[list[int]] = []  # demonstrations whose mean score becomes 0
     if args.normalize_with != "none":
         sft_data = dataset.load_data(args.normalize_with, args.train_split, dataset.SFT_FORMATS)
-        whole = dataset.encode_demonstrations(tokenizer, sft_data, 2**30, False)  # none is cut
+        whole = encoding.encode_demonstrations(tokenizer, sft_data, 2**30, False)  # none is cut
         sft_texts = [ids for ids, _ in whole if len(ids) <= max_length]
         if not sft_texts:
             utils.stop(f"--max-length: all demonstrations exceed {max_length} tokens; raise it")
@@ -191,7 +192,7 @@ def main(args: Args) -> None:
     size = f"{sum(p.numel() for p in parameters) / 1e6:.1f}M parameters"
     work = f"{len(train_pairs)} pairs, {num_steps} steps"
     utils.say(f"reward_model: {size}, {work}, on {device} in {args.dtype}")
-    dataset.show_example(tokenizer, train_data[0], *train_pairs[0][:2])
+    encoding.show_example(tokenizer, train_data[0], *train_pairs[0][:2])
     shown = "loss accuracy tokens_per_second"
     logger = utils.Logger(out, args, process, "step", start, num_steps, shown)
 
@@ -204,7 +205,7 @@ def main(args: Args) -> None:
         """A micro-batch's parts of three losses, accuracy and margin: [5]."""
         # both sides in one forward pass, the chosen first (D11)
         texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-        ids, mask = dataset.pad(texts or [[eos_id]] * 2, pad_id, "right", device)  # [2B, T]
+        ids, mask = encoding.pad(texts or [[eos_id]] * 2, pad_id, "right", device)  # [2B, T]
         with utils.autocast(device, args.dtype):
             hidden = utils.hidden_states(model, ids)  # [2B, T, H]
         scores = utils.head_outputs(model, hidden)  # [2B, T] of each text up to each token
@@ -235,7 +236,7 @@ def main(args: Args) -> None:
         size = 2 * micro_batch_size
         for part in distributed.micro_batches(numbers, size, lambda i: len(texts[i])):
             some = [texts[i] for i in part] or [[eos_id]]
-            ids, mask = dataset.pad(some, pad_id, "right", device)  # [B, T]
+            ids, mask = encoding.pad(some, pad_id, "right", device)  # [B, T]
             with utils.autocast(device, args.dtype):
                 raw = utils.last_token_scores(model, ids, mask)  # [B]
             scores[part] = raw[: len(part)]
@@ -366,7 +367,7 @@ def encode(tokenizer: Any, rows: list[dataset.Row], max_length: int) -> list[Pai
             if n != dataset.same_chat_head(prompt, rejected):
                 raise dataset.Unusable("only chosen begins with the prompt; fix the row")
             prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]  # B34
-        sides = [dataset.render(tokenizer, prompt, side) for side in (chosen, rejected)]
+        sides = [encoding.render(tokenizer, prompt, side) for side in (chosen, rejected)]
         return row, *sides
 
     def pair(row: dataset.Row, chosen: tuple, rejected: tuple) -> Pair:
@@ -379,7 +380,7 @@ def encode(tokenizer: Any, rows: list[dataset.Row], max_length: int) -> list[Pai
         return Pair(chosen[0], rejected[0], sum(chosen[1]), sum(rejected[1]))
 
     rows, *sides = zip(*dataset.usable(rendered, rows), strict=True)
-    return dataset.usable(pair, rows, *(dataset.encode(tokenizer, side) for side in sides))
+    return dataset.usable(pair, rows, *(encoding.encode(tokenizer, side) for side in sides))
 
 
 def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:

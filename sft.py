@@ -35,6 +35,7 @@ from torch import Tensor
 
 import dataset
 import distributed
+import encoding
 import lora
 import saving
 import utils
@@ -46,7 +47,7 @@ class Args:
     model: str = "tiny"
     """Hub id, folder, or `tiny`: a small Llama and a tokenizer made from the data."""
     trust_remote_code: bool = False
-    """Run code that comes with a model; its author can then do what you can."""
+    """Run code that comes with a model; its author can do what you can."""
     lora_rank: int = 0
     """Rank of a LoRA adapter, trained in place of the weights; 0: none (D43)."""
     lora_alpha: float = 32.0
@@ -140,7 +141,7 @@ def main(args: Args) -> None:
     max_length = min(args.max_length, utils.context_length(model))
     all_turns = not args.last_turn_only
     train_rows, eval_rows = (
-        dataset.encode_demonstrations(tokenizer, data, max_length, all_turns)
+        encoding.encode_demonstrations(tokenizer, data, max_length, all_turns)
         for data in (train_data, eval_data)
     )
     cut = sum(ids[-1] != tokenizer.eos_token_id for ids, _ in train_rows)
@@ -166,7 +167,7 @@ def main(args: Args) -> None:
     work = f"{len(train_rows)} rows, {num_steps} steps"
     utils.say(f"sft: {size}, {work}, on {device} in {args.dtype}")
     runs = itertools.groupby(zip(*train_rows[0], strict=True), key=lambda pair: pair[1])
-    dataset.show_example(tokenizer, train_data[0], *([i for i, _ in run] for _, run in runs))
+    encoding.show_example(tokenizer, train_data[0], *([i for i, _ in run] for _, run in runs))
     shown = "loss grad_norm tokens_per_second"
     logger = utils.Logger(out, args, process, "step", start, num_steps, shown)
 
@@ -182,9 +183,9 @@ def main(args: Args) -> None:
     def sum_of_losses(model: Any, rows: list[tuple[list[int], list[bool]]]) -> Tensor:
         """Cross-entropy in nats, summed over the learned tokens."""
         rows = rows or [([tokenizer.eos_token_id], [False])]  # no tokens: the sum is 0
-        ids, _ = dataset.pad([ids for ids, _ in rows], tokenizer.pad_token_id, "right", device)
+        ids, _ = encoding.pad([ids for ids, _ in rows], tokenizer.pad_token_id, "right", device)
         # the answers' tokens only, EOS among them (D8, D44)
-        is_target, _ = dataset.pad([learned for _, learned in rows], False, "right", device)
+        is_target, _ = encoding.pad([learned for _, learned in rows], False, "right", device)
         is_target = is_target[:, 1:]  # a token is predicted by the state one position before it
         with utils.autocast(device, args.dtype):
             hidden = utils.hidden_states(model, ids)[:, :-1][is_target]  # [N, H]

@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import run as lab
 
 import dataset
+import encoding
 import generate
 import utils
 
@@ -235,12 +236,12 @@ def best_of_n(args: Args, most: int = 64, prompts: int = 200) -> dict[str, Any]:
         tokenizer = utils.load_tokenizer(str(models / "sft"))
         policy = utils.load_causal_lm(str(models / "sft"), device, tokenizer)
         rows = dataset.load_data("data/support/prompts", "validation", dataset.PROMPT_FORMATS)
-        asked = dataset.encode_prompts(tokenizer, rows[:prompts], 400)
+        asked = encoding.encode_prompts(tokenizer, rows[:prompts], 400)
         asked = [prompt for prompt in asked for _ in range(most)]
         stops, texts, sequences = [tokenizer.eos_token_id], [], []
         for i in range(0, len(asked), 256):
             some = [prompt.ids for prompt in asked[i : i + 256]]
-            ids, mask = dataset.pad(some, tokenizer.pad_token_id, "left", device)
+            ids, mask = encoding.pad(some, tokenizer.pad_token_id, "left", device)
             rng = utils.generator("cpu", seed, 5, i)
             uniform = generate.random_numbers(len(some), 64, rng)
             replies, real = generate.generate(
@@ -255,7 +256,7 @@ def best_of_n(args: Args, most: int = 64, prompts: int = 200) -> dict[str, Any]:
             model = utils.load_classifier(str(folder), device, trained=True)
             scores = []
             for i in range(0, len(sequences), 512):
-                ids, mask = dataset.pad(
+                ids, mask = encoding.pad(
                     sequences[i : i + 512], tokenizer.pad_token_id, "right", device
                 )
                 raw = utils.last_token_scores(model, ids, mask)

@@ -19,7 +19,7 @@ import tyro
 from measure import ROOT, load_module, machine
 
 sys.path.insert(0, str(ROOT))
-import dataset
+import encoding
 import utils
 
 make = load_module("data/support/make.py")
@@ -76,9 +76,9 @@ def points(folder: str, prompts: int) -> dict[str, dict[str, float]]:
     means = {}
     for name in by_prompt[0]:
         pairs = [(row["prompt"], reply[name]) for row, reply in zip(rows, by_prompt, strict=True)]
-        whole = [dataset.render(tokenizer, *pair) for pair in pairs]
-        texts = [ids for ids, _ in dataset.encode(tokenizer, whole)]
-        ids, mask = dataset.pad(texts, tokenizer.pad_token_id, "right", device)
+        whole = [encoding.render(tokenizer, *pair) for pair in pairs]
+        texts = [ids for ids, _ in encoding.encode(tokenizer, whole)]
+        ids, mask = encoding.pad(texts, tokenizer.pad_token_id, "right", device)
         scores = utils.normalize_scores(model, utils.last_token_scores(model, ids, mask))
         labels = gold.score([p for p, _ in pairs], [c for _, c in pairs])
         means[name] = {"labeler": sum(labels) / len(labels), "reward_model": scores.mean().item()}

@@ -41,6 +41,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 sys.path.insert(0, str(ROOT))
 import dataset
+import encoding
 import generate
 import saving
 import utils
@@ -324,12 +325,12 @@ def rollout(args: Args) -> dict[str, Any]:
     return report
 
 
-def prompts_of(flags: dict[str, Any]) -> tuple[str, Any, list[dataset.Prompt]]:
+def prompts_of(flags: dict[str, Any]) -> tuple[str, Any, list[encoding.Prompt]]:
     """A workload's model folder, its tokenizer, and the prompts of one batch."""
     folder = str(ROOT / flags["model"])
     tokenizer = utils.load_tokenizer(folder)
     data = dataset.load_data(str(ROOT / flags["dataset"]), "train", dataset.PROMPT_FORMATS)
-    return folder, tokenizer, dataset.encode_prompts(tokenizer, data, 512)[: flags["batch-size"]]
+    return folder, tokenizer, encoding.encode_prompts(tokenizer, data, 512)[: flags["batch-size"]]
 
 
 def beside_generate(
@@ -346,7 +347,7 @@ def beside_generate(
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     plain.to(device)
     pad, stop = tokenizer.pad_token_id, tokenizer.eos_token_id
-    ids, mask = dataset.pad([p.ids for p in prompts], pad, "left", device)
+    ids, mask = encoding.pad([p.ids for p in prompts], pad, "left", device)
     R, temperature = flags["response-length"], flags["temperature"]
     ours = {"pad_id": pad, "temperature": temperature}
     theirs = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}

@@ -21,6 +21,7 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 sys.path.insert(0, str(ROOT))
 import dataset
+import encoding
 import generate
 import utils
 
@@ -66,7 +67,7 @@ def main(args: Args) -> None:
     value_model, judge = (classifier.from_pretrained(args.reward_model, **kind) for _ in range(2))
     longest = utils.context_length(policy) - args.response_length
     train, held_out = (
-        dataset.encode_prompts(
+        encoding.encode_prompts(
             tokenizer, dataset.load_data(args.dataset, split, dataset.PROMPT_FORMATS), longest
         )
         for split in ("train", "validation")
@@ -107,7 +108,7 @@ def main(args: Args) -> None:
 
     def labeler() -> float:
         """Mean score by the embedded task's labeler of replies to the held-out prompts."""
-        ids, mask = dataset.pad([p.ids for p in held_out], tokenizer.pad_token_id, "left", device)
+        ids, mask = encoding.pad([p.ids for p in held_out], tokenizer.pad_token_id, "left", device)
         R, stops = args.response_length, [tokenizer.eos_token_id]
         sampling = {"pad_id": tokenizer.pad_token_id, "temperature": args.temperature}
         uniform = generate.random_numbers(len(ids), R, utils.generator(device, args.seed))

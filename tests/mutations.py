@@ -16,11 +16,11 @@ b02_the_missing_eos_penalty_knows_the_stop_token in ppo_rlhf.py
 b03_an_eos_in_the_prompt_is_no_end in ppo_rlhf.py
     torch.isin(last_ids, torch.tensor(stop_ids, device=device))  ->
     torch.isin(batch.ids, torch.tensor(stop_ids, device=device)).any(1)
-b04_eos_is_seen_though_it_is_the_pad_token in dataset.py
+b04_eos_is_seen_though_it_is_the_pad_token in encoding.py
     real.long().to(device)  ->  (ids != pad_id).long().to(device)
 b05_a_reward_model_with_another_tokenizer_reads_text in ppo_rlhf.py
     utils.same_tokenizer(tokenizer, readers[-1][0])  ->  True
-b05_chats_go_through_the_reward_models_own_template in dataset.py
+b05_chats_go_through_the_reward_models_own_template in encoding.py
     return render(tokenizer, row["prompt"], answer)  ->  return Rendered([text, answer], False)
 b06_padding_is_not_counted_in_metrics in ppo_rlhf.py
     utils.masked_sum(x.detach().double(), mask)  ->  x.detach().double().sum()
@@ -59,7 +59,7 @@ b18_a_saved_reward_model_keeps_head_and_normalization in reward_model.py
     model.config.reward_mean = float(scores.mean())  ->  model.reward_mean = float(scores.mean())
 b18_a_reward_model_without_a_head_is_refused in ppo_rlhf.py
     utils.load_classifier(name, at, trained=True)  ->  utils.load_classifier(name, at)
-b19_the_reward_model_is_asked_about_whole_texts in dataset.py
+b19_the_reward_model_is_asked_about_whole_texts in encoding.py
     sequences.append(p.ids + answer + end)  ->  sequences.append(p.ids + answer)
 b20_the_score_is_read_at_the_end_not_at_a_pad_id_in_the_text in utils.py
     mask.sum(1) - 1  ->  (ids == 0).long().argmax(1) - 1
@@ -73,7 +73,7 @@ b22_a_smaller_last_batch_counts_by_its_own_size[reward_model] in reward_model.py
 b22_ppo_has_full_batches_only in ppo_rlhf.py
     num_updates = args.total_episodes // args.batch_size  ->
     num_updates = -(-args.total_episodes // args.batch_size)
-d01_reward_and_value_read_prompt_and_response in dataset.py
+d01_reward_and_value_read_prompt_and_response in encoding.py
     sequences.append(p.ids + answer + end)  ->  sequences.append(answer + end)
 d02_prompts_are_padded_on_the_left in generate.py
     mask.sum(1, keepdim=True) - 1  ->  torch.full_like(mask[:, :1], mask.shape[1] - 1)

@@ -9,7 +9,7 @@ import transformers
 from conftest import make_tokenizer, metrics_of, plain_lm, save_pair, summary_of, target_logits
 from emulated_gpu import GPU, emulate
 
-import dataset
+import encoding
 import generate
 import utils
 
@@ -79,7 +79,7 @@ def test_padding_changes_nothing(family):
         expected = plain(input_ids=prompt_ids).logits[0].log_softmax(-1)
         scores = classifier.score(classifier.base_model(prompt_ids).last_hidden_state)[0, :, 0]
         for width in (0, 30):
-            ids, mask = dataset.pad(PROMPTS, 0, "right", CPU, width)
+            ids, mask = encoding.pad(PROMPTS, 0, "right", CPU, width)
             is_target = mask.bool() & (torch.arange(len(PROMPTS)) == row)[:, None]
             logits, tokens = target_logits(model, ids, is_target)
             assert tokens.tolist() == prompt[1:]
@@ -91,7 +91,7 @@ def test_padding_changes_nothing(family):
 @torch.no_grad()
 def test_frozen_in_bfloat16_they_compute_the_same(family):
     """Less memory and not a bit's difference: the KL of the first update stays 0."""
-    ids, mask = dataset.pad(PROMPTS, 0, "right", CPU)
+    ids, mask = encoding.pad(PROMPTS, 0, "right", CPU)
     for load in (utils.load_causal_lm, utils.load_classifier):
         both = [load(family, CPU), utils.freeze(load(family, CPU), "bfloat16")]
         sizes = [sum(p.nbytes for p in each.parameters()) for each in both]
@@ -111,7 +111,7 @@ def test_frozen_in_bfloat16_they_compute_the_same(family):
 def test_decoding_without_a_look_at_the_device_is_the_same(family, dtype):
     """In strides of 8 tokens, over cache columns that are not written yet: as on CUDA."""
     model, results = utils.load_causal_lm(family, CPU), []
-    ids, mask = dataset.pad(PROMPTS * 3, 0, "left", CPU)
+    ids, mask = encoding.pad(PROMPTS * 3, 0, "left", CPU)
     for stride in (1, 8):
         uniform = generate.random_numbers(len(ids), 20, utils.generator(CPU, 1))
         flags = {"pad_id": 0, "stride": stride}
@@ -134,7 +134,7 @@ def test_captured_steps_decode_the_same(family, dtype, monkeypatch, request):
     model, results, flags = utils.load_causal_lm(family, CPU), [], {"pad_id": 0, "stride": 8}
     with emulate() as gpu:
         model.to(GPU)
-        ids, mask = dataset.pad(PROMPTS * 3, 0, "left", GPU)
+        ids, mask = encoding.pad(PROMPTS * 3, 0, "left", GPU)
         for captured in (False, True):
             if not captured:
                 model.not_captured = None
@@ -172,7 +172,7 @@ def test_memory_for_heads_of_several_sizes(tmp_path, monkeypatch):
 def test_greedy_decoding_is_that_of_transformers(family):
     """D2: token for token, over prompts of different lengths padded on the left."""
     model = utils.load_causal_lm(family, CPU)
-    ids, mask = dataset.pad(PROMPTS, 0, "left", CPU)
+    ids, mask = encoding.pad(PROMPTS, 0, "left", CPU)
     uniform = generate.random_numbers(len(ids), 20)
     got, _ = generate.generate(model, ids, mask, uniform, [1], pad_id=0, temperature=0)
     flags = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": 1, "pad_token_id": 0}
@@ -188,7 +188,7 @@ def test_greedy_decoding_is_that_of_transformers(family):
 def test_sampled_tokens_have_the_probabilities_of_teacher_forcing(family, monkeypatch):
     """B11: drawn step by step over the cache, and asked about afterwards in one forward pass."""
     model = utils.load_causal_lm(family, CPU)
-    ids, mask = dataset.pad(PROMPTS, 0, "left", CPU)
+    ids, mask = encoding.pad(PROMPTS, 0, "left", CPU)
     sample, keep = generate.sample, transformers.Cache.batch_select_indices
     live, drawn = torch.arange(len(ids)), torch.zeros(len(ids), 0)
 
@@ -210,7 +210,7 @@ def test_sampled_tokens_have_the_probabilities_of_teacher_forcing(family, monkey
     got, got_mask = generate.generate(model, ids, mask, uniform, [1], pad_id=0)
     responses = [row[real.bool()].tolist() for row, real in zip(got, got_mask, strict=True)]
     whole = [p + r for p, r in zip(PROMPTS, responses, strict=True)]
-    whole, real = dataset.pad(whole, 0, "right", CPU)
+    whole, real = encoding.pad(whole, 0, "right", CPU)
     starts = torch.tensor([len(p) for p in PROMPTS])[:, None]
     is_target = real.bool() & (torch.arange(whole.shape[1]) >= starts)
     logits, tokens = target_logits(model, whole, is_target)
@@ -242,7 +242,7 @@ def test_what_some_do_after_the_output_head(kind, tmp_path, error_of, monkeypatc
     """D8: logits are the model's own; one that does something unknown to them is refused."""
     folder = make_random(kind, tmp_path, **ROPE | SCALES[kind])
     model = utils.load_causal_lm(folder, CPU)
-    ids, mask = dataset.pad(PROMPTS, 0, "right", CPU)
+    ids, mask = encoding.pad(PROMPTS, 0, "right", CPU)
     logits, _ = target_logits(model, ids, mask.bool())
     own = model(input_ids=ids, attention_mask=mask).logits[:, :-1][mask[:, 1:].bool()]
     torch.testing.assert_close(logits, own, rtol=0, atol=1e-5)
@@ -293,7 +293,7 @@ def test_b40_a_rotation_that_depends_on_the_longest_sequence(tmp_path):
     folder = make_random("phi3", tmp_path, **sizes, original_max_position_embeddings=16)
     model = utils.load_causal_lm(folder, CPU)
     assert utils.context_length(model) == 16
-    ids, mask = dataset.pad([PROMPTS[0], [30] * 17], 0, "right", CPU)
+    ids, mask = encoding.pad([PROMPTS[0], [30] * 17], 0, "right", CPU)
     with torch.no_grad():
         alone, beside = (utils.hidden_states(model, x)[0, :4] for x in (ids[:1, :4], ids))
     assert not torch.allclose(alone, beside, atol=0.01)  # what the limit is against
@@ -319,6 +319,6 @@ def test_positions_count_from_0_where_a_model_would_count_otherwise():
     torch.manual_seed(0)
     config = transformers.RobertaConfig(vocab_size=400, pad_token_id=1, **sizes)
     model = transformers.RobertaForCausalLM(config).eval()
-    ids, mask = dataset.pad(PROMPTS, 1, "right", CPU)
+    ids, mask = encoding.pad(PROMPTS, 1, "right", CPU)
     masked, unmasked = (model(**utils.model_inputs(model, ids, m)).logits for m in (mask, None))
     torch.testing.assert_close(unmasked[mask.bool()], masked[mask.bool()])

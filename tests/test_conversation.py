@@ -19,6 +19,7 @@ from conftest import (
 
 import generate
 import utils
+from chat import Args, main
 
 PROMPTS = ["Q: two ripe plums?\nA:", "Q: six fresh figs?\nA:", "Q: four small pears?\nA:"]
 PIPED = "".join(prompt.replace("\n", "\\n") + "\n" for prompt in PROMPTS)
@@ -40,7 +41,7 @@ def talk(monkeypatch, capsys):
         monkeypatch.setattr(generate, "check", lambda *given: None)  # which would be recorded too
         monkeypatch.setattr(sys, "stdin", lines)
         capsys.readouterr()
-        generate.main(generate.Args(**{"device": "cpu", "dtype": "float32"} | flags))
+        main(Args(**{"device": "cpu", "dtype": "float32"} | flags))
         return capsys.readouterr()
 
     return run

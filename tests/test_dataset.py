@@ -13,6 +13,7 @@ import torch
 from conftest import make_tokenizer, write_jsonl
 
 import dataset
+import encoding
 
 CPU = torch.device("cpu")
 ROWS = [{"prompt": f"Say {i}:", "completion": f" No {i}.", "extra": i} for i in range(40)]
@@ -100,7 +101,7 @@ def test_the_first_format_that_fits(tmp_path, tokenizer):
     """A row with prompt and completion is read as such even if it has a text too."""
     rows = [{"text": "a b", "prompt": "a", "completion": " b"}] * 2
     data = load(write_jsonl(tmp_path / "x.jsonl", rows), formats=dataset.SFT_FORMATS)
-    assert dataset.render_row(tokenizer, data[0]) == (["a", " b"], False)
+    assert encoding.render_row(tokenizer, data[0]) == (["a", " b"], False)
 
 
 def test_rows_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys, error_of):
@@ -126,7 +127,7 @@ def test_a_chat_that_the_user_ends_is_refused(column):
 
 
 def encode(tokenizer, prompt, completion):
-    [(ids, learned)] = dataset.encode(tokenizer, [dataset.render(tokenizer, prompt, completion)])
+    [(ids, learned)] = encoding.encode(tokenizer, [encoding.render(tokenizer, prompt, completion)])
     n = len(ids) - sum(learned)
     assert learned == [False] * n + [True] * sum(learned)
     return ids[:n], ids[n:]
@@ -183,8 +184,8 @@ def test_chats_and_texts_mix():
     """Rows of both kinds in one list keep their order."""
     tokenizer = make_tokenizer(eos="<|end|>", chat=True)
     pairs = [("one", " a"), ([USER], "b"), ("two", " c")]
-    texts = [dataset.render(tokenizer, *pair) for pair in pairs]
-    encoded = [tokenizer.decode(ids) for ids, _ in dataset.encode(tokenizer, texts)]
+    texts = [encoding.render(tokenizer, *pair) for pair in pairs]
+    encoded = [tokenizer.decode(ids) for ids, _ in encoding.encode(tokenizer, texts)]
     chat = "<|user|>two figs?<|end|><|assistant|>"
     assert encoded == ["one a<|end|>", f"{chat}b<|end|>", "two c<|end|>"]
 
@@ -195,7 +196,7 @@ def test_what_cannot_be_rendered(tokenizer):
 
     def why(tokenizer, prompt):
         with pytest.raises(dataset.Unusable) as error:
-            dataset.render(tokenizer, prompt, [REPLY])
+            encoding.render(tokenizer, prompt, [REPLY])
         return str(error.value)
 
     assert "is a chat" in why(tokenizer, [USER])
@@ -211,12 +212,12 @@ def test_what_cannot_be_rendered(tokenizer):
 def test_demonstrations_are_cut_to_a_length(tokenizer, error_of):
     """Of prompt and completion together; a prompt that leaves no room is named."""
     rows = [dataset.Row(row, f"f:{i}") for i, row in enumerate(ROWS[:2], 1)]
-    whole = dataset.encode_demonstrations(tokenizer, rows, 500)
+    whole = encoding.encode_demonstrations(tokenizer, rows, 500)
     assert [ids[-1] for ids, _ in whole] == [tokenizer.eos_token_id] * 2
     ids, learned = whole[0]
     n = len(ids) - sum(learned) + 2
-    assert dataset.encode_demonstrations(tokenizer, rows, n)[0] == (ids[:n], learned[:n])
-    assert "f:1: prompt" in error_of(dataset.encode_demonstrations, tokenizer, rows, n - 2)
+    assert encoding.encode_demonstrations(tokenizer, rows, n)[0] == (ids[:n], learned[:n])
+    assert "f:1: prompt" in error_of(encoding.encode_demonstrations, tokenizer, rows, n - 2)
 
 
 def test_encode_prompts_keeps_rows_and_places(tokenizer, tmp_path, error_of):
@@ -224,14 +225,14 @@ def test_encode_prompts_keeps_rows_and_places(tokenizer, tmp_path, error_of):
     rows = [{"prompt": "Q: two figs?", "n": 1}, {"prompt": "Q: six ripe limes? " * 10, "n": 2}]
     path = write_jsonl(tmp_path / "train.jsonl", rows)
     data = load(tmp_path, formats=dataset.PROMPT_FORMATS)
-    prompts = dataset.encode_prompts(tokenizer, data, 500)
+    prompts = encoding.encode_prompts(tokenizer, data, 500)
     assert [p.row for p in prompts] == rows
     assert [p.text for p in prompts] == [row["prompt"] for row in rows]
     assert [p.ids for p in prompts] == [ids_of(tokenizer, row["prompt"]) for row in rows]
     assert [p.row.place for p in prompts] == [f"{path}:1", f"{path}:2"]
     room = len(prompts[1].ids)
-    assert len(dataset.encode_prompts(tokenizer, data, room)) == 2
-    assert f"{path}:2" in error_of(dataset.encode_prompts, tokenizer, data, room - 1)
+    assert len(encoding.encode_prompts(tokenizer, data, room)) == 2
+    assert f"{path}:2" in error_of(encoding.encode_prompts, tokenizer, data, room - 1)
 
 
 # ---- batches
@@ -240,14 +241,14 @@ def test_encode_prompts_keeps_rows_and_places(tokenizer, tmp_path, error_of):
 def test_pad_masks_by_length():
     """D3, B4: the pad id inside a sequence is a real token; the mask counts lengths."""
     sequences = [[7, 1, 7], [7], [1, 2]]
-    ids, mask = dataset.pad(sequences, 7, "left", CPU, width=4)
+    ids, mask = encoding.pad(sequences, 7, "left", CPU, width=4)
     assert ids.tolist() == [[7, 7, 1, 7], [7, 7, 7, 7], [7, 7, 1, 2]]
     assert mask.tolist() == [[0, 1, 1, 1], [0, 0, 0, 1], [0, 0, 1, 1]]
-    ids, mask = dataset.pad(sequences, 7, "right", CPU)
+    ids, mask = encoding.pad(sequences, 7, "right", CPU)
     assert ids.tolist() == [[7, 1, 7], [7, 7, 7], [1, 2, 7]]
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
     for side in ("left", "right"):  # a width that is too small cuts nothing
-        assert dataset.pad([[1, 2, 3] * 8], 7, side, CPU, width=2)[0].tolist() == [[1, 2, 3] * 8]
+        assert encoding.pad([[1, 2, 3] * 8], 7, side, CPU, width=2)[0].tolist() == [[1, 2, 3] * 8]
 
 
 def test_cycle_is_an_endless_sequence_of_permutations():

@@ -31,6 +31,7 @@ from conftest import (
 from safetensors.torch import load_file
 
 import dataset
+import encoding
 import generate
 import utils
 
@@ -50,7 +51,7 @@ def test_d02_prompts_are_padded_on_the_left(runs):
     """Positions count real tokens: greedy decoding of a batch is that of each row."""
     recomputed.check_masks(runs("default"))
     model = make_gpt2()
-    ids, mask = dataset.pad(PROMPTS, 0, "left", CPU, 12)
+    ids, mask = encoding.pad(PROMPTS, 0, "left", CPU, 12)
     uniform = generate.random_numbers(len(ids), 9)
     got, _ = generate.generate(model, ids, mask, uniform, [1], pad_id=0, temperature=0)
     flags = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": 1, "pad_token_id": 0}
@@ -63,7 +64,7 @@ def test_d03_masks_come_from_lengths(model):
     """Where pad is the stop token, the sampled one is real and what follows it is not."""
 
     def greedy(stop: int, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, mask = dataset.pad(PROMPTS, pad_id, "left", CPU)
+        ids, mask = encoding.pad(PROMPTS, pad_id, "left", CPU)
         uniform = generate.random_numbers(len(ids), 9)
         return generate.generate(model, ids, mask, uniform, [stop], pad_id=pad_id, temperature=0)
 

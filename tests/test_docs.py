@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT, metrics_of
 
-import generate
+import chat
 import ppo_rlhf
 import report
 import reward_model
@@ -65,7 +65,7 @@ def test_measured_numbers_are_those_of_the_result_files(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_flags_exist(name):
-    scripts = (sft, reward_model, ppo_rlhf, generate, report)
+    scripts = (sft, reward_model, ppo_rlhf, chat, report)
     fields = [field for script in scripts for field in dataclasses.fields(script.Args)]
     known = {field.name.replace("_", "-") for field in fields}
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z-]*[a-z])", read(name)))

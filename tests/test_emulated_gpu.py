@@ -9,7 +9,7 @@ from conftest import args_of, assert_same_run, make_model, metrics_of
 from emulated_gpu import CPU, GPU, emulate
 from test_generate import PROMPTS
 
-import dataset
+import encoding
 import generate
 import utils
 
@@ -150,7 +150,7 @@ def test_a_model_that_cannot_be_captured_is_decoded_step_by_step(tokenizer, monk
                 tries.clear()
                 layer.register_forward_pre_hook(lambda *_: asks.append(layer.state.sum().item()))
                 layer.state = torch.ones(2, device=GPU)
-            ids, mask = dataset.pad(PROMPTS, 0, "left", GPU)
+            ids, mask = encoding.pad(PROMPTS, 0, "left", GPU)
             uniform = generate.random_numbers(len(ids), 50, utils.generator(GPU, 5))
             results += generate.generate(model, ids, mask, uniform, [1], pad_id=0, stride=8)
         assert len(gpu.graphs) > 0

@@ -12,7 +12,7 @@ import torch
 from conftest import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import dataset
+import encoding
 import generate
 import utils
 
@@ -23,7 +23,7 @@ PROMPTS = [[10, 11, 12, 13], [20, 21], [30, 31, 32, 33, 34, 35, 36], [40]]
 
 def decode(model, prompts=PROMPTS, width=0, length=9, stops=(1,), pad_id=0, seed=5, **kwargs):
     """Response ids and mask."""
-    ids, mask = dataset.pad(prompts, pad_id, "left", CPU, width)
+    ids, mask = encoding.pad(prompts, pad_id, "left", CPU, width)
     uniform = generate.random_numbers(len(ids), length, utils.generator("cpu", seed))
     return generate.generate(model, ids, mask, uniform, [*stops], pad_id=pad_id, **kwargs)
 

@@ -5,7 +5,7 @@ import torch
 from conftest import args_of, make_model, make_tokenizer, metrics_of, save_pair, target_logits
 from test_architectures import FAMILIES, STEP_BY_STEP, make_random
 
-import dataset
+import encoding
 import generate
 import utils
 
@@ -22,7 +22,7 @@ def test_the_captured_graph_decodes_what_single_steps_do(base, dtype):
     """Token for token in float32; greedy, and sampled with the same numbers."""
     device = torch.device("cuda")
     model = utils.load_causal_lm(base.plain, device)
-    ids, mask = dataset.pad(PROMPTS, 0, "left", device)
+    ids, mask = encoding.pad(PROMPTS, 0, "left", device)
     for temperature in (0, 1.0):
         results = []
         for stride in (1, 32):  # 1: no graph
@@ -46,7 +46,7 @@ def test_masked_attention_in_bfloat16_samples_what_is_read_without_a_mask(tmp_pa
     sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
     folder = save_pair(tmp_path, make_model(tokenizer, **sizes), tokenizer)
     model, flags = utils.load_causal_lm(folder, device), {"pad_id": 0, "stride": 32}
-    ids, mask = dataset.pad(PROMPTS, 0, "left", device)
+    ids, mask = encoding.pad(PROMPTS, 0, "left", device)
     uniform = generate.random_numbers(len(ids), 70, utils.generator(device, 1))
     with utils.autocast(device, "bfloat16"):
         response_ids, real = generate.generate(model, ids, mask, uniform, [1], **flags)
@@ -62,7 +62,7 @@ def test_which_families_are_captured(kind, tmp_path):
     device = torch.device("cuda")
     folder = make_random(kind.removesuffix("-alibi"), tmp_path, **FAMILIES[kind])
     model = utils.load_causal_lm(folder, device)
-    ids, mask = dataset.pad(PROMPTS, 0, "left", device)
+    ids, mask = encoding.pad(PROMPTS, 0, "left", device)
     uniform = generate.random_numbers(len(ids), 40, utils.generator(device, 1))
     with utils.autocast(device, "bfloat16"):
         generate.generate(model, ids, mask, uniform, [1], pad_id=0)
@@ -75,7 +75,7 @@ def test_log_probabilities_are_those_of_the_cpu(base):
     logits = []
     for device in (torch.device("cpu"), torch.device("cuda")):
         model = utils.load_causal_lm(base.plain, device)
-        ids, mask = dataset.pad(PROMPTS, 0, "right", device)
+        ids, mask = encoding.pad(PROMPTS, 0, "right", device)
         logits.append(target_logits(model, ids, mask.bool())[0].cpu())
     torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
 

@@ -22,6 +22,7 @@ from conftest import (
 )
 
 import dataset
+import encoding
 import generate
 import reward_model as reward_model_stage
 import utils
@@ -195,7 +196,7 @@ def test_b28_the_models_own_ends(models):
 def test_b29_asked_as_it_was_trained():
     """A line break that the template puts after a turn is no part of an answer: sampling stops."""
     tokenizer = chatty(CHAT_TEMPLATE.replace("<|end|>'", "<|end|>\\n'"))
-    [(ids, _)] = dataset.encode(tokenizer, [dataset.render(tokenizer, [USER], [GOOD])])
+    [(ids, _)] = encoding.encode(tokenizer, [encoding.render(tokenizer, [USER], [GOOD])])
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids[:-1]).endswith("<|end|>")
 
@@ -203,13 +204,13 @@ def test_b29_asked_as_it_was_trained():
 def test_b30_one_bos():
     tokenizer = make_tokenizer(bos="<bos>")
     for prompt, answer in (("<bos>Q: two figs?", " Yes."), ("", "<bos>Q: two figs?")):
-        [(ids, _)] = dataset.encode(tokenizer, [dataset.render(tokenizer, prompt, answer)])
+        [(ids, _)] = encoding.encode(tokenizer, [encoding.render(tokenizer, prompt, answer)])
         assert ids.count(tokenizer.bos_token_id) == 1
 
 
 def test_b32_called_by_keyword():
     """Whatever the order of a function's parameters."""
-    asked = [dataset.Prompt([1], "p", {"prompt": "p"}, [])]
+    asked = [encoding.Prompt([1], "p", {"prompt": "p"}, [])]
     function = lambda completions, prompts=None, **kw: [len(completions[0])]  # noqa: E731
     assert utils.call_reward_function(function, "f", asked, ["four"], [[1]])[0] == [4.0]
 
@@ -337,8 +338,8 @@ def test_b31_prompts_have_room_in_every_model(models, base):
     tokenizer = utils.load_tokenizer(str(models.sft))
     rows = [dataset.Row({"prompt": f"Q: two figs?{' figs' * n}\nA:"}, f"f:{n}") for n in range(20)]
     judge = utils.load_tokenizer(base.other)
-    [(ids, _)] = dataset.encode(judge, [dataset.render(judge, rows[18]["prompt"], "a")])
-    kept = dataset.encode_prompts(tokenizer, rows, 99, (judge, len(ids)))
+    [(ids, _)] = encoding.encode(judge, [encoding.render(judge, rows[18]["prompt"], "a")])
+    kept = encoding.encode_prompts(tokenizer, rows, 99, (judge, len(ids)))
     assert [prompt.row.place for prompt in kept] == [f"f:{n}" for n in range(19)]
     assert all(prompt.ends == [[judge.eos_token_id]] for prompt in kept)
 
@@ -433,7 +434,7 @@ def line_breaks():
 def test_b36_tokens_of_the_joined_text(make, prompt, answer):
     """The text is the joined one; the prompt's tokens are those that it has alone."""
     tokenizer = make()
-    [(ids, learned)] = dataset.encode(tokenizer, [dataset.render(tokenizer, prompt, answer)])
+    [(ids, learned)] = encoding.encode(tokenizer, [encoding.render(tokenizer, prompt, answer)])
     assert tokenizer.decode(ids) == prompt + answer + tokenizer.eos_token
     n = len(ids) - sum(learned)
     assert ids[:n] == tokenizer(prompt)["input_ids"]
@@ -449,7 +450,7 @@ MARKED = (
 def taught(tokenizer, messages) -> str:
     """What is learned of a conversation."""
     row = dataset.Row({"messages": messages}, "f:1")
-    [(ids, learned)] = dataset.encode_demonstrations(tokenizer, [row], 500)
+    [(ids, learned)] = encoding.encode_demonstrations(tokenizer, [row], 500)
     return tokenizer.decode([i for i, x in zip(ids, learned, strict=True) if x])
 
 
@@ -458,11 +459,11 @@ def test_d44_every_turn_of_the_assistant_is_learned(marked):
     """And nothing else: found by rendering prefixes, or by the template's own marks."""
     tokenizer = chatty(MARKED if marked else None)
     row = dataset.Row({"messages": TALK}, "f:1")
-    [(ids, learned)] = dataset.encode_demonstrations(tokenizer, [row], 500)
+    [(ids, learned)] = encoding.encode_demonstrations(tokenizer, [row], 500)
     whole = tokenizer.apply_chat_template(TALK, tokenize=False) + tokenizer.eos_token
     assert tokenizer.decode(ids) == whole
     assert taught(tokenizer, TALK) == "Yes.<|end|>No.<|end|><eos>"
-    [(_, last)] = dataset.encode_demonstrations(tokenizer, [row], 500, all_turns=False)
+    [(_, last)] = encoding.encode_demonstrations(tokenizer, [row], 500, all_turns=False)
     assert sum(last) < sum(learned)
 
 
@@ -478,17 +479,17 @@ def test_d44_a_template_that_rewrites_earlier_turns(error_of):
         "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     row = dataset.Row({"messages": TALK}, "f:1")
-    line = error_of(dataset.encode_demonstrations, tokenizer, [row], 500)
+    line = error_of(encoding.encode_demonstrations, tokenizer, [row], 500)
     assert "rewrites earlier turns" in line
     assert "--last-turn-only" in line
-    assert dataset.encode_demonstrations(tokenizer, [row], 500, all_turns=False)
+    assert encoding.encode_demonstrations(tokenizer, [row], 500, all_turns=False)
 
 
 # ---- chats of other forms
 
 
 def rendered(prompt, answer=None, template=None):
-    return dataset.render(chatty(template), prompt, answer).pieces
+    return encoding.render(chatty(template), prompt, answer).pieces
 
 
 def test_a_prompt_that_begins_the_answer():
@@ -529,19 +530,19 @@ def test_an_answer_that_the_reward_models_template_cannot_render():
         "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     row = dataset.Row({"prompt": [USER]}, "f:1")
-    pieces = dataset.answered(tokenizer, row, "", "").pieces
+    pieces = encoding.answered(tokenizer, row, "", "").pieces
     assert pieces == ["<|user|>two figs?<|end|><|assistant|>", "final: <|end|>"]
-    [prompt] = dataset.encode_prompts(tokenizer, [row], 999, (tokenizer, 999))
+    [prompt] = encoding.encode_prompts(tokenizer, [row], 999, (tokenizer, 999))
     assert tokenizer.decode(prompt.ends[0]) == "<|end|><eos>"
     given = ["<|user|>two figs?", "Yes."]
-    assert dataset.answered(make_tokenizer(), row, *given).pieces == given
+    assert encoding.answered(make_tokenizer(), row, *given).pieces == given
 
 
 def test_a_tiny_model_of_conversations(sft, tmp_path):
     """It gets a small template, with which it can be asked again."""
     rows = [{"messages": TALK}, {"messages": TALK[:2]}] * 20
     out = sft(tmp_path / "out", model="tiny", dataset=write_data(tmp_path / "data", rows, 4))
-    asked, _ = dataset.render(utils.load_tokenizer(str(out)), TALK[:3], "No.").pieces
+    asked, _ = encoding.render(utils.load_tokenizer(str(out)), TALK[:3], "No.").pieces
     assert asked.endswith("user: six limes?\nassistant:")
 
 
@@ -708,10 +709,10 @@ def test_b37_what_a_template_leaves_out(lost, messages):
     tokenizer = chatty(HEADED)
     row = dataset.Row({"messages": messages}, "f:1")
     with pytest.raises(dataset.Unusable, match=f"leaves out .*{lost}"):
-        dataset.render_row(tokenizer, row, all_turns=False)
+        encoding.render_row(tokenizer, row, all_turns=False)
     if lost == "Be brief":
         with pytest.raises(dataset.Unusable, match="leaves out"):
-            dataset.render(tokenizer, messages[:-1])
+            encoding.render(tokenizer, messages[:-1])
 
 
 def test_b37_what_a_template_writes_otherwise():
@@ -721,10 +722,10 @@ def test_b37_what_a_template_writes_otherwise():
     as_json = "{% for m in messages %}{{ m.content | tojson if m.role == 'tool' else m.content }}"
     messages = [USER, GOOD, result, answer]
     row = dataset.Row({"messages": messages}, "f:1")
-    pieces = dataset.render_row(chatty(as_json + "{% endfor %}"), row, all_turns=False).pieces
+    pieces = encoding.render_row(chatty(as_json + "{% endfor %}"), row, all_turns=False).pieces
     assert "".join(pieces).endswith('a \\"fig\\"\\nhere" <think>two</think>\n\nYes.')
     earlier = dataset.Row({"messages": [USER, answer, USER, GOOD]}, "f:1")
-    assert dataset.render_row(chatty(HEADED), earlier, all_turns=False).pieces[-1] == "Yes.<|end|>"
+    assert encoding.render_row(chatty(HEADED), earlier, all_turns=False).pieces[-1] == "Yes.<|end|>"
 
 
 ALTERNATE = (  # as Mistral's: turns alternate, but for calls and their results
@@ -745,11 +746,11 @@ def test_b37_a_call_that_is_said():
     talk = [USER, GOOD | {"tool_calls": [CALL], "content": ""}]
     talk += [{"role": "tool", "content": "4 figs"}, GOOD]
     row = dataset.Row({"messages": talk}, "f:1")
-    assert "look" in dataset.render_row(chatty(ALTERNATE), row, all_turns=False).pieces[0]
-    assert "look" in dataset.render(chatty(ALTERNATE), talk[:-1]).pieces[0]
+    assert "look" in encoding.render_row(chatty(ALTERNATE), row, all_turns=False).pieces[0]
+    assert "look" in encoding.render(chatty(ALTERNATE), talk[:-1]).pieces[0]
     for template in (HEADED.replace("'user', ", "'user', 'tool', "), None):
         with pytest.raises(dataset.Unusable, match="leaves out tool_calls"):
-            dataset.render(chatty(template), talk[:-1])
+            encoding.render(chatty(template), talk[:-1])
 
 
 def test_b37_arguments_of_a_call_that_are_a_text():
@@ -759,20 +760,20 @@ def test_b37_arguments_of_a_call_that_are_a_text():
     quotes = ALTERNATE.replace("(m.tool_calls |", "(m.tool_calls[0].function.arguments |")
     writes = quotes.replace("| tojson", "")
     with pytest.raises(dataset.Unusable, match="quotes a call's arguments"):
-        dataset.render(chatty(quotes), chat[:1], chat[1:])
-    assert '{"at": "fïgs"}' in dataset.render(chatty(writes), chat[:1], chat[1:]).pieces[1]
+        encoding.render(chatty(quotes), chat[:1], chat[1:])
+    assert '{"at": "fïgs"}' in encoding.render(chatty(writes), chat[:1], chat[1:]).pieces[1]
     call["function"]["arguments"] = {"at": "fïgs"}
-    assert '{"at": "fïgs"}' in dataset.render(chatty(quotes), chat[:1], chat[1:]).pieces[1]
+    assert '{"at": "fïgs"}' in encoding.render(chatty(quotes), chat[:1], chat[1:]).pieces[1]
 
 
 def test_b37_switches_that_a_template_acts_on():
     """As those of Qwen, SmolLM and Nemotron."""
     template = "{% for m in messages %}{{ m.content | replace('/no_think', '') }}{% endfor %}"
     asked = USER | {"content": "two figs? /no_think"}
-    assert dataset.render(chatty(template), [asked]).pieces == ["two figs? "]
+    assert encoding.render(chatty(template), [asked]).pieces == ["two figs? "]
     template = template.replace("no_", "")
     with pytest.raises(dataset.Unusable, match="leaves out"):
-        dataset.render(chatty(template), [USER | {"content": "see docs/thinking.md"}])
+        encoding.render(chatty(template), [USER | {"content": "see docs/thinking.md"}])
 
 
 def test_b37_a_chat_that_the_assistant_opens():
@@ -795,8 +796,8 @@ def test_b37_turns_that_must_not_be_learned(tmp_path, error_of):
     ):
         [row] = read(tmp_path, [{"messages": talk}])
         with pytest.raises(dataset.Unusable, match="weight 0"):
-            dataset.render_row(chatty(), row)
-        assert dataset.render_row(chatty(), row, all_turns=False)
+            encoding.render_row(chatty(), row)
+        assert encoding.render_row(chatty(), row, all_turns=False)
     row = {"prompt": [USER], "completion": [GOOD, USER, GOOD]}
     assert "turns of others" in error_of(read, tmp_path, [row] * 2)
     row = {"messages": [USER, GOOD], "tools": []}
@@ -818,11 +819,11 @@ def test_b38_an_answer_keeps_its_first_space():
     chat, begun = ({"prompt": [USER, *more]} for more in ([], [GOOD]))
     answer = tokenizer("Answer: it is")["input_ids"][len(ids) :]
     assert tokenizer.decode(answer) == "it is"
-    prompts = [dataset.Prompt(ids, "", row, []) for row in (text, chat, begun)]
-    texts = dataset.answer_texts(tokenizer, prompts, [[*answer, tokenizer.eos_token_id]] * 3)
+    prompts = [encoding.Prompt(ids, "", row, []) for row in (text, chat, begun)]
+    texts = encoding.answer_texts(tokenizer, prompts, [[*answer, tokenizer.eos_token_id]] * 3)
     assert texts == [" it is", "it is", " it is"]
-    empty = dataset.Prompt([], "", dataset.Row({"prompt": ""}, "f:2"), [])  # a line in a pipe
-    assert dataset.answer_texts(tokenizer, [empty], [answer]) == ["it is"]
+    empty = encoding.Prompt([], "", dataset.Row({"prompt": ""}, "f:2"), [])  # a line in a pipe
+    assert encoding.answer_texts(tokenizer, [empty], [answer]) == ["it is"]
 
 
 @pytest.mark.parametrize("name", ["chosen", "messages"])
@@ -905,7 +906,7 @@ def test_columns_that_have_no_name(tmp_path, error_of):
 def test_a_chat_that_opens_with_a_call_learns_it():
     """The call stands after the header, which alone is given."""
     talk = [GOOD | {"content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "4"}, GOOD]
-    given, learned, *_ = dataset.render_row(
+    given, learned, *_ = encoding.render_row(
         chatty(CALLS), dataset.Row({"messages": talk}, "")
     ).pieces
     assert given == "<|assistant|>" and "look" in learned
@@ -917,7 +918,7 @@ def test_a_null_character_where_no_one_looks():
     template = MARKED.replace("{{ m.content }}", "{{ m.reasoning_content or '' }}{{ m.content }}")
     assert template != MARKED
     row = dataset.Row({"messages": [USER, thought, USER, GOOD]}, "")
-    learned = dataset.render_row(chatty(template), row).pieces[1::2]
+    learned = encoding.render_row(chatty(template), row).pieces[1::2]
     assert [x.count("Yes.") for x in learned] == [1, 1] and "figs" not in "".join(learned)
 
 
@@ -928,16 +929,16 @@ def test_a_prompt_that_is_null_in_some_rows():
     first, second = reward_model_stage.encode(chatty(), rows, 99)
     assert first == second
     row = dataset.Row({"messages": [USER, GOOD], "prompt": None, "completion": "No."}, "f:1")
-    assert "Yes." in dataset.render_row(chatty(), row).pieces[-1]
+    assert "Yes." in encoding.render_row(chatty(), row).pieces[-1]
     row = dataset.Row({"text": "figs", "messages": None}, "f:1")
-    assert dataset.render_row(chatty(), row).pieces == ["", "figs"]
+    assert encoding.render_row(chatty(), row).pieces == ["", "figs"]
 
 
 def test_texts_beside_chats_are_said(capsys):
     """UltraFeedback's prompt is a text, which PPO reads; its messages are left."""
     tokenizer = chatty()
     row = dataset.Row({"prompt": "two figs?", "messages": [USER, GOOD]}, "f:1")
-    dataset.show_example(tokenizer, row, [5])
+    encoding.show_example(tokenizer, row, [5])
     assert "the data are texts" in capsys.readouterr().out
-    dataset.show_example(tokenizer, row | {"prompt": [USER]}, [5])
+    encoding.show_example(tokenizer, row | {"prompt": [USER]}, [5])
     assert "the data are texts" not in capsys.readouterr().out

@@ -25,7 +25,7 @@ from conftest import (
     write_data,
 )
 
-import dataset
+import encoding
 import generate
 import utils
 
@@ -61,7 +61,7 @@ def test_b04_eos_is_seen_though_it_is_the_pad_token(model, side):
     """huggingface/trl#5303: masks made by comparing ids with the pad id hid real EOS tokens."""
     eos = 1
     sequences = [[10, eos, 11, 12, eos], [20, eos]]
-    ids, mask = dataset.pad(sequences, eos, side, CPU)
+    ids, mask = encoding.pad(sequences, eos, side, CPU)
     assert mask.sum(1).tolist() == [5, 2]
     with torch.no_grad():
         padded = model(**utils.model_inputs(model, ids, mask)).logits[mask.bool()]
@@ -146,10 +146,10 @@ def test_b10_padding_changes_no_probability():
     with torch.no_grad():
         alone = model(torch.tensor([LONG])).logits[0, :-1]
         for width in (7, 8, 30):  # prompts to sample from
-            ids, mask = dataset.pad([SHORT, LONG], 0, "left", CPU, width)
+            ids, mask = encoding.pad([SHORT, LONG], 0, "left", CPU, width)
             logits = model(**utils.model_inputs(model, ids, mask)).logits[1, -len(LONG) : -1]
             torch.testing.assert_close(logits, alone, rtol=0, atol=1e-5)
-        ids, mask = dataset.pad([SHORT, LONG], 0, "right", CPU, 40)  # sequences to learn from
+        ids, mask = encoding.pad([SHORT, LONG], 0, "right", CPU, 40)  # sequences to learn from
         logits, tokens = target_logits(model, ids, mask.bool() & (torch.arange(2) == 1)[:, None])
         assert tokens.tolist() == LONG[1:]
         torch.testing.assert_close(logits, alone, rtol=0, atol=1e-5)
@@ -159,7 +159,7 @@ def test_b11_samples_come_from_the_distribution_that_is_scored(model):
     """huggingface/trl#1017, #235: minimum length and penalties changed sampling only."""
     unwanted = {"min_new_tokens": 3, "repetition_penalty": 5.0, "top_k": 1, "temperature": 9.0}
     model.generation_config.update(**unwanted)
-    prompts = dataset.pad([LONG] * 4000, 0, "left", CPU)
+    prompts = encoding.pad([LONG] * 4000, 0, "left", CPU)
     with torch.no_grad():
         p = model(torch.tensor([LONG])).logits[0, -1].double().softmax(-1)
     eos = int(p.argmax())  # a token that is often the very first
@@ -220,7 +220,7 @@ def test_b18_a_saved_reward_model_keeps_head_and_normalization(reward_model, dat
     scores = plain_scores(out, texts)
     assert (scores.mean(), scores.std()) == pytest.approx((0, 1), abs=1e-4)
     model = utils.load_classifier(str(out), CPU, trained=True)
-    raw = utils.last_token_scores(model, *dataset.pad(texts[:5], 0, "right", CPU))
+    raw = utils.last_token_scores(model, *encoding.pad(texts[:5], 0, "right", CPU))
     got = utils.normalize_scores(model, raw).detach()
     np.testing.assert_allclose(got.numpy(), scores[:5], atol=1e-4)
 
@@ -240,7 +240,7 @@ def test_b20_the_score_is_read_at_the_end_not_at_a_pad_id_in_the_text(base):
     model, pad = utils.load_classifier(base.plain, CPU), 0
     torch.nn.init.normal_(model.score.weight)
     sequences = [[10, pad, 11, 12, pad], [20, 21], [pad, 30, 31]]
-    got = utils.last_token_scores(model, *dataset.pad(sequences, pad, "right", CPU)).detach()
+    got = utils.last_token_scores(model, *encoding.pad(sequences, pad, "right", CPU)).detach()
     model.config.pad_token_id = None  # transformers' own search for the end, which compares ids
     with torch.no_grad():
         expected = [model(input_ids=torch.tensor([ids])).logits.item() for ids in sequences]

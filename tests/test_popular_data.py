@@ -12,6 +12,7 @@ import tyro
 from conftest import ROOT, make_tokenizer, write_jsonl
 
 import dataset
+import encoding
 import ppo_rlhf
 import reward_model
 import sft
@@ -133,11 +134,11 @@ def test_every_row_of_the_table_is_tested():
 def seen(stage, tokenizer, rows) -> tuple[str, ...]:
     """The first example as the model sees it."""
     if stage == "ppo":
-        return (tokenizer.decode(dataset.encode_prompts(tokenizer, rows, 999)[0].ids),)
+        return (tokenizer.decode(encoding.encode_prompts(tokenizer, rows, 999)[0].ids),)
     if stage == "reward_model":
         pair = reward_model.encode(tokenizer, rows, 999)[0]
         return (tokenizer.decode(pair.chosen), tokenizer.decode(pair.rejected))
-    ids, learned = dataset.encode_demonstrations(tokenizer, rows, 999)[0]
+    ids, learned = encoding.encode_demonstrations(tokenizer, rows, 999)[0]
     n = learned.index(True)
     assert all(learned[n:])
     return (tokenizer.decode(ids[:n]), tokenizer.decode(ids[n:]))

@@ -28,8 +28,8 @@ from conftest import (
     target_logits,
 )
 
-import dataset
 import distributed
+import encoding
 import saving
 import utils
 
@@ -117,7 +117,7 @@ def test_a_compiled_model_attends_without_a_mask(kind, tokenizer, monkeypatch):
 def test_target_logits_are_those_of_the_full_forward_pass(model, at_a_time, monkeypatch):
     """D8: of the targets only, one position before each, with the same gradients."""
     monkeypatch.setattr(utils, "LOGITS_AT_A_TIME", at_a_time)
-    ids, mask = dataset.pad(PROMPTS * 20, 0, "right", CPU)
+    ids, mask = encoding.pad(PROMPTS * 20, 0, "right", CPU)
     full = model(**utils.model_inputs(model, ids, mask)).logits
     for is_target in (mask.bool(), mask.bool() & (ids % 3 == 0), ids < 0):
         rows, columns = is_target.nonzero(as_tuple=True)
@@ -137,7 +137,7 @@ def test_target_logits_are_those_of_the_full_forward_pass(model, at_a_time, monk
 
 def test_log_probabilities_in_chunks_against_float64(model, monkeypatch):
     """Values to 1e-5 and gradients to 1e-4 of their size, of the plain formula over all logits."""
-    ids, _ = dataset.pad(PROMPTS * 20, 0, "right", CPU)
+    ids, _ = encoding.pad(PROMPTS * 20, 0, "right", CPU)
     results = []
     for float64 in (False, True):
         own = copy.deepcopy(model).double() if float64 else model
@@ -460,7 +460,7 @@ def test_what_may_end_a_run_is_one_line(error_of):
 
 
 def train_step(model, optimizer):
-    ids, mask = dataset.pad(PROMPTS, 0, "right", CPU)
+    ids, mask = encoding.pad(PROMPTS, 0, "right", CPU)
     model(**utils.model_inputs(model, ids, mask)).logits.square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -522,7 +522,7 @@ def test_load_function(tmp_path):
 
 
 ASKED = [{"prompt": "p", "answer": 1, "kind": "x"}, {"prompt": "q", "answer": 2, "kind": None}]
-ASKED = [dataset.Prompt([1], row["prompt"], row, []) for row in ASKED]
+ASKED = [encoding.Prompt([1], row["prompt"], row, []) for row in ASKED]
 IDS = [[5, 6], [7, 8, 9]]  # of the completions
 
 

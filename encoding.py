@@ -1,0 +1,338 @@
+"""Checked rows -> text -> token ids -> rectangles of them.
+
+In: rows of dataset.py, a tokenizer with its chat template. Out: token ids as a model reads them,
+which of them are learned, and batches padded to a rectangle, with masks.
+
+B sequences, T tokens. `B19` in comments points to docs/details.md.
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import utils
+from dataset import CHATS, Row, Unusable, said, usable
+
+
+class Rendered(NamedTuple):
+    """A row as text in pieces, by turns given and learned."""
+
+    pieces: list[str]
+    is_chat: bool
+
+
+def render(tokenizer: Any, prompt: Any, answer: Any = None, all_turns: bool = False) -> Rendered:
+    """A prompt, and its answer if any, as text; chats by the chat template.
+
+    A text answers a prompt that ends with the assistant's message by going on with it. With
+    `all_turns` the assistant's turns in the prompt are learned too (D44), found by the template's
+    own marks `{% generation %}` or by rendering prefix after prefix.
+    """
+    if isinstance(prompt, str) and not isinstance(answer, list):
+        return Rendered([prompt] if answer is None else [prompt, answer], False)
+    if tokenizer.chat_template is None:
+        raise Unusable("is a chat, but the tokenizer has no chat template; use text")
+    if isinstance(prompt, str) and prompt:
+        raise Unusable("the prompt is a text, but its answer is a chat; write both alike")
+    template = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+    messages = [*(prompt or [])]
+    last_role = said(messages[-1])[0] if messages else None
+    is_begun = last_role == "assistant" and not isinstance(answer, list)
+    if isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}]
+    try:
+        start = ""
+        if messages:
+            how = {"add_generation_prompt": not is_begun, "continue_final_message": is_begun}
+            start = template(messages, **how)
+        elif said(answer[0])[0] == "assistant":  # what comes before it is not said by it
+            other = [[{"role": "assistant", "content": x}] for x in "ab"]
+            start = os.path.commonprefix([template(chat) for chat in other])
+        if answer is None:
+            check_all_said(functools.partial(template, **how), start, messages, [])
+            return Rendered([start], True)
+        if is_begun:
+            begun = messages.pop()["content"]
+            answer = [answer[0] | {"content": begun + answer[0]["content"]}]
+        whole = template([*messages, *answer])
+        check_all_said(template, whole, messages, answer)
+        # a null, which no message holds, for each mark; in a block, which takes as many line breaks
+        block = "{%\\1 if true %}\0{% endif \\2%}"
+        mark = r"{%(-?)\s*(?:end)?generation\s*(-?)%}"
+        marked = re.sub(mark, block, tokenizer.get_chat_template())
+        if all_turns and "\0" in marked and "\0" not in whole:
+            text = template([*messages, *answer], chat_template=marked)
+            before, _, end = text.rpartition("\0")  # the end of the last turn is learned too
+            return Rendered((before + end).rstrip().split("\0"), True)
+    except Unusable:
+        raise
+    except Exception as error:
+        why = utils.first_line(error)
+        raise Unusable(f"does not fit the chat template ({why}); check roles and order") from None
+    given = start if whole.startswith(start) else re.sub(r"<think>\s*$", "", start)
+    if not whole.startswith(given):
+        raise Unusable("the chat template rewrites an answered prompt; use text")
+    learned = whole[len(given) :].rstrip()  # a line break after the turn is not sampled (B29)
+    if given != start:
+        learned = re.sub(r"^<think>\s*", "", learned)  # sampling finds it in the prompt
+    pieces, done = [], 0
+    for i, message in enumerate(messages if all_turns else []):
+        if message["role"] == "assistant":
+            before, turn = render(tokenizer, messages[:i], [message]).pieces
+            if not start.startswith(before + turn):
+                what = "the chat template rewrites earlier turns"
+                raise Unusable(f"{what}; pass --last-turn-only to sft.py, or use text")
+            pieces += [before[done:], turn]
+            done = len(before + turn)
+    return Rendered([*pieces, start[done:], learned], True)
+
+
+def check_all_said(template: Callable, text: str, earlier: list, answer: list) -> None:
+    """Raise Unusable where the text, a template's of a chat, lacks what is said or called (B37).
+
+    In the assistant's `earlier` turns only its calls count: templates drop old reasoning.
+    """
+
+    def bare(x: str) -> str:  # without switches, which some templates act on
+        return "".join(re.sub(r"/(no_?)?think\b", "", x).split())
+
+    def is_said(words: str) -> bool:
+        forms = (words, json.dumps(words, ensure_ascii=False)[1:-1])  # as a tool's result
+        return words.strip() in text or any(bare(x) in bare(text) for x in forms)
+
+    chat = earlier + answer
+    for i, message in enumerate(chat):
+        for call in message.get("tool_calls") or []:  # OpenAI's arguments are JSON in a text
+            arguments = call.get("function", call).get("arguments")
+            if isinstance(arguments, str) and json.dumps(arguments, ensure_ascii=False) in text:
+                what = "the chat template quotes a call's arguments, which are a text"
+                raise Unusable(f"{what}; write them as an object")
+        words, is_new = message.get("content") or "", i >= len(earlier)
+        if (is_new or message["role"] != "assistant") and not is_said(words):
+            raise Unusable(f"the chat template leaves out {words!r:.60}; mend it or use text")
+        for name in ["tool_calls", "function_call"] + ["reasoning_content"] * is_new:
+            if message.get(name):
+                less = {k: x for k, x in message.items() if k != name} | {"content": words}
+                without = None
+                with contextlib.suppress(Exception):  # it misses the call, so it looks at it
+                    without = template([*chat[:i], less, *chat[i + 1 :]])
+                if without == text:
+                    raise Unusable(f"the chat template leaves out {name}; mend it or use text")
+
+
+def render_row(tokenizer: Any, row: Row, all_turns: bool = True) -> Rendered:
+    """A row of SFT_FORMATS; of a text all is learned."""
+    if row.get("prompt") and "completion" in row:
+        return render(tokenizer, row["prompt"], row["completion"])
+    if row.get("messages"):
+        learned = row["messages"][0 if all_turns else -1 :]
+        if any(turn["role"] == "assistant" and turn.get("weight") == 0 for turn in learned):
+            raise Unusable("messages: a turn of weight 0 would be learned; take it out")
+        return render(tokenizer, row["messages"][:-1], row["messages"][-1:], all_turns)
+    return Rendered(["", row["text"]], False)
+
+
+def encode(tokenizer: Any, texts: list[Rendered]) -> list[tuple[list[int], list[bool]]]:
+    """Token ids of each text, and which of them are learned.
+
+    They are the whole text's, also where a piece begins (B36); but a prompt's are the same with an
+    answer as without, which is how it is sampled from. A text begins with what the tokenizer puts
+    there (a BOS), a chat with what its template does. A learned end is one EOS (B19).
+    """
+
+    def tokens(text: Any) -> Any:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def tokens_after(before: str, piece: str) -> list[int]:
+        # where a token reaches across the border, the piece by itself, but after a line break:
+        # there no tokenizer puts a space before it
+        for head in (before, "\n", ""):
+            text, n = head + piece, len(ids_of[head])
+            ids = ids_of[text] if text in ids_of else tokens(text)
+            if ids[:n] == ids_of[head]:
+                break
+        return ids[n:]
+
+    eos, letter, start = tokenizer.eos_token_id, tokens("a"), tokenizer("a")["input_ids"]
+    if letter:
+        start = start[: start.index(letter[0])]
+    pairs, needed = [], {"\n"}
+    for pieces, _ in texts:
+        if len(pieces) % 2 == 0 and pieces[-1].rstrip().endswith(tokenizer.eos_token):
+            pieces = [*pieces[:-1], pieces[-1].rstrip().removesuffix(tokenizer.eos_token)]
+        pairs.append([*itertools.pairwise(["", *pieces])])
+        for before, piece in pairs[-1]:
+            needed |= {before, before + piece}
+    ids_of = dict(zip(needed, tokens([*needed]), strict=True))
+    encoded = []
+    for row, (_, is_chat) in zip(pairs, texts, strict=True):
+        ids = [] if is_chat else [*start]
+        learned = [False] * len(ids)
+        for k, (before, piece) in enumerate(row):
+            is_learned, is_last = k % 2 == 1, k == len(row) - 1
+            new = tokens_after(before, piece)
+            if ids == start and new[: len(start)] == start:  # B30
+                new = new[len(start) :]
+            ids += [*new, eos] if is_learned and is_last else new
+            learned += [is_learned] * (len(ids) - len(learned))
+        encoded.append((ids, learned))
+    return encoded
+
+
+def encode_ids(tokenizer: Any, texts: list[Rendered]) -> list[list[int]]:
+    """Token ids of each text."""
+    return [ids for ids, _ in encode(tokenizer, texts)]
+
+
+def encode_demonstrations(
+    tokenizer: Any, rows: list[Row], max_length: int, all_turns: bool = True
+) -> list[tuple[list[int], list[bool]]]:
+    """Token ids of rows of SFT_FORMATS and which are learned, cut at `max_length`."""
+
+    def cut(row: Row, both: tuple[list[int], list[bool]]) -> tuple[list[int], list[bool]]:
+        ids, learned = both
+        if not any(learned[1:max_length]):
+            what = f"prompt: its tokens leave no room for a completion within {max_length}"
+            raise Unusable(f"{what}; shorten it or allow more tokens")
+        return ids[:max_length], learned[:max_length]
+
+    pairs = usable(lambda row: (row, render_row(tokenizer, row, all_turns)), rows)
+    encoded = encode(tokenizer, [text for _, text in pairs])
+    return usable(cut, [row for row, _ in pairs], encoded)
+
+
+class Prompt(NamedTuple):
+    """A prompt to sample responses to."""
+
+    ids: list[int]
+    text: str
+    row: Row
+    ends: list[list[int]]  # what ends an answer to it, in each reward model's tokens
+
+
+def encode_prompts(
+    tokenizer: Any, rows: list[Row], max_tokens: int, *judges: tuple[Any, int]
+) -> list[Prompt]:
+    """Prompts of 1 to `max_tokens` tokens.
+
+    `judges`, each a reward model's tokenizer and its context, have room for an answer of one token
+    and what ends it (B31).
+    """
+
+    def rendered(row: Row) -> tuple[Any, ...]:
+        text = render(tokenizer, row["prompt"])
+        return row, text, *(answered(judge, row, text.pieces[0], "a") for judge, _ in judges)
+
+    def fit(row: Row, text: Rendered, ids: list[int], *judged: list[int]) -> Prompt:
+        if not ids:
+            raise Unusable("prompt: has no token that the tokenizer knows; drop the row")
+        limits = [limit for _, limit in judges]
+        if len(ids) > max_tokens or any(len(x) > y for x, y in zip(judged, limits, strict=True)):
+            what = f"its {len(ids)} tokens leave the response no room in a model's context"
+            raise Unusable(f"prompt: {what}; shorten it or lower --response-length")
+        return Prompt(ids, text.pieces[0], row, ends[text.is_chat])
+
+    rows, texts, *asked = zip(*usable(rendered, rows), strict=True)
+    judged: list[list[list[int]]] = []
+    ends: dict[bool, list[list[int]]] = {False: [], True: []}  # of texts and of chats
+    one_of = {text.is_chat: i for i, text in enumerate(texts)}
+    for (judge, _), with_a in zip(judges, asked, strict=True):
+        judged.append(encode_ids(judge, with_a))
+        for is_chat, i in one_of.items():  # its end is what answers "a" and "b" have in common
+            with_b = answered(judge, rows[i], texts[i].pieces[0], "b")
+            ends[is_chat].append(common_end(judged[-1][i], encode_ids(judge, [with_b])[0]))
+    return usable(fit, rows, texts, encode_ids(tokenizer, texts), *judged)
+
+
+def answered(tokenizer: Any, row: Row, text: str, answer: str) -> Rendered:
+    """A prompt, which is `text` to the policy, and its answer, as a reward model reads them."""
+    if tokenizer.chat_template is None:
+        return Rendered([text, answer], False)
+    try:
+        return render(tokenizer, row["prompt"], answer)
+    except Unusable:  # a template that refuses an empty answer, say; others were rendered before
+        (start, a), (_, b) = (render(tokenizer, row["prompt"], x).pieces for x in "ab")
+        end = common_end(a, b)
+        return Rendered([start, a.removesuffix(f"a{end}") + answer + end], True)
+
+
+def as_judged(
+    judge: tuple[Any, int], number: int, prompts: list[Prompt], answers: list[Any]
+) -> tuple[list[list[int]], list[bool]]:
+    """Prompts and answers as a reward model reads them, and which are cut to its context (B31).
+
+    `judge` is its tokenizer and its context, and the `number` of `encode_prompts`' judges. Answers
+    are texts or, where it shares the policy's tokenizer, token ids.
+    """
+    (tokenizer, limit), ends = judge, [p.ends[number] for p in prompts]
+    if isinstance(answers[0], str):  # by its own tokenizer and template (B5)
+        both = zip(prompts, answers, strict=True)
+        texts = [answered(tokenizer, p.row, p.text, answer) for p, answer in both]
+        sequences = encode_ids(tokenizer, texts)
+    else:
+        sequences = []
+        for p, answer, end in zip(prompts, answers, ends, strict=True):
+            while answer and answer[-1] in end:
+                answer = answer[:-1]
+            sequences.append(p.ids + answer + end)  # ends as it has learned (B19, B29)
+    shortened = [len(ids) > limit for ids in sequences]
+    for i, end in enumerate(ends):
+        if shortened[i]:
+            sequences[i] = sequences[i][: limit - len(end)] + end
+    return sequences, shortened
+
+
+def answer_texts(tokenizer: Any, prompts: list[Prompt], answers: list[list[int]]) -> list[str]:
+    """Answers without special tokens, each as its row would hold it.
+
+    After a text with the space that it begins with, which some decoders drop from what they get
+    alone; as a message without: that one is the template's (B38).
+    """
+    both = [p.ids + answer for p, answer in zip(prompts, answers, strict=True)]
+    heads = tokenizer.batch_decode([p.ids for p in prompts], skip_special_tokens=True)
+    wholes = tokenizer.batch_decode(both, skip_special_tokens=True)
+    texts = []
+    for p, head, whole in zip(prompts, heads, wholes, strict=True):
+        text, prompt = whole[len(os.path.commonprefix([head, whole])) :], p.row["prompt"]
+        goes_on = isinstance(prompt, str) or said(prompt[-1])[0] == "assistant"
+        texts.append(text if goes_on else text.removeprefix(" "))
+    return texts
+
+
+def common_end(a: Any, b: Any) -> Any:
+    """The longest end that two texts or lists share."""
+    return os.path.commonprefix([a[::-1], b[::-1]])[::-1]
+
+
+def show_example(tokenizer: Any, row: Row, *parts: list[int]) -> None:
+    """Print the first example as the model sees it; say where a chat template is not applied."""
+    texts = " -> ".join(repr(tokenizer.decode(ids)) for ids in parts)
+    utils.say(f"first example: {texts}")
+    first = next(row[name] for name in CHATS if row.get(name))
+    if tokenizer.chat_template and not isinstance(first, list):
+        utils.say("the data are texts: the tokenizer's chat template is not applied")
+
+
+def pad(
+    sequences: list[list[int]], pad_id: int, side: str, device: torch.device, width: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Pad token ids to a rectangle at least `width` wide: (ids [B, T], mask [B, T]).
+
+    The mask is 1 on real tokens. It comes from the lengths, never from comparing ids with
+    `pad_id`: pad may equal EOS (D3, B4, B20, B21).
+    """
+    lengths = torch.tensor([len(s) for s in sequences])
+    real = torch.arange(max(width, int(lengths.max()))) < lengths[:, None]
+    if side == "left":
+        real = real.flip(1)
+    ids = torch.full(real.shape, pad_id)
+    ids[real] = torch.tensor([*itertools.chain(*sequences)], dtype=ids.dtype)
+    return ids.to(device), real.long().to(device)

@@ -39,13 +39,15 @@ def choose_device(device: str) -> torch.device:
 
     Raises ValueError where it cannot be used.
     """
-    name = "cuda" if device == "auto" and torch.cuda.is_available() else device
-    name = {"auto": "cpu", "cuda": f"cuda:{os.environ.get('LOCAL_RANK', 0)}"}.get(name, name)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        torch.zeros(1, device=name).item()
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"{name} cannot be used ({str(error).splitlines()[0]})") from None
-    return torch.device(name)
+        raise ValueError(f"{device} cannot be used ({str(error).splitlines()[0]})") from None
+    return torch.device(device)
 
 
 def join(device: torch.device) -> Process:

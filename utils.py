@@ -712,16 +712,10 @@ def call_reward_function(
     texts, row = [p.text for p in prompts], prompts[0].row
     columns = {k: [p.row.get(k) for p in prompts] for k in row if k != "prompt"}
     columns |= {"prompts": texts, "completions": completions}
-    signature = inspect.signature(function)  # B32
-    if "completion_ids" in signature.parameters:
+    if "completion_ids" in inspect.signature(function).parameters:
         columns["completion_ids"] = completion_ids
     try:
-        signature.bind(**columns)
-    except TypeError as error:
-        what = f"{signature} is called with {', '.join(f'{name}=…' for name in columns)}"
-        stop(f"{where}: {what} ({error}); name all or add **columns", code)
-    try:
-        returned = function(**columns)
+        returned = function(**columns)  # B32
         if inspect.iscoroutine(returned):
             returned = runner.run(returned)
         if isinstance(returned, dict | set | str):  # whose keys or letters may be numbers
@@ -729,7 +723,7 @@ def call_reward_function(
         numbers = [[float(x) for x in s] if np.ndim(s) else float(s) for s in returned]
     except Exception as error:
         what = f"raised {first_line(error)} for {len(texts)} prompts, {texts[0]!r:.60} first"
-        stop(f"{where}: {what}; call it with these to see where", code)
+        stop(f"{where}: {what}; call it with these, by keyword, to see where", code)
     scores = [sum(x) if isinstance(x, list) else x for x in numbers]
     of_tokens, fits = [], len(scores) == len(texts) and np.isfinite(scores).all()
     for x, ids in zip(numbers, completion_ids, strict=False):

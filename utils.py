@@ -566,12 +566,9 @@ def hidden_states(model: Any, ids: Tensor) -> Tensor:
     inputs = model_inputs(model.base_model, ids)
     # transformers would look for several sequences in a row of ours: in each pass the CPU would
     # wait for the GPU
-    with mock.patch.object(masking_utils, "find_packed_sequence_indices", none_packed, create=True):
+    search = "find_packed_sequence_indices"
+    with mock.patch.object(masking_utils, search, lambda position_ids: None, create=True):
         return model.base_model(**inputs, use_cache=False).last_hidden_state
-
-
-def none_packed(position_ids: Tensor) -> None:
-    """That a row holds one sequence."""
 
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:

@@ -212,11 +212,10 @@ def check_numbers(args: Any, may_be_0: str = "", at_most_1: str = "") -> None:
     Also where a list is given twice: the first would be ignored.
     """
     given = [word.partition("=")[0].replace("_", "-") for word in sys.argv]
+    may_be_0 += " seed save_every eval_every lora_rank"
     for name, value in vars(args).items():
         if isinstance(value, tuple) and given.count(flag(name)) > 1:
             stop(f"{flag(name)}: is given twice; name all after one")
-    may_be_0 += " seed save_every eval_every lora_rank"
-    for name, value in vars(args).items():
         if type(value) in (int, float):
             zero, one = name in may_be_0.split(), name in at_most_1.split()
             if not (0 < value < 2**63 or (zero and value == 0)) or (one and value > 1):

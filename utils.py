@@ -256,7 +256,7 @@ def check_output(args: Any, stage: str) -> None:
         given = json.loads(json.dumps(vars(args)))  # with lists, as args.json has them
         for name, value in given.items():
             was = before.get(name, value)
-            if name not in FREE_ON_RESUME.split() and value not in (was, [was]):  # once a string
+            if name not in FREE_ON_RESUME.split() and value != was:
                 stop(f"{flag(name)}: was {was!r} in {out}; pass that run's flags")
         if (out / "summary.json").exists() and not checkpoints(out):
             stop(f"{out}: is finished, without a checkpoint; pass --overwrite")
@@ -295,8 +295,7 @@ def open_output(args: Any, stage: str, process: Process) -> Path:
             facts = {"stage": stage} | vars(args)
             if launch := distributed.launch():
                 facts["launch"] = launch
-            text = json.dumps(facts, indent=2)
-            write_text(out / "args.json", text + "\n")
+            write_text(out / "args.json", json.dumps(facts, indent=2) + "\n")
         except filelock.Timeout:
             stop(f"{out}: is in use by another run; pass another --output-dir")
         except OSError as error:

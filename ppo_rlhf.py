@@ -470,7 +470,7 @@ def main(args: Args) -> None:
     # ---- the PPO loop
     update = 0  # read above: before the first update a reward's error is wrong input
     before = evaluate(reference)
-    out = utils.open_output(args, "ppo_rlhf", process)
+    out = utils.open_output(args, "ppo_rlhf")
     own = [[p for p in model.parameters() if p.requires_grad] for model in trained.values()]
     parameters, policy_weights = sum(own, []), torch.nn.ParameterList(own[0])
     # AdamW without weight decay, linear to 0 (D6), each model at its own rate (D38)
@@ -721,7 +721,7 @@ def main(args: Args) -> None:
             fields = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
             tensors = rollout | {name: getattr(batch, name) for name in fields}
             numbers = vars(args) | {"kl_coef": kl_coef, "update": update}
-            saving.save_rollout(out, process, tensors, numbers)
+            saving.save_rollout(out, tensors, numbers)
         if args.kl_target and update > args.critic_warmup_updates:  # Ziegler et al., 2.2 (D27)
             error = min(max(metrics["objective/kl"] / args.kl_target - 1, -0.2), 0.2)
             state["kl_coef"] *= 1 + error * args.batch_size / args.kl_horizon

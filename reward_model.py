@@ -174,7 +174,7 @@ def main(args: Args) -> None:
         if not sft_texts:
             utils.stop(f"--max-length: all demonstrations exceed {max_length} tokens; raise it")
     utils.spread(model, args, device)
-    out = utils.open_output(args, "reward_model", process)
+    out = utils.open_output(args, "reward_model")
 
     # AdamW without weight decay; its rate rises in a line, then falls to 0 as a cosine (D6)
     parameters = list(model.parameters())

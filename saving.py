@@ -17,7 +17,6 @@ from torch import Tensor
 
 import distributed
 import utils
-from distributed import Process
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -192,16 +191,14 @@ def damage(folder: Path) -> str | None:
         return utils.first_line(error)
 
 
-def save_rollout(
-    out: Path, process: Process, tensors: dict[str, Tensor], numbers: dict[str, Any]
-) -> None:
+def save_rollout(out: Path, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
     """Write `rollouts/000010.safetensors`: the rows of all processes, numbers as metadata."""
     size = numbers["samples_per_prompt"]  # the responses to a prompt stay together
     starts = range(0, len(tensors["scores"]), size)
     groups = distributed.gather(
         [{k: v[i : i + size].cpu() for k, v in tensors.items()} for i in starts]
     )
-    if process.is_main:
+    if distributed.is_main():
         path = out / "rollouts" / f"{numbers['update']:06d}.safetensors"
         path.parent.mkdir(exist_ok=True)
         whole = {k: torch.cat([group[k] for group in groups]) for k in groups[0]}

@@ -148,7 +148,7 @@ def main(args: Args) -> None:
     if cut:
         utils.say(f"sft: {cut} of {len(train_rows)} completions are cut (--max-length)")
     utils.spread(model, args, device)
-    out = utils.open_output(args, "sft", process)
+    out = utils.open_output(args, "sft")
 
     # AdamW without weight decay; its rate rises in a line, then falls to 0 as a cosine (D6)
     parameters = list(model.parameters())

@@ -279,11 +279,11 @@ def checkpoints(out: Path) -> list[Path]:
 locks: list[filelock.FileLock] = []  # of this process; the system frees them however it ends
 
 
-def open_output(args: Any, stage: str, process: Process) -> Path:
+def open_output(args: Any, stage: str) -> Path:
     """Make and lock `--output-dir`, empty it for --overwrite, write `args.json`."""
     out = Path(args.output_dir).expanduser()
     distributed.barrier()  # all have checked the folder before it is made
-    if process.is_main:
+    if distributed.is_main():
         try:
             out.mkdir(parents=True, exist_ok=True)
             locks.append(filelock.FileLock(out / "run.lock"))

@@ -28,7 +28,6 @@ from conftest import (
     target_logits,
 )
 
-import distributed
 import encoding
 import saving
 import utils
@@ -343,14 +342,13 @@ def test_numbers_are_checked_for_their_range(error_of):
 @pytest.fixture
 def folder(tmp_path):
     """`folder(stage, **flags)` checks and opens the output folder `out` as a stage does."""
-    process = distributed.Process(0, 1, CPU, True)
 
     def call(stage: str = "sft", **flags) -> Path:
         defaults = {"model": "x", "seed": 1, "resume": False, "overwrite": False, "track": False}
         flags = defaults | flags
         args = SimpleNamespace(output_dir=str(tmp_path / "out"), **flags)
         utils.check_output(args, stage)
-        return utils.open_output(args, stage, process)
+        return utils.open_output(args, stage)
 
     yield call
     while utils.locks:

@@ -103,10 +103,9 @@ class Checkpoints(NamedTuple):
             part.mkdir(parents=True)
         distributed.barrier()
         moments = self.optimizer.state_dict()["state"]
-        flat = {f"{i}.{name}": x for i, of_i in moments.items() for name, x in of_i.items()}
+        flat = {f"optimizer.{i}.{k}": x for i, of_i in moments.items() for k, x in of_i.items()}
         if self.is_sharded():
-            flat = self.tensors() | {f"optimizer.{key}": x for key, x in flat.items()}
-            distributed.save_shards(flat, part / "shards")
+            distributed.save_shards(self.tensors() | flat, part / "shards")
             distributed.barrier()
         elif main:
             for name, model in self.models.items():
@@ -153,15 +152,14 @@ class Checkpoints(NamedTuple):
                 if name.startswith("optimizer."):
                     _, index, what = name.split(".")
                     of = torch.zeros(()) if what == "step" else like[int(index)]
-                    flat[f"{index}.{what}"] = torch.zeros_like(of)
-            to_fill = self.tensors() | {f"optimizer.{key}": x for key, x in flat.items()}
-            distributed.load_shards(to_fill, folder / "shards")
+                    flat[name] = torch.zeros_like(of)
+            distributed.load_shards(self.tensors() | flat, folder / "shards")
         else:
             for name, model in self.models.items():
                 load_weights(model, folder, name)
             flat = safetensors.torch.load_file(folder / "optimizer.safetensors")
         for key, value in flat.items():
-            index, name = key.split(".", 1)
+            *_, index, name = key.split(".")
             moments[int(index)][name] = value
         self.optimizer.load_state_dict(whole | {"state": dict(moments)})
         return json.loads((folder / "state.json").read_text())

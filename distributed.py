@@ -31,7 +31,6 @@ class Process(NamedTuple):
     rank: int
     world: int
     device: torch.device
-    is_main: bool
 
 
 def choose_device(device: str) -> torch.device:
@@ -63,7 +62,7 @@ def join(device: torch.device) -> Process:
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if shared else ""
         store = dist.PrefixStore(start, next(dist.rendezvous("env://"))[0])
         dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=world)
-    return Process(rank, world, device, is_main())
+    return Process(rank, world, device)
 
 
 def place() -> tuple[int, int]:

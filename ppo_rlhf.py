@@ -492,7 +492,7 @@ def main(args: Args) -> None:
     policy.generation_config = transformers.GenerationConfig(
         do_sample=True, max_new_tokens=R, eos_token_id=stop_ids, **sampling, **special
     )
-    logger = utils.Logger(out, args, process, "update", done, num_updates, shown)
+    logger = utils.Logger(out, args, "update", done, num_updates, shown)
     interruption = distributed.Interruption(process)
     for update in range(done + 1, num_updates + 1):
         clock, kl_coef = [utils.now(device)], state["kl_coef"]
@@ -736,7 +736,7 @@ def main(args: Args) -> None:
     show_samples(logger, num_updates, before, after, shown=4)
     result, seconds = compare(before, after), time.time() - started
     keep_best(result)
-    if process.is_main:
+    if distributed.is_main():
         text = ""
         for b, a in zip(before, after, strict=True):
             row = {"prompt": b["prompt"], "reference": b["response"], "policy": a["response"]}

@@ -194,7 +194,7 @@ def main(args: Args) -> None:
     utils.say(f"reward_model: {size}, {work}, on {device} in {args.dtype}")
     encoding.show_example(tokenizer, train_data[0], *train_pairs[0][:2])
     shown = "loss accuracy tokens_per_second"
-    logger = utils.Logger(out, args, process, "step", start, num_steps, shown)
+    logger = utils.Logger(out, args, "step", start, num_steps, shown)
 
     def cross_entropy(hidden: Tensor, tokens: Tensor) -> Tensor:
         """Nats [n] of tokens [n] after hidden states [n, H]."""
@@ -312,7 +312,7 @@ def main(args: Args) -> None:
     result["mean_margin"] /= model.config.reward_std
     seconds = time.time() - started
     saving.save_model(model, tokenizer, out)
-    if process.is_main:
+    if distributed.is_main():
         summary = result | {"accuracy_interval": [low, high], "pairs": pairs, "seconds": seconds}
         utils.write_summary(out, args, model, summary)
     logger.close()

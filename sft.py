@@ -169,7 +169,7 @@ def main(args: Args) -> None:
     runs = itertools.groupby(zip(*train_rows[0], strict=True), key=lambda pair: pair[1])
     encoding.show_example(tokenizer, train_data[0], *([i for i, _ in run] for _, run in runs))
     shown = "loss grad_norm tokens_per_second"
-    logger = utils.Logger(out, args, process, "step", start, num_steps, shown)
+    logger = utils.Logger(out, args, "step", start, num_steps, shown)
 
     micro_batches = functools.partial(  # this process's, as many as the others'
         distributed.micro_batches, size=micro_batch_size, length=length
@@ -245,7 +245,7 @@ def main(args: Args) -> None:
     saving.save_model(model, tokenizer, out)
     eval_loss, seconds = evaluate(), time.time() - started
     perplexity = math.exp(eval_loss)
-    if process.is_main:
+    if distributed.is_main():
         summary = {"eval_loss": eval_loss, "perplexity": perplexity, "seconds": seconds}
         utils.write_summary(out, args, model, summary)
     result = f"held-out loss {eval_loss:.3f} nats per token, perplexity {perplexity:.2f}"

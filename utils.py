@@ -39,7 +39,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import card
 import distributed
 from card import fenced
-from distributed import Process
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -119,7 +118,7 @@ GOES_WITH = {"cpu_offload": "fsdp", "lora_alpha": "lora_rank", "lora_target": "l
 remote_code = False  # whether code that comes with a model may run; `start_process` sets it
 
 
-def start_process(args: Any) -> Process:
+def start_process(args: Any) -> distributed.Process:
     """Join the processes of torchrun, if any; choose device and precision; seed (D7).
 
     `args` is a stage's dataclass; its dtype "auto" becomes the one that is chosen.
@@ -780,13 +779,12 @@ class Logger:
     lines after `start` are cut off; the bar shows `shown`.
     """
 
-    def __init__(
-        self, out: Path, args: Any, process: Process, unit: str, start: int, total: int, shown: str
-    ):
+    def __init__(self, out: Path, args: Any, unit: str, start: int, total: int, shown: str):
         global progress
-        self.active, self.unit, self.shown = process.is_main, unit, shown.split()
+        self.active, self.unit, self.shown = distributed.is_main(), unit, shown.split()
         seconds = 0.2 if sys.stderr.isatty() else 10  # a line now and then in a log file
-        bar = {"initial": start, "mininterval": seconds, "delay": 1e9 * process.rank}
+        delay = 0 if self.active else 1e9  # others count without a bar
+        bar = {"initial": start, "mininterval": seconds, "delay": delay}
         progress = tqdm(desc=out.name, unit=unit, total=total, **bar)
         self.run = None  # of Weights & Biases
         if not self.active:

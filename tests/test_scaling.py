@@ -108,7 +108,7 @@ def test_the_first_start_does_not_resume_what_is_there(tmp_path, monkeypatch):
     """A group that starts again resumes its own run only: --overwrite still holds for another's."""
     from ppo_rlhf import Args
 
-    alone = distributed.Process(0, 1, torch.device("cpu"), is_main=True)
+    alone = distributed.Process(0, 1, torch.device("cpu"))
     monkeypatch.setattr(distributed, "join", lambda device: alone)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/logs/a_x1y2/attempt_0/0/error.json")
@@ -189,7 +189,7 @@ def test_sharding_alone_is_refused(ppo, error_of, tmp_path, flags, line):
 
 @pytest.mark.parametrize("name", ["lora_rank", "compile"])
 def test_what_sharding_does_not_go_with_is_refused(ppo, error_of, monkeypatch, tmp_path, name):
-    alone = distributed.Process(0, 1, torch.device("cpu"), is_main=True)
+    alone = distributed.Process(0, 1, torch.device("cpu"))
     monkeypatch.setattr(distributed, "join", lambda device: alone)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
     line = error_of(ppo, tmp_path / "out", fsdp=True, **{name: 1})

@@ -31,7 +31,6 @@ from conftest import (
 from tensorboard.plugin_util import markdown_to_safe_html
 
 import dataset
-import distributed
 import utils
 
 # ---- code that comes with a model
@@ -306,8 +305,7 @@ TEXTS = [
 @pytest.fixture
 def logger(tmp_path):
     """A logger whose `page` is the last text that went to TensorBoard."""
-    process = distributed.Process(0, 1, torch.device("cpu"), True)
-    made = utils.Logger(tmp_path, SimpleNamespace(track=False), process, "step", 0, 1, "")
+    made = utils.Logger(tmp_path, SimpleNamespace(track=False), "step", 0, 1, "")
     made.board.add_text = lambda name, text, step: setattr(made, "page", text)
     yield made
     made.close()

@@ -66,7 +66,7 @@ def value_on(base: Any, args: Any, start: str) -> Any:
     folder = Path(start).expanduser()
     folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
     name = utils.base_of(str(folder))
-    same = start != args.model and name != str(folder) and has_head(folder)
+    same = name != str(folder) and has_head(folder)
     if same and name != args.model:
         other = utils.load_model(transformers.AutoModel, name, torch.device("cpu"))
         bodies = (base.base_model, utils.freeze(other, args.dtype))

@@ -142,8 +142,6 @@ class Checkpoints(NamedTuple):
         folder = distributed.from_main(found[0] if found else None)  # all take the same one
         if folder is None:
             return None
-        if (folder / "shards").is_dir() != self.is_sharded():
-            utils.stop(f"--resume: {folder} was written with another --fsdp; pass that run's")
         whole, moments = self.optimizer.state_dict(), defaultdict(dict)
         if self.is_sharded():
             flat, groups = {}, self.optimizer.param_groups

@@ -296,14 +296,10 @@ def full(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def whole_weights(model: Any) -> dict[str, Tensor]:
-    """A sharded model's weights in the main process's CPU memory, one gathered after the other."""
-    weights = {}
-    for name, weight in model.state_dict().items():
-        weight = full(weight)
-        if is_main() and name not in model.all_tied_weights_keys:
-            weights[name] = weight.cpu()
-    return weights
+def whole_weights(sharded: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sharded weights in the main process's CPU memory, one gathered after the other."""
+    gathered = ((name, full(weight)) for name, weight in sharded.items())
+    return {name: weight.cpu() for name, weight in gathered if is_main()}
 
 
 def save_shards(tensors: dict[str, Tensor], folder: Path) -> None:

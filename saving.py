@@ -26,7 +26,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """
     part, weights = folder / "model.part", None
     if distributed.is_sharded(model):
-        weights = distributed.whole_weights(model)
+        weights = distributed.whole_weights(weights_of(model, "model")[1])
     if not distributed.is_main():
         return
     utils.discard(part)

@@ -139,8 +139,8 @@ def micro_batches(rows: list[Any], size: int, length: Callable[[Any], int]) -> l
 class Interruption:
     """SIGTERM or Ctrl-C: noted when it comes, acted on where the loop asks; a second ends it."""
 
-    def __init__(self, process: Process):
-        self.device, self.owner, self.signal, self.time = process.device, os.getpid(), 0, 0.0
+    def __init__(self, device: torch.device):
+        self.device, self.owner, self.signal, self.time = device, os.getpid(), 0, 0.0
         signal.signal(signal.SIGTERM, self.note)
         signal.signal(signal.SIGINT, self.note)
 

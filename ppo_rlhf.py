@@ -493,7 +493,7 @@ def main(args: Args) -> None:
         do_sample=True, max_new_tokens=R, eos_token_id=stop_ids, **sampling, **special
     )
     logger = utils.Logger(out, args, "update", done, num_updates, shown)
-    interruption = distributed.Interruption(process)
+    interruption = distributed.Interruption(device)
     for update in range(done + 1, num_updates + 1):
         clock, kl_coef = [utils.now(device)], state["kl_coef"]
 

@@ -257,7 +257,7 @@ def main(args: Args) -> None:
         }
 
     # ---- train
-    interruption = distributed.Interruption(process)
+    interruption = distributed.Interruption(device)
     steps = dataset.batches(len(train_pairs), args.batch_size, args.epochs, args.seed, start)
     for step, indices in steps:
         step_started = time.time()

@@ -203,7 +203,7 @@ def main(args: Args) -> None:
         return nats / tokens
 
     # ---- train
-    interruption = distributed.Interruption(process)
+    interruption = distributed.Interruption(device)
     steps = dataset.batches(len(train_rows), args.batch_size, args.epochs, args.seed, start)
     for step, indices in steps:
         step_started = time.time()

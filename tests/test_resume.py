@@ -212,7 +212,7 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
     ended, now = [], [100.0]
     monkeypatch.setattr(os, "_exit", ended.append)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    interruption = distributed.Interruption(distributed.Process(0, 1, torch.device("cpu")))
+    interruption = distributed.Interruption(torch.device("cpu"))
     assert not interruption.came()
     for seconds, number in ((0, signal.SIGINT), (0.6, signal.SIGTERM), (0.6, signal.SIGTERM)):
         now[0] += seconds
@@ -236,7 +236,7 @@ def test_before_training_a_signal_is_pythons_own(ppo, monkeypatch, tmp_path):
 
 def test_a_worker_of_a_reward_function_ends_when_it_is_told_to(tmp_path):
     """A forked process shares handlers and lock: it does not note a signal, nor free the folder."""
-    distributed.Interruption(distributed.Process(0, 1, torch.device("cpu")))
+    distributed.Interruption(torch.device("cpu"))
     lock, other = (filelock.FileLock(tmp_path / "run.lock", is_singleton=False) for _ in range(2))
     ready, told = os.pipe()
     with lock:

@@ -164,13 +164,13 @@ class Checkpoints(NamedTuple):
 
 
 def checksums(folder: Path) -> str:
-    """What `sha256sum` prints of a checkpoint's files."""
+    """What `sha256sum` prints of a checkpoint's files; state.json is last, or the list is cut."""
     lines = []
-    for path in sorted({*folder.rglob("*")} - {folder / "SHA256SUMS"}):
-        if path.is_file():
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            lines.append(f"{digest}  {path.relative_to(folder)}\n")
+    files = {path for path in folder.rglob("*") if path.is_file()} - {folder / "SHA256SUMS"}
+    for path in sorted(files, key=lambda path: (path.name == "state.json", path)):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        lines.append(f"{digest}  {path.relative_to(folder)}\n")
     return "".join(lines)
 
 

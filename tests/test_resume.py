@@ -323,6 +323,10 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def cut_last_line(path: Path) -> None:
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
 DAMAGES = {
     "weight": (lambda folder: flip(folder / "model.safetensors"), "model.safetensors: checksum"),
     "state": (lambda folder: flip(folder / "state.json"), "state.json: checksum differs"),
@@ -330,6 +334,7 @@ DAMAGES = {
     "missing": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
     "no sums": (lambda folder: (folder / "SHA256SUMS").unlink(), "SHA256SUMS"),
     "half sums": (lambda folder: os.truncate(folder / "SHA256SUMS", 30), "SHA256SUMS is cut"),
+    "last sum": (lambda folder: cut_last_line(folder / "SHA256SUMS"), "SHA256SUMS is cut"),
     "empty sums": (lambda folder: os.truncate(folder / "SHA256SUMS", 0), "SHA256SUMS is cut"),
 }
 

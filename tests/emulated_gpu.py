@@ -253,6 +253,8 @@ def emulate(free: int = 2**33) -> Iterator[Gpu]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in cuda.items():
             patch.setattr(torch.cuda, name, value)
+        # a build of torch for CUDA would look for a driver, as optimizers do
+        patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
         patch.setattr(torch, "Generator", Generator)
         patch.setattr(torch, "autocast", Autocast)
         patch.setattr(torch, "is_autocast_enabled", lambda kind: is_autocast_enabled("cpu"))

@@ -178,6 +178,7 @@ def updates(
     out, peak = args.runs / name / Path(script).stem, ROOT / args.runs / "peak"
     command = [sys.executable, "-c", WITH_PEAK, str(peak), script]
     command += [*throughput.written(flags), *extra, "--output-dir", str(out)]
+    torch.cuda.empty_cache()  # of models that were made here
     subprocess.run(command, cwd=ROOT, check=True)
     rows = throughput.measured_updates(out)
     seconds = {p: statistics.median(row[f"time/{p}"] for row in rows) for p in throughput.PHASES}

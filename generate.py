@@ -259,7 +259,8 @@ def capture(step: Callable[[], None], model: Any, before: Any) -> Any:
     except RuntimeError as error:  # it asks the device something
         torch.cuda.set_stream(stream)
         model.not_captured = graph  # which the allocator may still ask
-        utils.say(f"decoding goes without a CUDA graph, slowly: {utils.first_line(error)}")
+        why = utils.first_line(error.__context__ or error)  # the capture's end fails after it
+        utils.say(f"decoding goes without a CUDA graph, slowly: {why}")
     return None
 
 

@@ -214,6 +214,9 @@ def emulate(free: int = 2**33) -> Iterator[Gpu]:
         gpu.capturing = graph
         try:
             yield
+        except RuntimeError:  # torch ends the capture, which fails too
+            what = "operation failed due to a previous error during capture"
+            raise RuntimeError(what)  # noqa: B904
         finally:
             gpu.capturing = None
         gpu.graphs.append(weakref.ref(graph))

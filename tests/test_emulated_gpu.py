@@ -155,6 +155,7 @@ def test_a_model_that_cannot_be_captured_is_decoded_step_by_step(tokenizer, monk
             results += generate.generate(model, ids, mask, uniform, [1], pad_id=0, stride=8)
         assert len(gpu.graphs) > 0
         assert len(tries) == 1
+        assert not gpu.underway
     ids, mask, again, mask_again = (x.cpu() for x in results)
     assert torch.equal(ids, again) and torch.equal(mask, mask_again)
     assert hasattr(model, "not_captured")

@@ -24,7 +24,7 @@ test-newest: requirements-dev.txt requirements.txt
 	.venv-newest/bin/python $(PIP) --upgrade -r requirements-dev.txt
 	.venv-newest/bin/python -m pytest
 
-# what only a GPU can show, in three times 9 minutes at most; results in benchmarks/results/gpu-*.json
+# what only a GPU can show, in three times 9.5 minutes; results in benchmarks/results/gpu-*.json
 gpu: .venv/test.done
 	$(BIN)/python $(PIP) -r requirements-bench.txt -c constraints.txt
 	for third in 1 2 3; do \

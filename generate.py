@@ -12,6 +12,7 @@ B sequences, b of them still decoded, P prompt tokens, R response tokens, V voca
 `D16` in comments points to docs/details.md.
 """
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable
@@ -251,15 +252,19 @@ def capture(step: Callable[[], None], model: Any, before: Any) -> Any:
     if model.device.type != "cuda" or hasattr(model, "not_captured"):
         return None
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    pool = before.pool() if before else torch.cuda.graph_pool_handle()
     try:
-        pool = before and before.pool()
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             step()
         return graph
     except RuntimeError as error:  # it asks the device something
         torch.cuda.set_stream(stream)
+        with contextlib.suppress(RuntimeError):  # else what is cached would never be freed
+            torch._C._cuda_endAllocateToPool(model.device.index, pool)
+            torch._C._cuda_releasePool(model.device.index, pool)
         model.not_captured = graph  # which the allocator may still ask
-        utils.say(f"decoding goes without a CUDA graph, slowly: {utils.first_line(error)}")
+        why = utils.first_line(error.__context__ or error)  # the capture's end fails after it
+        utils.say(f"decoding goes without a CUDA graph, slowly: {why}")
     return None
 
 

@@ -119,12 +119,15 @@ def check(args: Args) -> dict[str, Any]:
 
 def tests(args: Args) -> dict[str, Any]:
     """How many of the tests for GPUs passed, failed and were skipped."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider"]
-    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    done = subprocess.run(command, cwd=ROOT, text=True, **both)
-    print(done.stdout[-3000:], flush=True)
-    summaries = re.findall(r"^=*.*\d (?:passed|failed|skipped|error).*$", done.stdout, re.M)
-    return {"exit_code": done.returncode, "summary": (summaries or ["none"])[-1]}
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-vv", "--tb=short"]
+    command += ["-p", "no:cacheprovider", "--durations=5"]
+    both, said = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}, ""
+    with subprocess.Popen(command, cwd=ROOT, text=True, **both) as run:
+        for line in run.stdout:
+            print(line, end="", flush=True)  # at once: the part may be out of time
+            said += line
+    summaries = re.findall(r"^=*.*\d (?:passed|failed|skipped|error).*$", said, re.M)
+    return {"exit_code": run.returncode, "summary": (summaries or ["none"])[-1]}
 
 
 def embedded(args: Args) -> dict[str, Any]:
@@ -178,6 +181,7 @@ def updates(
     out, peak = args.runs / name / Path(script).stem, ROOT / args.runs / "peak"
     command = [sys.executable, "-c", WITH_PEAK, str(peak), script]
     command += [*throughput.written(flags), *extra, "--output-dir", str(out)]
+    torch.cuda.empty_cache()  # of models that were made here
     subprocess.run(command, cwd=ROOT, check=True)
     rows = throughput.measured_updates(out)
     seconds = {p: statistics.median(row[f"time/{p}"] for row in rows) for p in throughput.PHASES}
@@ -188,6 +192,7 @@ def updates(
         tflops = throughput.train_gflop(flags, rows) / seconds["train"] / 1e3
         of = ceilings(args)["tflops"]["bfloat16"]
         report |= {"train_tflops": tflops, "ceiling_tflops": of, "share": tflops / of}
+    print(script, json.dumps(report), flush=True)  # what comes after it may fail
     return report
 
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Parts of benchmarks/gpu.py, one after the other, each with a time limit of its own in seconds, so
 # that one that hangs does not take the others along: `benchmarks/gpu.sh 1`, then 2 and 3, each
-# under 9 minutes on one H100 (vLLM's part apart). With `--dry-run` after the number it does the
+# under 9.5 minutes on one H100 (vLLM's part apart). With `--dry-run` after the number it does the
 # same in small on a CPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1
-python=${PYTHON:-python}
+python=${PYTHON:-python3}
 case ${1:-} in
-1) parts="tests:130 embedded:150 resume:100 ceilings:20 rollout:130" ;;
-2) parts="W6:140 W6-trl:150 memory:90 W6-compile:160" ;;
-3) parts="W5:220 W5-trl:230 vllm:240" ;;  # vLLM, where it is installed, starts slowly
+1) parts="tests:110 embedded:150 resume:120 ceilings:20 rollout:165" ;;
+2) parts="W6:135 W6-trl:155 memory:80 W6-compile:170" ;;
+3) parts="W5:220 W5-trl:310 vllm:240" ;;  # vLLM, where it is installed, starts slowly
 *) echo "usage: benchmarks/gpu.sh 1|2|3 [--dry-run]" >&2 && exit 2 ;;
 esac
 shift

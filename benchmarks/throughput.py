@@ -116,9 +116,11 @@ def random_model(
     )
     torch.manual_seed(1)
     config.num_labels = 1
-    classifier = transformers.AutoModelForSequenceClassification.from_config(config)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    ids = torch.randint(2, config.vocab_size, (8, 64))
+    # a CPU draws 40 million numbers in a second
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        classifier = transformers.AutoModelForSequenceClassification.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        ids = torch.randint(2, config.vocab_size, (8, 64))
     with torch.no_grad():
         head = model.get_output_embeddings()
         model.get_input_embeddings().weight[:, 0] = 1.0

@@ -59,6 +59,8 @@ class Gpu(TorchDispatchMode):
         self.goes_to: torch.device | None = None  # where the call at hand puts its result
         self.capturing: Graph | None = None
         self.graphs: list[weakref.ref[Graph]] = []  # that were captured
+        self.pools: set[Any] = set()  # that no graph has yet
+        self.underway: list[Any] = []  # pools of captures that the allocator has not seen end
 
     def asked(self, what: str) -> None:
         """The CPU waits for a value."""
@@ -184,8 +186,8 @@ class Graph:
                     for x, y in zip(memory, tensors_in(result), strict=True):
                         x.copy_(y)
 
-    def pool(self) -> tuple[int, int]:
-        return (0, id(self))
+    def pool(self) -> Any:
+        return self.of
 
 
 class Generator(torch.Generator):
@@ -209,14 +211,24 @@ def emulate(free: int = 2**33) -> Iterator[Gpu]:
     @contextlib.contextmanager
     def capture(graph: Graph, pool: Any = None, capture_error_mode: str = "") -> Iterator[None]:
         alive = [other() for other in gpu.graphs if other()]
-        if pool is not None and pool not in [other.pool() for other in alive]:
+        if not (pool is None or pool in gpu.pools or pool in [other.pool() for other in alive]):
             raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED: the pool's graph is gone")
-        gpu.capturing = graph
+        gpu.capturing, graph.of = graph, pool or new_pool()
+        gpu.pools.discard(graph.of)
+        gpu.underway.append(graph.of)
         try:
             yield
+        except RuntimeError:  # torch ends the capture, which fails too
+            what = "operation failed due to a previous error during capture"
+            raise RuntimeError(what)  # noqa: B904
         finally:
             gpu.capturing = None
+        gpu.underway.remove(graph.of)
         gpu.graphs.append(weakref.ref(graph))
+
+    def new_pool() -> Any:
+        gpu.pools.add(pool := (0, object()))
+        return pool
 
     def outside(function: Callable) -> Callable:
         def called(*args: Any, **kwargs: Any) -> Any:
@@ -248,6 +260,7 @@ def emulate(free: int = 2**33) -> Iterator[Gpu]:
         "memory_allocated": lambda device=None: 0,
         "mem_get_info": lambda device=None: (free, free),
         "CUDAGraph": Graph,
+        "graph_pool_handle": new_pool,
         "graph": capture,
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -255,6 +268,9 @@ def emulate(free: int = 2**33) -> Iterator[Gpu]:
             patch.setattr(torch.cuda, name, value)
         # a build of torch for CUDA would look for a driver, as optimizers do
         patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+        ends = {"endAllocateToPool": gpu.underway.remove, "releasePool": lambda pool: None}
+        for name, end in ends.items():
+            patch.setattr(torch._C, f"_cuda_{name}", lambda device, pool, end=end: end(pool))
         patch.setattr(torch, "Generator", Generator)
         patch.setattr(torch, "autocast", Autocast)
         patch.setattr(torch, "is_autocast_enabled", lambda kind: is_autocast_enabled("cpu"))

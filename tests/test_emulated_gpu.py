@@ -51,7 +51,7 @@ def test_it_refuses_what_a_gpu_refuses():
             waits()
             assert gpu.waits.total() == 1
             gpu.waits.clear()
-            with pytest.raises(RuntimeError, match="capturing"):
+            with pytest.raises(RuntimeError, match="during capture"):
                 with torch.cuda.graph(torch.cuda.CUDAGraph()):
                     waits()
 
@@ -72,7 +72,7 @@ def test_its_graphs_are_those_of_a_gpu():
         x = x + 1  # elsewhere: the graph does not see it
         graph.replay()
         assert y.tolist() == [10] * 4
-        with pytest.raises(RuntimeError, match="capturing"), torch.cuda.graph(other):
+        with pytest.raises(RuntimeError, match="during capture"), torch.cuda.graph(other):
             x.sum().item()
         pool = graph.pool()
         with torch.cuda.graph(other, pool=pool):
@@ -155,9 +155,11 @@ def test_a_model_that_cannot_be_captured_is_decoded_step_by_step(tokenizer, monk
             results += generate.generate(model, ids, mask, uniform, [1], pad_id=0, stride=8)
         assert len(gpu.graphs) > 0
         assert len(tries) == 1
+        assert not gpu.underway
     ids, mask, again, mask_again = (x.cpu() for x in results)
     assert torch.equal(ids, again) and torch.equal(mask, mask_again)
     assert hasattr(model, "not_captured")
     said = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in said] == ["decoding goes without a CUDA graph, slowly"]
+    assert "when stream is capturing" in said[0]  # the cause
     assert len(asks) >= 50

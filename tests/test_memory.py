@@ -5,9 +5,13 @@ import sys
 
 import pytest
 from conftest import ROOT
+from emulated_gpu import emulate
+
+import utils
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import memory
+import throughput
 
 
 def test_the_result_file_has_the_numbers_of_the_formula():
@@ -23,6 +27,20 @@ def test_in_parts_the_batch_size_does_not_count():
     works = [memory.Work(memory.SMOLLM2, batch, 8, 512, 128) for batch in (1, 8, 4096)]
     one, few, many = map(memory.needed, works)
     assert one == few < many
+
+
+@pytest.mark.parametrize("mean_length", [None, 6.0])
+def test_the_models_of_a_gpus_workload_are_drawn_on_it(mean_length, tmp_path, monkeypatch):
+    """A billion numbers take a CPU half a minute."""
+    made, save = [], throughput.saving.save_model
+    monkeypatch.setattr(throughput.saving, "save_model", lambda *given: made.append(given))
+    config = memory.llama(memory.MINIMAL.shape)
+    with emulate():
+        throughput.random_model(tmp_path, config, 4, mean_length, 16)
+        for model, tokenizer, folder in made:
+            assert {x.device.type for x in [*model.parameters(), *model.buffers()]} == {"cuda"}
+            save(model.cpu(), tokenizer, folder)
+    assert utils.load_tokenizer(str(tmp_path / "model")).eos_token_id == throughput.EOS
 
 
 @pytest.mark.slow

@@ -97,7 +97,7 @@ def main(args: Args) -> None:
         chat[:] = [*messages, {"role": "assistant", "content": text}] * typed
         for judge, reader in zip(judges, readers, strict=True):  # as PPO asks it
             [asked] = encoding.encode_prompts(tokenizer, [row], 2**30, reader)
-            ids, _ = encoding.as_judged(reader, 0, [asked], [text])
+            ids, _ = encoding.as_judged(reader, [asked], [text])
             raw = utils.last_token_scores(judge, *encoding.pad(ids, 0, "right", device))
             print(f"\tscore {utils.normalize_scores(judge, raw).item():.2f}", end="")
 

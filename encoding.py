@@ -215,7 +215,6 @@ class Prompt(NamedTuple):
     ids: list[int]
     text: str
     row: Row
-    ends: list[list[int]]  # what ends an answer to it, in each reward model's tokens
 
 
 def encode_prompts(
@@ -234,21 +233,14 @@ def encode_prompts(
     def fit(row: Row, text: Rendered, ids: list[int], *judged: list[int]) -> Prompt:
         if not ids:
             raise Unusable("prompt: has no token that the tokenizer knows; drop the row")
-        limits = [limit for _, limit in judges]
-        if len(ids) > max_tokens or any(len(x) > y for x, y in zip(judged, limits, strict=True)):
+        is_long = [len(x) > limit for x, (_, limit) in zip(judged, judges, strict=True)]
+        if len(ids) > max_tokens or any(is_long):
             what = f"its {len(ids)} tokens leave the response no room in a model's context"
             raise Unusable(f"prompt: {what}; shorten it or lower --response-length")
-        return Prompt(ids, text.pieces[0], row, ends[text.is_chat])
+        return Prompt(ids, text.pieces[0], row)
 
     rows, texts, *asked = zip(*usable(rendered, rows), strict=True)
-    judged: list[list[list[int]]] = []
-    ends: dict[bool, list[list[int]]] = {False: [], True: []}  # of texts and of chats
-    one_of = {text.is_chat: i for i, text in enumerate(texts)}
-    for (judge, _), with_a in zip(judges, asked, strict=True):
-        judged.append(encode_ids(judge, with_a))
-        for is_chat, i in one_of.items():  # its end is what answers "a" and "b" have in common
-            with_b = answered(judge, rows[i], texts[i].pieces[0], "b")
-            ends[is_chat].append(common_end(judged[-1][i], encode_ids(judge, [with_b])[0]))
+    judged = [encode_ids(judge, with_a) for (judge, _), with_a in zip(judges, asked, strict=True)]
     return usable(fit, rows, texts, encode_ids(tokenizer, texts), *judged)
 
 
@@ -264,15 +256,25 @@ def answered(tokenizer: Any, row: Row, text: str, answer: str) -> Rendered:
         return Rendered([start, a.removesuffix(f"a{end}") + answer + end], True)
 
 
+def answer_end(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """What ends an answer in a reward model's tokens: what "a" and "b" end with alike."""
+    texts = [answered(tokenizer, prompt.row, prompt.text, answer) for answer in "ab"]
+    return common_end(*encode_ids(tokenizer, texts))
+
+
 def as_judged(
-    judge: tuple[Any, int], number: int, prompts: list[Prompt], answers: list[Any]
+    judge: tuple[Any, int], prompts: list[Prompt], answers: list[Any]
 ) -> tuple[list[list[int]], list[bool]]:
     """Prompts and answers as a reward model reads them, and which are cut to its context (B31).
 
-    `judge` is its tokenizer and its context, and the `number` of `encode_prompts`' judges. Answers
-    are texts or, where it shares the policy's tokenizer, token ids.
+    `judge` is its tokenizer and its context. Answers are texts or, where it shares the policy's
+    tokenizer, token ids.
     """
-    (tokenizer, limit), ends = judge, [p.ends[number] for p in prompts]
+    tokenizer, limit = judge
+    kinds = [type(p.row["prompt"]) for p in prompts]
+    one_of = dict(zip(kinds, prompts, strict=True))  # answers to texts end otherwise than to chats
+    end_of = {kind: answer_end(tokenizer, p) for kind, p in one_of.items()}
+    ends = [end_of[kind] for kind in kinds]
     if isinstance(answers[0], str):  # by its own tokenizer and template (B5)
         both = zip(prompts, answers, strict=True)
         texts = [answered(tokenizer, p.row, p.text, answer) for p, answer in both]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import utils
-from dataset import CHATS, Row, Unusable, said, usable
+from dataset import CHATS, Row, Unusable, usable
 
 
 class Rendered(NamedTuple):
@@ -44,8 +44,7 @@ def render(tokenizer: Any, prompt: Any, answer: Any = None, all_turns: bool = Fa
         raise Unusable("the prompt is a text, but its answer is a chat; write both alike")
     template = functools.partial(tokenizer.apply_chat_template, tokenize=False)
     messages = [*(prompt or [])]
-    last_role = said(messages[-1])[0] if messages else None
-    is_begun = last_role == "assistant" and not isinstance(answer, list)
+    is_begun = not isinstance(answer, list) and messages[-1]["role"] == "assistant"
     if isinstance(answer, str):
         answer = [{"role": "assistant", "content": answer}]
     try:
@@ -53,7 +52,7 @@ def render(tokenizer: Any, prompt: Any, answer: Any = None, all_turns: bool = Fa
         if messages:
             how = {"add_generation_prompt": not is_begun, "continue_final_message": is_begun}
             start = template(messages, **how)
-        elif said(answer[0])[0] == "assistant":  # what comes before it is not said by it
+        elif answer[0]["role"] == "assistant":  # what comes before it is not said by it
             other = [[{"role": "assistant", "content": x}] for x in "ab"]
             start = os.path.commonprefix([template(chat) for chat in other])
         if answer is None:
@@ -304,7 +303,7 @@ def answer_texts(tokenizer: Any, prompts: list[Prompt], answers: list[list[int]]
     texts = []
     for p, head, whole in zip(prompts, heads, wholes, strict=True):
         text, prompt = whole[len(os.path.commonprefix([head, whole])) :], p.row["prompt"]
-        goes_on = isinstance(prompt, str) or said(prompt[-1])[0] == "assistant"
+        goes_on = isinstance(prompt, str) or prompt[-1]["role"] == "assistant"
         texts.append(text if goes_on else text.removeprefix(" "))
     return texts
 

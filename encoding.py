@@ -204,8 +204,8 @@ def encode_demonstrations(
         return ids[:max_length], learned[:max_length]
 
     pairs = usable(lambda row: (row, render_row(tokenizer, row, all_turns)), rows)
-    encoded = encode(tokenizer, [text for _, text in pairs])
-    return usable(cut, [row for row, _ in pairs], encoded)
+    rows, texts = zip(*pairs, strict=True)
+    return usable(cut, rows, encode(tokenizer, texts))
 
 
 class Prompt(NamedTuple):

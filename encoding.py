@@ -45,18 +45,20 @@ def render(tokenizer: Any, prompt: Any, answer: Any = None, all_turns: bool = Fa
     template = functools.partial(tokenizer.apply_chat_template, tokenize=False)
     messages = [*(prompt or [])]
     is_begun = not isinstance(answer, list) and messages[-1]["role"] == "assistant"
+    asked = functools.partial(
+        template, add_generation_prompt=not is_begun, continue_final_message=is_begun
+    )
     if isinstance(answer, str):
         answer = [{"role": "assistant", "content": answer}]
     try:
         start = ""
         if messages:
-            how = {"add_generation_prompt": not is_begun, "continue_final_message": is_begun}
-            start = template(messages, **how)
+            start = asked(messages)
         elif answer[0]["role"] == "assistant":  # what comes before it is not said by it
             other = [[{"role": "assistant", "content": x}] for x in "ab"]
             start = os.path.commonprefix([template(chat) for chat in other])
         if answer is None:
-            check_all_said(functools.partial(template, **how), start, messages, [])
+            check_all_said(asked, start, messages, [])
             return Rendered([start], True)
         if is_begun:
             begun = messages.pop()["content"]

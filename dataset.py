@@ -336,14 +336,12 @@ def read_split(dataset: str, split: str, args: Any) -> list[Row]:
             some = some[: cut or 1]
     n = len(some)
 
-    def position(end: str | None) -> int | None:
+    def position(end: str) -> int:
         """Where a slice's end, a count or a percentage, is among n rows."""
-        if end is None:
-            return None
         count = int(end.rstrip("%")) * (n / 100 if "%" in end else 1)
         return max(0, round(count) + n) if count < 0 else round(count)
 
-    some = some[position(first) : position(last)]
+    some = some[position(first or "0") : position(last or "100%")]
     if isinstance(table, list):
         return [table[i] for i in some]
     rows = table.select(some).to_list()

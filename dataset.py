@@ -10,7 +10,6 @@ that cannot be used is left out and counted.
 import ast
 import contextlib
 import csv
-import functools
 import glob
 import gzip
 import io
@@ -361,16 +360,15 @@ def open_dataset(dataset: str, revision: str | None) -> tuple[list[str], Callabl
     import datasets  # takes seconds; files do without
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log, it raises too
-    name, _, config = dataset.partition(":")
+    name, *config = dataset.split(":", 1)  # NAME or NAME:CONFIG
     if path.exists():
-        name, config = str(path.resolve()), ""  # it cannot read `link/..`
+        name, config = str(path.resolve()), []  # it cannot read `link/..`
     if is_saved:  # its cache files are not rows (B25)
         saved = datasets.load_from_disk(name)
         tables = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
         return [*tables], tables.__getitem__
-    names = datasets.get_dataset_split_names(name, config or None, revision=revision)
-    load = functools.partial(datasets.load_dataset, name, config or None, revision=revision)
-    return names, lambda split: load(split=split)
+    names = datasets.get_dataset_split_names(name, *config, revision=revision)
+    return names, lambda split: datasets.load_dataset(name, *config, split=split, revision=revision)
 
 
 def kind_of(path: Path) -> str:

@@ -227,15 +227,15 @@ def rename(row: Row, pairs: list) -> None:
     """Do what --columns says, in place."""
     new = {}
     for column, sources in pairs:
-        new[column] = row.get(sources)
         if "+" in sources:  # of `question+` the second is none, not a column without a name
             values = [row.get(name) for name in sources.split("+") if name]
             is_text = all(isinstance(x, str | None) for x in values)
             new[column] = "".join(f"{x}\n\n" for x in values if x) if is_text else values
-    for column, sources in pairs:
+        elif sources:
+            new[column] = row.get(sources)
+    for column, _ in pairs:
         row.pop(column, None)
-        if sources:
-            row[column] = new[column]
+    row.update(new)
 
 
 def known_layout(row: Row, formats: Formats) -> None:

@@ -85,19 +85,20 @@ def main(args: Args) -> None:
             return text
 
         print(f"{name}\t" * bool(args.compare), end="")
-        ids = torch.tensor([prompt.ids], device=device)
+        ids, mask = encoding.pad([prompt.ids], 0, "left", device)
         stops = generate.stop_token_ids(tokenizer, "eos", model.generation_config)
         ends = model.generation_config.eos_token_id
         if isinstance(ends, list) and tokenizer.eos_token_id in ends:
             stops = ends  # of a policy, trained with --stop-token
-        more = {"pad_id": 0, "stride": 1, "watch": show} | settings
         uniform = generate.random_numbers(1, min(length, room)).to(device)
-        ids, mask = generate.generate(model, ids, torch.ones_like(ids), uniform, stops, **more)
+        ids, mask = generate.generate(
+            model, ids, mask, uniform, stops, pad_id=0, stride=1, watch=show, **settings
+        )
         text = show(ids[:, : mask.sum()])
         chat[:] = [*messages, {"role": "assistant", "content": text}] * typed
         for judge, reader in zip(judges, readers, strict=True):  # as PPO asks it
-            [asked] = encoding.encode_prompts(tokenizer, [row], 2**30, reader)
-            ids, _ = encoding.as_judged(reader, [asked], [text])
+            encoding.encode_prompts(tokenizer, [row], 2**30, reader)  # stops where it has no room
+            ids, _ = encoding.as_judged(reader, [prompt], [text])
             raw = utils.last_token_scores(judge, *encoding.pad(ids, 0, "right", device))
             print(f"\tscore {utils.normalize_scores(judge, raw).item():.2f}", end="")
 

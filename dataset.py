@@ -107,7 +107,7 @@ def load_splits(args: Any, formats: Formats) -> tuple[list[Row], list[Row]]:
         for row in train + held_out:
             for name in columns:
                 row.setdefault(name)
-    read = sorted({name for columns in formats for name in columns})  # an id makes no other row
+    read = {name for columns in formats for name in columns}  # an id makes no other row
 
     def key(row: Row) -> str:
         return repr([row.get(name) for name in read])
@@ -468,7 +468,7 @@ def check_field(value: Any, column: str) -> None:
         raise Unusable(f"{column}: is empty; fill it in or drop the row")
     if isinstance(value, list) and column != "prompt" and role != "assistant":
         raise Unusable(f"{column}: its last message is not the assistant's; end it with a reply")
-    if column == "completion" and any(said(m)[0] != "assistant" for m in messages[:-1]):
+    if column == "completion" and any(m["role"] != "assistant" for m in messages[:-1]):
         raise Unusable(f"{column}: has turns of others, which would be learned; write messages")
 
 

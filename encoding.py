@@ -157,7 +157,7 @@ def encode(tokenizer: Any, texts: list[Rendered]) -> list[tuple[list[int], list[
         # there no tokenizer puts a space before it
         for head in (before, "\n", ""):
             text, n = head + piece, len(ids_of[head])
-            ids = ids_of[text] if text in ids_of else tokens(text)
+            ids = ids_of.get(text) or tokens(text)
             if ids[:n] == ids_of[head]:
                 break
         return ids[n:]

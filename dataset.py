@@ -373,8 +373,8 @@ def open_dataset(dataset: str, revision: str | None) -> tuple[list[str], Callabl
 
 def kind_of(path: Path) -> str:
     """Which of KINDS a file is by its name; "" for none."""
-    name = path.name.lower().removesuffix(".gz")
-    return next((kind for kind in KINDS if name.endswith(kind)), "")
+    kind = Path(path.name.lower().removesuffix(".gz")).suffix
+    return kind if kind in KINDS else ""
 
 
 def files_of(path: Path) -> dict[str, list[Path]]:

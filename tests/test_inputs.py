@@ -169,6 +169,10 @@ def test_b26_known_layouts(tmp_path):
     found = read(tmp_path, [{"instruction": "I", "input": "", "output": "O"}])[0]
     assert only(found, "prompt", "completion") == {"prompt": "I\n\n", "completion": "O"}
     assert read(tmp_path, [{"conversations": TURNS}])[0]["messages"] == [USER, GOOD]
+    answer = {"from": "gpt", "value": "No."}  # one message each, no list
+    row = {"conversations": TURNS[:1], "chosen": TURNS[1], "rejected": answer}
+    wanted = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
+    assert read(tmp_path, [row], PAIRS) == [wanted]
     kto = [{"prompt": "Q", "completion": c, "label": c == "good"} for c in ("bad", "good", "bad")]
     assert [row["completion"] for row in read(tmp_path, kto)] == ["good"]
 
@@ -835,6 +839,13 @@ def test_b38_an_answer_keeps_its_first_space():
     assert texts == [" it is", "it is", " it is"]
     empty = encoding.Prompt([], "", dataset.Row({"prompt": ""}, "f:2"))  # a line in a pipe
     assert encoding.answer_texts(tokenizer, [empty], [answer]) == ["it is"]
+
+
+def test_a_folder_as_the_hub_keeps_it(tmp_path):
+    """What describes it is no split: `datasets` reads it."""
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    write_jsonl(tmp_path / "data" / "train-00000-of-00001.jsonl", [{"text": "a"}] * 2)
+    assert len(load(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("name", ["chosen", "messages"])

@@ -54,8 +54,10 @@ def main(args: Args) -> None:
         generate.check(model, name)
         utils.freeze(model, args.dtype)
         speakers.append((name, model, tokenizer, []))
-    judges = [utils.load_classifier(args.score, device, trained=True)] if args.score else []
-    readers = [(utils.load_tokenizer(args.score), utils.context_length(judge)) for judge in judges]
+    judge = None
+    if args.score:
+        judge = utils.load_classifier(args.score, device, trained=True)
+        reader = utils.load_tokenizer(args.score), utils.context_length(judge)
     settings = {"max_new_tokens": 256, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     for source in (speakers[0][1].generation_config, args):
         settings |= {k: x for k in settings if (x := getattr(source, k)) is not None}
@@ -68,7 +70,7 @@ def main(args: Args) -> None:
         is_chat = tokenizer.chat_template and not args.text
         row = dataset.Row({"prompt": messages if is_chat else line}, name)
         [prompt] = encoding.encode_prompts(tokenizer, [row], 2**30)
-        context = min(map(utils.context_length, [model, *judges]))
+        context = min(map(utils.context_length, filter(None, (model, judge))))
         room = context - len(prompt.ids)
         if chat and room < min(length, context // 2):
             del chat[:2]  # the oldest turn
@@ -85,19 +87,20 @@ def main(args: Args) -> None:
             return text
 
         print(f"{name}\t" * bool(args.compare), end="")
-        ids = torch.tensor([prompt.ids], device=device)
+        ids, mask = encoding.pad([prompt.ids], 0, "left", device)
         stops = generate.stop_token_ids(tokenizer, "eos", model.generation_config)
         ends = model.generation_config.eos_token_id
         if isinstance(ends, list) and tokenizer.eos_token_id in ends:
             stops = ends  # of a policy, trained with --stop-token
-        more = {"pad_id": 0, "stride": 1, "watch": show} | settings
         uniform = generate.random_numbers(1, min(length, room)).to(device)
-        ids, mask = generate.generate(model, ids, torch.ones_like(ids), uniform, stops, **more)
+        ids, mask = generate.generate(
+            model, ids, mask, uniform, stops, pad_id=0, stride=1, watch=show, **settings
+        )
         text = show(ids[:, : mask.sum()])
         chat[:] = [*messages, {"role": "assistant", "content": text}] * typed
-        for judge, reader in zip(judges, readers, strict=True):  # as PPO asks it
-            [asked] = encoding.encode_prompts(tokenizer, [row], 2**30, reader)
-            ids, _ = encoding.as_judged(reader, 0, [asked], [text])
+        if judge:  # as PPO asks it
+            encoding.encode_prompts(tokenizer, [row], 2**30, reader)  # stops where it has no room
+            ids, _ = encoding.as_judged(reader, [prompt], [text])
             raw = utils.last_token_scores(judge, *encoding.pad(ids, 0, "right", device))
             print(f"\tscore {utils.normalize_scores(judge, raw).item():.2f}", end="")
 

@@ -10,7 +10,6 @@ that cannot be used is left out and counted.
 import ast
 import contextlib
 import csv
-import functools
 import glob
 import gzip
 import io
@@ -108,7 +107,7 @@ def load_splits(args: Any, formats: Formats) -> tuple[list[Row], list[Row]]:
         for row in train + held_out:
             for name in columns:
                 row.setdefault(name)
-    read = sorted({name for columns in formats for name in columns})  # an id makes no other row
+    read = {name for columns in formats for name in columns}  # an id makes no other row
 
     def key(row: Row) -> str:
         return repr([row.get(name) for name in read])
@@ -228,15 +227,15 @@ def rename(row: Row, pairs: list) -> None:
     """Do what --columns says, in place."""
     new = {}
     for column, sources in pairs:
-        new[column] = row.get(sources)
         if "+" in sources:  # of `question+` the second is none, not a column without a name
             values = [row.get(name) for name in sources.split("+") if name]
             is_text = all(isinstance(x, str | None) for x in values)
             new[column] = "".join(f"{x}\n\n" for x in values if x) if is_text else values
-    for column, sources in pairs:
+        elif sources:
+            new[column] = row.get(sources)
+    for column, _ in pairs:
         row.pop(column, None)
-        if sources:
-            row[column] = new[column]
+    row.update(new)
 
 
 def known_layout(row: Row, formats: Formats) -> None:
@@ -336,14 +335,12 @@ def read_split(dataset: str, split: str, args: Any) -> list[Row]:
             some = some[: cut or 1]
     n = len(some)
 
-    def position(end: str | None) -> int | None:
+    def position(end: str) -> int:
         """Where a slice's end, a count or a percentage, is among n rows."""
-        if end is None:
-            return None
         count = int(end.rstrip("%")) * (n / 100 if "%" in end else 1)
         return max(0, round(count) + n) if count < 0 else round(count)
 
-    some = some[position(first) : position(last)]
+    some = some[position(first or "0") : position(last or "100%")]
     if isinstance(table, list):
         return [table[i] for i in some]
     rows = table.select(some).to_list()
@@ -363,22 +360,21 @@ def open_dataset(dataset: str, revision: str | None) -> tuple[list[str], Callabl
     import datasets  # takes seconds; files do without
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log, it raises too
-    name, _, config = dataset.partition(":")
+    name, *config = dataset.split(":", 1)  # NAME or NAME:CONFIG
     if path.exists():
-        name, config = str(path.resolve()), ""  # it cannot read `link/..`
+        name, config = str(path.resolve()), []  # it cannot read `link/..`
     if is_saved:  # its cache files are not rows (B25)
         saved = datasets.load_from_disk(name)
         tables = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
         return [*tables], tables.__getitem__
-    names = datasets.get_dataset_split_names(name, config or None, revision=revision)
-    load = functools.partial(datasets.load_dataset, name, config or None, revision=revision)
-    return names, lambda split: load(split=split)
+    names = datasets.get_dataset_split_names(name, *config, revision=revision)
+    return names, lambda split: datasets.load_dataset(name, *config, split=split, revision=revision)
 
 
 def kind_of(path: Path) -> str:
     """Which of KINDS a file is by its name; "" for none."""
-    name = path.name.lower().removesuffix(".gz")
-    return next((kind for kind in KINDS if name.endswith(kind)), "")
+    kind = Path(path.name.lower().removesuffix(".gz")).suffix
+    return kind if kind in KINDS else ""
 
 
 def files_of(path: Path) -> dict[str, list[Path]]:
@@ -472,7 +468,7 @@ def check_field(value: Any, column: str) -> None:
         raise Unusable(f"{column}: is empty; fill it in or drop the row")
     if isinstance(value, list) and column != "prompt" and role != "assistant":
         raise Unusable(f"{column}: its last message is not the assistant's; end it with a reply")
-    if column == "completion" and any(said(m)[0] != "assistant" for m in messages[:-1]):
+    if column == "completion" and any(m["role"] != "assistant" for m in messages[:-1]):
         raise Unusable(f"{column}: has turns of others, which would be learned; write messages")
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import utils
-from dataset import CHATS, Row, Unusable, said, usable
+from dataset import CHATS, Row, Unusable, usable
 
 
 class Rendered(NamedTuple):
@@ -44,20 +44,21 @@ def render(tokenizer: Any, prompt: Any, answer: Any = None, all_turns: bool = Fa
         raise Unusable("the prompt is a text, but its answer is a chat; write both alike")
     template = functools.partial(tokenizer.apply_chat_template, tokenize=False)
     messages = [*(prompt or [])]
-    last_role = said(messages[-1])[0] if messages else None
-    is_begun = last_role == "assistant" and not isinstance(answer, list)
+    is_begun = not isinstance(answer, list) and messages[-1]["role"] == "assistant"
+    asked = functools.partial(
+        template, add_generation_prompt=not is_begun, continue_final_message=is_begun
+    )
     if isinstance(answer, str):
         answer = [{"role": "assistant", "content": answer}]
     try:
         start = ""
         if messages:
-            how = {"add_generation_prompt": not is_begun, "continue_final_message": is_begun}
-            start = template(messages, **how)
-        elif said(answer[0])[0] == "assistant":  # what comes before it is not said by it
+            start = asked(messages)
+        elif answer[0]["role"] == "assistant":  # what comes before it is not said by it
             other = [[{"role": "assistant", "content": x}] for x in "ab"]
             start = os.path.commonprefix([template(chat) for chat in other])
         if answer is None:
-            check_all_said(functools.partial(template, **how), start, messages, [])
+            check_all_said(asked, start, messages, [])
             return Rendered([start], True)
         if is_begun:
             begun = messages.pop()["content"]
@@ -156,7 +157,7 @@ def encode(tokenizer: Any, texts: list[Rendered]) -> list[tuple[list[int], list[
         # there no tokenizer puts a space before it
         for head in (before, "\n", ""):
             text, n = head + piece, len(ids_of[head])
-            ids = ids_of[text] if text in ids_of else tokens(text)
+            ids = ids_of.get(text) or tokens(text)
             if ids[:n] == ids_of[head]:
                 break
         return ids[n:]
@@ -205,8 +206,8 @@ def encode_demonstrations(
         return ids[:max_length], learned[:max_length]
 
     pairs = usable(lambda row: (row, render_row(tokenizer, row, all_turns)), rows)
-    encoded = encode(tokenizer, [text for _, text in pairs])
-    return usable(cut, [row for row, _ in pairs], encoded)
+    rows, texts = zip(*pairs, strict=True)
+    return usable(cut, rows, encode(tokenizer, texts))
 
 
 class Prompt(NamedTuple):
@@ -215,7 +216,6 @@ class Prompt(NamedTuple):
     ids: list[int]
     text: str
     row: Row
-    ends: list[list[int]]  # what ends an answer to it, in each reward model's tokens
 
 
 def encode_prompts(
@@ -234,21 +234,14 @@ def encode_prompts(
     def fit(row: Row, text: Rendered, ids: list[int], *judged: list[int]) -> Prompt:
         if not ids:
             raise Unusable("prompt: has no token that the tokenizer knows; drop the row")
-        limits = [limit for _, limit in judges]
-        if len(ids) > max_tokens or any(len(x) > y for x, y in zip(judged, limits, strict=True)):
+        is_long = [len(x) > limit for x, (_, limit) in zip(judged, judges, strict=True)]
+        if len(ids) > max_tokens or any(is_long):
             what = f"its {len(ids)} tokens leave the response no room in a model's context"
             raise Unusable(f"prompt: {what}; shorten it or lower --response-length")
-        return Prompt(ids, text.pieces[0], row, ends[text.is_chat])
+        return Prompt(ids, text.pieces[0], row)
 
     rows, texts, *asked = zip(*usable(rendered, rows), strict=True)
-    judged: list[list[list[int]]] = []
-    ends: dict[bool, list[list[int]]] = {False: [], True: []}  # of texts and of chats
-    one_of = {text.is_chat: i for i, text in enumerate(texts)}
-    for (judge, _), with_a in zip(judges, asked, strict=True):
-        judged.append(encode_ids(judge, with_a))
-        for is_chat, i in one_of.items():  # its end is what answers "a" and "b" have in common
-            with_b = answered(judge, rows[i], texts[i].pieces[0], "b")
-            ends[is_chat].append(common_end(judged[-1][i], encode_ids(judge, [with_b])[0]))
+    judged = [encode_ids(judge, with_a) for (judge, _), with_a in zip(judges, asked, strict=True)]
     return usable(fit, rows, texts, encode_ids(tokenizer, texts), *judged)
 
 
@@ -264,15 +257,25 @@ def answered(tokenizer: Any, row: Row, text: str, answer: str) -> Rendered:
         return Rendered([start, a.removesuffix(f"a{end}") + answer + end], True)
 
 
+def answer_end(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """What ends an answer in a reward model's tokens: what "a" and "b" end with alike."""
+    texts = [answered(tokenizer, prompt.row, prompt.text, answer) for answer in "ab"]
+    return common_end(*encode_ids(tokenizer, texts))
+
+
 def as_judged(
-    judge: tuple[Any, int], number: int, prompts: list[Prompt], answers: list[Any]
+    judge: tuple[Any, int], prompts: list[Prompt], answers: list[Any]
 ) -> tuple[list[list[int]], list[bool]]:
     """Prompts and answers as a reward model reads them, and which are cut to its context (B31).
 
-    `judge` is its tokenizer and its context, and the `number` of `encode_prompts`' judges. Answers
-    are texts or, where it shares the policy's tokenizer, token ids.
+    `judge` is its tokenizer and its context. Answers are texts or, where it shares the policy's
+    tokenizer, token ids.
     """
-    (tokenizer, limit), ends = judge, [p.ends[number] for p in prompts]
+    tokenizer, limit = judge
+    kinds = [type(p.row["prompt"]) for p in prompts]
+    one_of = dict(zip(kinds, prompts, strict=True))  # answers to texts end otherwise than to chats
+    end_of = {kind: answer_end(tokenizer, p) for kind, p in one_of.items()}
+    ends = [end_of[kind] for kind in kinds]
     if isinstance(answers[0], str):  # by its own tokenizer and template (B5)
         both = zip(prompts, answers, strict=True)
         texts = [answered(tokenizer, p.row, p.text, answer) for p, answer in both]
@@ -302,7 +305,7 @@ def answer_texts(tokenizer: Any, prompts: list[Prompt], answers: list[list[int]]
     texts = []
     for p, head, whole in zip(prompts, heads, wholes, strict=True):
         text, prompt = whole[len(os.path.commonprefix([head, whole])) :], p.row["prompt"]
-        goes_on = isinstance(prompt, str) or said(prompt[-1])[0] == "assistant"
+        goes_on = isinstance(prompt, str) or prompt[-1]["role"] == "assistant"
         texts.append(text if goes_on else text.removeprefix(" "))
     return texts
 

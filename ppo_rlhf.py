@@ -363,7 +363,7 @@ def main(args: Args) -> None:
     ) -> tuple[Tensor, Tensor]:
         """Scores [B] of ids or texts, and [B] which were cut to the model's context (B31)."""
         model, reader = reward_models[number], readers[number]
-        sequences, shortened = encoding.as_judged(reader, number, prompts, answers)  # D1
+        sequences, shortened = encoding.as_judged(reader, prompts, answers)  # D1
         scores = torch.zeros(len(sequences), device=device)
         order = torch.tensor([len(s) for s in sequences]).argsort(stable=True)  # little padding
         for part in order.tensor_split(math.ceil(len(order) / micro_batch_size)):

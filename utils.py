@@ -695,7 +695,7 @@ def call_reward_function(
     completion_ids: list[list[int]],
     update: int = 0,
 ) -> tuple[list[float], list[list[float]]]:
-    """Scores of `function(prompts, completions, **columns)` for B dataset.Prompts.
+    """Scores of `function(prompts, completions, **columns)` for B encoding.Prompts.
 
     The columns are the data set's others, and `completion_ids` where the function names it. It may
     be async. Numbers for the tokens of a response are an entry of the second list, elsewhere empty,

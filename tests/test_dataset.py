@@ -143,7 +143,7 @@ def ids_of(tokenizer, text):
         *(("Q:", f" Yes.{end}", " Yes.<eos>") for end in ("", "<eos>", "<eos>\n", "<eos> ")),
         *((prompt, " Yes.", " Yes.<eos>") for prompt in ("Q:<eos>A:", "Q: A.<eos>")),
         ("Q:", "", "<eos>"),
-        ("Q:", None, ""),
+        *((prompt, None, "") for prompt in ("Q:", "Q:<eos>")),
     ],
 )
 def test_a_completion_ends_with_one_eos(tokenizer, prompt, completion, learned):

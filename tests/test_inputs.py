@@ -169,6 +169,10 @@ def test_b26_known_layouts(tmp_path):
     found = read(tmp_path, [{"instruction": "I", "input": "", "output": "O"}])[0]
     assert only(found, "prompt", "completion") == {"prompt": "I\n\n", "completion": "O"}
     assert read(tmp_path, [{"conversations": TURNS}])[0]["messages"] == [USER, GOOD]
+    answer = {"from": "gpt", "value": "No."}  # one message each, no list
+    row = {"conversations": TURNS[:1], "chosen": TURNS[1], "rejected": answer}
+    wanted = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
+    assert read(tmp_path, [row], PAIRS) == [wanted]
     kto = [{"prompt": "Q", "completion": c, "label": c == "good"} for c in ("bad", "good", "bad")]
     assert [row["completion"] for row in read(tmp_path, kto)] == ["good"]
 
@@ -201,6 +205,17 @@ def test_b29_asked_as_it_was_trained():
     assert tokenizer.decode(ids[:-1]).endswith("<|end|>")
 
 
+def test_b29_texts_and_chats_in_one_batch():
+    """Each response ends as the reward model has learned it of its kind."""
+    tokenizer = chatty()
+    rows = [dataset.Row({"prompt": prompt}, "f:1") for prompt in ("two figs?", [USER], "six?")]
+    prompts = encoding.encode_prompts(tokenizer, rows, 99)
+    answers = [tokenizer("Yes.")["input_ids"]] * 3
+    sequences, _ = encoding.as_judged((tokenizer, 99), prompts, answers)
+    chat = "<|user|>two figs?<|end|><|assistant|>Yes.<|end|><eos>"
+    assert [*map(tokenizer.decode, sequences)] == ["two figs?Yes.<eos>", chat, "six?Yes.<eos>"]
+
+
 def test_b30_one_bos():
     tokenizer = make_tokenizer(bos="<bos>")
     for prompt, answer in (("<bos>Q: two figs?", " Yes."), ("", "<bos>Q: two figs?")):
@@ -210,7 +225,7 @@ def test_b30_one_bos():
 
 def test_b32_called_by_keyword():
     """Whatever the order of a function's parameters."""
-    asked = [encoding.Prompt([1], "p", {"prompt": "p"}, [])]
+    asked = [encoding.Prompt([1], "p", {"prompt": "p"})]
     function = lambda completions, prompts=None, **kw: [len(completions[0])]  # noqa: E731
     assert utils.call_reward_function(function, "f", asked, ["four"], [[1]])[0] == [4.0]
 
@@ -341,7 +356,7 @@ def test_b31_prompts_have_room_in_every_model(models, base):
     [(ids, _)] = encoding.encode(judge, [encoding.render(judge, rows[18]["prompt"], "a")])
     kept = encoding.encode_prompts(tokenizer, rows, 99, (judge, len(ids)))
     assert [prompt.row.place for prompt in kept] == [f"f:{n}" for n in range(19)]
-    assert all(prompt.ends == [[judge.eos_token_id]] for prompt in kept)
+    assert all(encoding.answer_end(judge, prompt) == [judge.eos_token_id] for prompt in kept)
 
 
 @pytest.mark.parametrize("other", [True, False])
@@ -533,7 +548,7 @@ def test_an_answer_that_the_reward_models_template_cannot_render():
     pieces = encoding.answered(tokenizer, row, "", "").pieces
     assert pieces == ["<|user|>two figs?<|end|><|assistant|>", "final: <|end|>"]
     [prompt] = encoding.encode_prompts(tokenizer, [row], 999, (tokenizer, 999))
-    assert tokenizer.decode(prompt.ends[0]) == "<|end|><eos>"
+    assert tokenizer.decode(encoding.answer_end(tokenizer, prompt)) == "<|end|><eos>"
     given = ["<|user|>two figs?", "Yes."]
     assert encoding.answered(make_tokenizer(), row, *given).pieces == given
 
@@ -819,11 +834,18 @@ def test_b38_an_answer_keeps_its_first_space():
     chat, begun = ({"prompt": [USER, *more]} for more in ([], [GOOD]))
     answer = tokenizer("Answer: it is")["input_ids"][len(ids) :]
     assert tokenizer.decode(answer) == "it is"
-    prompts = [encoding.Prompt(ids, "", row, []) for row in (text, chat, begun)]
+    prompts = [encoding.Prompt(ids, "", row) for row in (text, chat, begun)]
     texts = encoding.answer_texts(tokenizer, prompts, [[*answer, tokenizer.eos_token_id]] * 3)
     assert texts == [" it is", "it is", " it is"]
-    empty = encoding.Prompt([], "", dataset.Row({"prompt": ""}, "f:2"), [])  # a line in a pipe
+    empty = encoding.Prompt([], "", dataset.Row({"prompt": ""}, "f:2"))  # a line in a pipe
     assert encoding.answer_texts(tokenizer, [empty], [answer]) == ["it is"]
+
+
+def test_a_folder_as_the_hub_keeps_it(tmp_path):
+    """What describes it is no split: `datasets` reads it."""
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    write_jsonl(tmp_path / "data" / "train-00000-of-00001.jsonl", [{"text": "a"}] * 2)
+    assert len(load(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("name", ["chosen", "messages"])

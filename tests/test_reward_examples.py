@@ -18,7 +18,7 @@ def scores(name: str, completions: list[str], ids: list | None = None, **columns
     """What the function gives; `columns` are those of the data set, a value per completion."""
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     rows = [{"prompt": "Q:"} | row for row in rows or [{}] * len(completions)]
-    prompts = [encoding.Prompt([1], row["prompt"], row, []) for row in rows]
+    prompts = [encoding.Prompt([1], row["prompt"], row) for row in rows]
     function = utils.load_function(f"{FILE}:{name}", "--reward-fn")
     ids = ids or [[1]] * len(completions)
     return utils.call_reward_function(function, name, prompts, completions, ids)[0]

@@ -151,7 +151,7 @@ def test_functions_get_chats_as_texts(ppo, base, data, functions, tmp_path):
 
 # ---- what a function may return
 
-ASKED = [encoding.Prompt([1], text, {"prompt": text}, []) for text in ("p", "q", "r")]
+ASKED = [encoding.Prompt([1], text, {"prompt": text}) for text in ("p", "q", "r")]
 IDS = [[5, 6], [7], [8, 9, 10]]
 
 
@@ -201,7 +201,7 @@ def test_async_functions_share_a_loop_and_files_are_run_once(tmp_path):
     )
     f, g = (utils.load_function(f"{tmp_path}/f.py:{name}", "--reward-fn") for name in "fg")
     assert f.__globals__ is g.__globals__
-    prompts = [encoding.Prompt([1], "a", dataset.Row({"prompt": "a"}, "here"), [])] * 3
+    prompts = [encoding.Prompt([1], "a", dataset.Row({"prompt": "a"}, "here"))] * 3
     for _ in range(2):
         scores, _ = utils.call_reward_function(f, "f", prompts, ["a", "bb", ""], [[1]] * 3)
         assert scores == [1, 2, 0]

@@ -520,7 +520,7 @@ def test_load_function(tmp_path):
 
 
 ASKED = [{"prompt": "p", "answer": 1, "kind": "x"}, {"prompt": "q", "answer": 2, "kind": None}]
-ASKED = [encoding.Prompt([1], row["prompt"], row, []) for row in ASKED]
+ASKED = [encoding.Prompt([1], row["prompt"], row) for row in ASKED]
 IDS = [[5, 6], [7, 8, 9]]  # of the completions
 
 

@@ -428,6 +428,8 @@ def load_causal_lm(model: str, device: torch.device, tokenizer: Any = None) -> A
     own = loaded(**model_inputs(loaded, ids), use_cache=False).logits.float()
     if not torch.allclose(logits_of(loaded, hidden), own, rtol=1e-3, atol=1e-3):
         stop(f"{model}: does something unknown to its logits; pass another")
+    if not hasattr(loaded, "generation_config"):  # code of a model's own may go without
+        loaded.generation_config = transformers.GenerationConfig.from_model_config(loaded.config)
     if tokenizer is not None:
         loaded.known_tokens = 1 + max(tokenizer.get_vocab().values())
     return loaded

@@ -45,6 +45,9 @@ class OddConfig(LlamaConfig):
     model_type = "odd"
 class OddForCausalLM(LlamaForCausalLM):
     config_class = OddConfig
+    @classmethod
+    def can_generate(cls):  # so transformers gives it no generation config
+        return False
 class OddForSequenceClassification(LlamaPreTrainedModel):
     config_class = OddConfig
     def __init__(self, config):

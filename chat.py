@@ -110,3 +110,7 @@ def main(args: Args) -> None:
                 with contextlib.suppress(SystemExit):  # it is said what is wrong
                     answer(line, *speaker)
                 print(flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

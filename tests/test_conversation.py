@@ -227,4 +227,5 @@ def test_it_ends_and_refuses_as_the_stages_do(talk, chat, error_of, tmp_path):
     assert "holds no model" in error_of(talk, "a\n", model=str(tmp_path))
     assert "is no reward model" in error_of(talk, "a\n", model=chat, score=chat)
     assert "--top-p" in error_of(talk, "a\n", model=chat, top_p=2.0)
-    assert command("generate.py", "--help").returncode == 0
+    for script in ("generate.py", "chat.py"):
+        assert "/reset starts anew" in command(script, "--help").stdout

@@ -80,6 +80,9 @@ def value_on(base: Any, args: Any, start: str) -> Any:
 
 
 def has_head(folder: Path) -> bool:
-    """Whether an adapter's folder holds a scalar head."""
-    with safetensors.safe_open(folder / "adapter_model.safetensors", "pt") as file:
+    """Whether an adapter's folder holds a scalar head, in safetensors."""
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        return False
+    with safetensors.safe_open(path, "pt") as file:
         return any("score" in name for name in file.keys())

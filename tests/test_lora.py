@@ -117,6 +117,17 @@ def test_the_value_function_starts_from_the_adapter_of_the_reward_model(chain, m
         assert not values(model).any() and not hasattr(model.config, "reward_mean")
 
 
+def test_an_adapter_in_a_pickle_beside_a_model_is_not_read(models, tmp_path):
+    """As a folder of somebody else's may hold one."""
+    folder = shutil.copytree(models.sft, tmp_path / "sft")
+    (folder / "adapter").mkdir()
+    config = {"base_model_name_or_path": str(models.sft)}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    base = utils.load_causal_lm(str(folder), CPU)
+    model = lora.value_on(base, args_for(folder), str(folder))
+    assert not values(model).any()
+
+
 def test_outputs_are_merged_and_adapters_are_folders_of_peft(chain, models, base):
     """Merged in float32; transformers and peft load them as their own."""
     loaded = utils.load_causal_lm(str(chain.ppo), CPU)

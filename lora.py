@@ -66,7 +66,7 @@ def value_on(base: Any, args: Any, start: str) -> Any:
     folder = Path(start).expanduser()
     folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
     name = utils.base_of(str(folder))
-    same = name != str(folder) and has_head(folder)
+    same = start != args.model and name != str(folder) and has_head(folder)
     if same and name != args.model:
         other = utils.load_model(transformers.AutoModel, name, torch.device("cpu"))
         bodies = (base.base_model, utils.freeze(other, args.dtype))
@@ -80,9 +80,6 @@ def value_on(base: Any, args: Any, start: str) -> Any:
 
 
 def has_head(folder: Path) -> bool:
-    """Whether an adapter's folder holds a scalar head, in safetensors."""
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        return False
-    with safetensors.safe_open(path, "pt") as file:
+    """Whether an adapter's folder holds a scalar head."""
+    with safetensors.safe_open(folder / "adapter_model.safetensors", "pt") as file:
         return any("score" in name for name in file.keys())

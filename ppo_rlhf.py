@@ -221,7 +221,8 @@ class Scores(NamedTuple):
     total: Tensor  # [B] weighted and combined
     token_rewards: Tensor  # [B, R] the part of the total given to single tokens
     by_name: dict[str, Tensor]  # of each reward, [B]
-    texts: list[str]  # the responses
+    responses: list[list[int]]  # without padding
+    texts: list[str]
     shortened: Tensor  # [B] true where cut to a reward model's context
 
 
@@ -377,7 +378,8 @@ def main(args: Args) -> None:
     @torch.no_grad()
     def score_responses(prompts: list[encoding.Prompt], batch: Batch) -> Scores:
         """Ask reward models, then functions; combine their scores."""
-        responses = real_tokens(batch)
+        both = zip(batch.response_ids.cpu(), batch.response_mask.cpu(), strict=True)
+        responses = [ids[: mask.sum()].tolist() for ids, mask in both]
         texts = encoding.answer_texts(tokenizer, prompts, responses)
         by_name = {}
         token_rewards = torch.zeros(batch.response_mask.shape, device=device)  # [B, R]
@@ -401,7 +403,7 @@ def main(args: Args) -> None:
             total = of_models.amin(0) + of_functions
         elif args.ensemble == "mean_minus_std":
             total = of_models.mean(0) - of_models.std(0, correction=0) + of_functions
-        return Scores(total, token_rewards, by_name, texts, shortened)
+        return Scores(total, token_rewards, by_name, responses, texts, shortened)
 
     @torch.no_grad()
     def evaluate(model: Any) -> list[dict[str, Any]]:
@@ -417,18 +419,18 @@ def main(args: Args) -> None:
             rng = utils.generator(device, args.seed, EVALUATION, i, 0)
             uniform = generate.random_numbers(count, R, rng)[mine.to(device)]
             batch = sample_responses(model, prompts, 0, uniform)
-            responses, scored = real_tokens(batch), score_responses(prompts, batch)
+            scored = score_responses(prompts, batch)
             judged = [None] * len(prompts)
             if judge is not None:
                 judged, _ = utils.call_reward_function(
-                    judge, judge_file, prompts, scored.texts, responses, update=update
+                    judge, judge_file, prompts, scored.texts, scored.responses, update=update
                 )
             kl = torch.zeros(len(prompts), device=device)
             for rows, ids, is_response in micro_batches(batch, torch.arange(len(mine))):
                 logprobs, _ = policy_outputs(model, ids, is_response)
                 ref_logprobs, _ = policy_outputs(reference, ids, is_response)
                 kl[rows] = (logprobs - ref_logprobs).sum(1)
-            for j, ids in enumerate(responses[:real]):
+            for j, ids in enumerate(scored.responses[:real]):
                 result = {"prompt": prompts[j].text, "response": scored.texts[j]}
                 result |= {"score": scored.total[j].item(), "judge": judged[j], "kl": kl[j].item()}
                 results.append(result | {"length": len(ids), "eos_rate": ids[-1] in stop_ids})
@@ -481,7 +483,7 @@ def main(args: Args) -> None:
     state = {"step": 0, "kl_coef": args.kl_coef, "best": -float("inf")}
     if args.resume:
         state |= checkpoints.load() or {}
-    size = f"{sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M parameters"
+    size = f"{policy.num_parameters() / 1e6:.1f}M parameters"
     work = f"{len(train_prompts)} prompts, {num_updates} updates"
     ends = " or ".join(tokenizer.convert_ids_to_tokens(stop_ids))
     utils.say(f"ppo_rlhf: {size}, {work}, on {device} in {args.dtype}; responses end with {ends}")
@@ -637,11 +639,11 @@ def main(args: Args) -> None:
                         value_clipped = clipped_errors > errors
 
                     token_stats = {  # [b, R] each; the mean over real tokens is logged (B6)
+                        "loss/policy_avg": policy_losses,
+                        "loss/value_avg": value_losses,
                         "policy/approxkl_avg": log_ratio.square() / 2,
                         "policy/clipfrac_avg": policy_losses > unclipped_losses,
                         "policy/entropy_avg": entropies,
-                        "loss/policy_avg": policy_losses,
-                        "loss/value_avg": value_losses,
                         "val/clipfrac_avg": value_clipped,
                         "val/ratio": ratio,
                         "val/ratio_var": (ratio - 1).square(),  # becomes the variance below
@@ -652,9 +654,7 @@ def main(args: Args) -> None:
                     ratio_error = (ratios - 1).abs().max()
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)  # D29
                 norm = distributed.full(norm)
-                losses = {name: sums[name] for name in ("loss/policy_avg", "loss/value_avg")}
-                numbers = rollout | losses | {"gradient_norm": norm}
-                utils.check_finite(f"update {update}", numbers)
+                utils.check_finite(f"update {update}", rollout | sums | {"gradient_norm": norm})
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=not distributed.replicated(policy))
                 grad_norms.append(norm)
@@ -674,7 +674,7 @@ def main(args: Args) -> None:
         variance = utils.masked_variance(returns, response_mask).clamp(min=1e-8)
         explained = (1 - residual / variance).item() if value_model is not None else 0.0  # D37
         prompt_tokens = distributed.sum_all(batch.prompt_mask.sum())
-        times = [end - start for start, end in zip(clock, clock[1:], strict=False)]
+        times = [b - a for a, b in zip(clock, clock[1:], strict=False)]
         metrics = {
             "episode": update * args.batch_size,
             "lr": optimizer.param_groups[0]["lr"],
@@ -714,7 +714,7 @@ def main(args: Args) -> None:
                 result = compare(before, after)
                 metrics |= {f"eval/{k}": v for k, v in result["policy"].items() if v is not None}
                 metrics["eval/win_rate"] = result["win_rate"]
-                show_samples(logger, update, before, after, shown=2)
+                logger.samples(update, before, after, shown=2)
                 keep_best(result)
         logger.log(update, metrics)
         if args.save_rollouts and update % args.save_rollouts == 0:
@@ -733,7 +733,7 @@ def main(args: Args) -> None:
     # ---- what it leaves
     saving.save_model(policy, tokenizer, out)  # before the evaluation, in which a judge may fail
     after = evaluate(policy)
-    show_samples(logger, num_updates, before, after, shown=4)
+    logger.samples(num_updates, before, after, shown=4)
     result, seconds = compare(before, after), time.time() - started
     keep_best(result)
     if distributed.is_main():
@@ -756,12 +756,6 @@ def main(args: Args) -> None:
     )
 
 
-def real_tokens(batch: Batch) -> list[list[int]]:
-    """The responses without padding."""
-    both = zip(batch.response_ids.cpu(), batch.response_mask.cpu(), strict=True)
-    return [ids[: mask.sum()].tolist() for ids, mask in both]
-
-
 def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
     """Means of reference and policy over held-out prompts, and how often the policy wins."""
 
@@ -775,22 +769,6 @@ def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[s
     wins = sum((new > old) + 0.5 * (new == old) for old, new in pairs)
     result = {"prompts": len(before), "reference": means(before), "policy": means(after)}
     return result | {"win_rate": wins / len(before), "win_rate_by": by}
-
-
-def show_samples(
-    logger: utils.Logger, update: int, before: list[dict], after: list[dict], shown: int
-) -> None:
-    """Held-out prompts with both responses, on the terminal and in TensorBoard."""
-
-    def caption(name: str, result: dict[str, Any]) -> str:
-        judge = "" if result["judge"] is None else f", judge {result['judge']:.2f}"
-        return f"{name}: score {result['score']:.2f}{judge}"
-
-    samples = []
-    for b, a in zip(before[:20], after[:20], strict=True):
-        sample = {"prompt": b["prompt"], caption("before", b): b["response"].strip()}
-        samples.append(sample | {caption("after", a): a["response"].strip()})
-    logger.samples(update, f"update {update}: replies before and after PPO", samples, shown)
 
 
 def check_flags(args: Args, world: int) -> None:
@@ -812,7 +790,7 @@ def check_flags(args: Args, world: int) -> None:
     if args.batch_size % (args.samples_per_prompt * world):
         utils.stop("--samples-per-prompt: times processes must divide --batch-size; change it")
     if args.total_episodes // args.batch_size <= args.critic_warmup_updates:
-        utils.stop("--total-episodes: train no policy; raise")
+        utils.stop("--total-episodes: trains no policy; pass more")
     if args.advantage in ("rloo", "grpo") and args.samples_per_prompt < 2:
         utils.stop(f"--samples-per-prompt: is 1; {args.advantage} needs 2 or more")
     of_critic = "value_model value_lam value_learning_rate critic_warmup_updates gamma lam vf_coef "

@@ -189,7 +189,7 @@ def main(args: Args) -> None:
     )
     state = checkpoints.load() if args.resume else None
     start = state["step"] if state else 0
-    size = f"{sum(p.numel() for p in parameters) / 1e6:.1f}M parameters"
+    size = f"{model.num_parameters() / 1e6:.1f}M parameters"
     work = f"{len(train_pairs)} pairs, {num_steps} steps"
     utils.say(f"reward_model: {size}, {work}, on {device} in {args.dtype}")
     encoding.show_example(tokenizer, train_data[0], *train_pairs[0][:2])

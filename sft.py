@@ -163,7 +163,7 @@ def main(args: Args) -> None:
     )
     state = checkpoints.load() if args.resume else None
     start = state["step"] if state else 0
-    size = f"{sum(p.numel() for p in parameters) / 1e6:.1f}M parameters"
+    size = f"{model.num_parameters() / 1e6:.1f}M parameters"
     work = f"{len(train_rows)} rows, {num_steps} steps"
     utils.say(f"sft: {size}, {work}, on {device} in {args.dtype}")
     runs = itertools.groupby(zip(*train_rows[0], strict=True), key=lambda pair: pair[1])

@@ -827,12 +827,21 @@ class Logger:
             for name, x in tensors.items():
                 self.board.add_histogram(name, x, step)
 
-    def samples(self, step: int, title: str, samples: list[dict[str, str]], shown: int) -> None:
-        """Texts by their captions, to TensorBoard, and the first `shown` to the terminal."""
+    def samples(self, update: int, before: list[dict], after: list[dict], shown: int) -> None:
+        """Held-out prompts with both responses: 20 to TensorBoard, `shown` to the terminal."""
         if not self.active:
             return
+
+        def caption(name: str, result: dict[str, Any]) -> str:
+            judge = "" if result["judge"] is None else f", judge {result['judge']:.2f}"
+            return f"{name}: score {result['score']:.2f}{judge}"
+
+        samples = []
+        for b, a in zip(before[:20], after[:20], strict=True):
+            sample = {"prompt": b["prompt"], caption("before", b): b["response"].strip()}
+            samples.append(sample | {caption("after", a): a["response"].strip()})
         page = [f"**{caption}**\n\n{fenced(text)}" for s in samples for caption, text in s.items()]
-        self.board.add_text("samples", "\n\n".join(page), step)
+        self.board.add_text("samples", "\n\n".join(page), update)
         if self.run:
             import wandb
 
@@ -841,7 +850,7 @@ class Logger:
         self.board.flush()
         progress.clear()
         console = Console(highlight=False)
-        console.rule(title)
+        console.rule(f"update {update}: replies before and after PPO")
         for sample in samples[:shown]:
             for caption, text in sample.items():
                 console.print(Text(caption, style="bold"), Text(visible(text)), sep="\n")

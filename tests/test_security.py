@@ -323,26 +323,30 @@ def letters(text: str) -> str:
 @pytest.mark.parametrize("text", TEXTS)
 def test_texts_in_tensorboard_are_shown_as_they_are(logger, text):
     """No link, no image, no code: what the page shows is the text, in its own block."""
-    logger.samples(1, "samples", [{"prompt": text, "before: score 1.00": text}] * 2, shown=0)
+    result = {"prompt": text, "response": text, "score": 1.0, "judge": None}
+    logger.samples(1, [result] * 2, [result] * 2, shown=0)
     page = markdown_to_safe_html(logger.page)
     assert {*re.findall("<([^/][^>]*)>", page)} == {"p", "strong", "pre", "code"}  # no attributes
     blocks = re.findall("<code>(.*?)</code>", page, re.DOTALL)
-    assert [letters(html.unescape(block)) for block in blocks] == [letters(text)] * 4
+    assert [letters(html.unescape(block)) for block in blocks] == [letters(text)] * 6
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_texts_cannot_steer_the_terminal(logger, capsys, text):
     """Escape sequences are spelled out in samples and in errors; captions stand above texts."""
-    samples = [{"prompt": text, "before: score 1.00": f"{text}!"}, {"prompt": "not shown"}]
-    logger.samples(1, "title", samples, shown=1)
+    before = {"prompt": text, "response": f"{text}!", "score": 1.0, "judge": None}
+    after = before | {"judge": 2.0}
+    others = [before | {"prompt": "not shown"}]
+    logger.samples(7, [before, *others], [after, *others], shown=1)
     with pytest.raises(SystemExit):
         utils.stop(f"{text}: is wrong; fix it")
     captured = capsys.readouterr()
     kinds = {unicodedata.category(c) for c in captured.out + captured.err if c not in "\n\r"}
     assert not kinds & {"Cc", "Cf", "Zl", "Zp"}
     assert captured.err.strip("\r\n").split("error: ")[1].count("\n") == 0
-    assert captured.out.index("title") < captured.out.index("prompt\n")
+    assert captured.out.index("update 7") < captured.out.index("prompt\n")
     assert captured.out.index("prompt\n") < captured.out.index("before: score 1.00\n")
+    assert captured.out.count("after: score 1.00, judge 2.00\n") == 1
     assert "not shown" not in captured.out
     if "\x1b" in text:
         assert "\\x1b[31mred" in captured.out

@@ -173,6 +173,9 @@ def main(args: Args) -> None:
         sft_texts = [ids for ids, _ in whole if len(ids) <= max_length]
         if not sft_texts:
             utils.stop(f"--max-length: all demonstrations exceed {max_length} tokens; raise it")
+        if left := len(whole) - len(sft_texts):
+            what = f"{left} of {len(whole)} demonstrations exceed {max_length} tokens"
+            utils.say(f"{args.normalize_with}: {what}, and are not in the mean score")
     utils.spread(model, args, device)
     out = utils.open_output(args, "reward_model")
 

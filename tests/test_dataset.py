@@ -1,4 +1,4 @@
-"""dataset.py: rows of any layout, their token ids, batches of them; with what went wrong elsewhere.
+"""dataset.py, encoding.py: rows of any layout, their token ids; with what went wrong elsewhere.
 
 Errors in rows, as the stages meet them, are in test_bad_input.py.
 """

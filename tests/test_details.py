@@ -244,6 +244,18 @@ def test_d13_the_mean_score_of_the_demonstrations_is_zero(reward_model, data, st
     assert not std or scores.std() == pytest.approx(1, abs=1e-3)
 
 
+def test_d13_demonstrations_that_are_too_long_are_counted(reward_model, data, capsys, tmp_path):
+    """They have no part in the mean score, and the stage says so."""
+    rows = rows_of(data.sft, "train")
+    long = [{"prompt": "Q:", "completion": " two figs" * 100}] * 3
+    out = reward_model(tmp_path / "out", normalize_with=write_data(tmp_path / "data", rows + long))
+    kept = rows_of(tmp_path / "data", "train")
+    assert f"3 of {len(kept)} demonstrations exceed" in capsys.readouterr().out
+    pairs = [(row["prompt"], row["completion"]) for row in kept if row not in long]
+    scores = plain_scores(out, sequences_of(out, pairs))
+    assert scores.mean() == pytest.approx(0, abs=1e-4)
+
+
 def test_d14_accuracy_comes_with_interval_and_length(chain, data):
     """Accuracy, margin and correlation with length, from the saved model's own forward pass."""
     out, rows = chain.reward_model, rows_of(data.preferences)

@@ -26,7 +26,7 @@ def run(script: str, runs: Path, *flags: str) -> Path:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = ["sh", str(GUIDES / script), "tiny", "--eval-prompts", "64", *flags]
     env = os.environ | {"PATH": path, "RUNS": str(runs)}
-    done = subprocess.run(command, cwd=runs, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=runs, env=env, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     return runs / "tiny"
 

@@ -31,11 +31,19 @@ def test_a_fit_finds_its_coefficients():
     assert lab.fit(np.stack([d, -d * np.log(d)], 1), list(noisy))["explained"] < 0.99
 
 
-def test_an_interval_is_of_the_mean():
-    low, high = lab.interval([0.1, 0.2, 0.3])
-    assert (low, high) == pytest.approx((0.1, 0.3))  # of three seeds their range
-    low, high = lab.interval(list(np.random.default_rng(1).normal(1, 0.5, 100)))
-    assert 0.85 < low < 0.95 < 1.0 < high < 1.15
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_an_interval_holds_the_mean_in_95_of_100_cases(seeds):
+    draws = np.random.default_rng(1).normal(1, 0.5, (4000, seeds)).tolist()
+    held = [low <= 1 <= high for low, high in map(lab.interval, draws)]
+    assert 0.94 < np.mean(held) < 0.96
+    assert lab.interval([0.1, 0.2, 0.3]) == pytest.approx([0.2 - 0.2484, 0.2 + 0.2484], abs=1e-4)
+    assert lab.interval([0.1]) == [-np.inf, np.inf]
+
+
+def test_every_experiment_has_results_of_what_it_is():
+    experiments = map(lab.lab.read, lab.lab.names())
+    lacking = [one.name for one in experiments if len(lab.results_of(one, lab.Args())) < 3]
+    assert not lacking
 
 
 def test_a_diverged_run_is_the_worst_and_other_recipes_do_not_count(tmp_path):

@@ -23,7 +23,7 @@ Shapes: B sequences of this process, b of a micro-batch, P prompt and R response
 (T' cut to a micro-batch's longest), N real response tokens of a micro-batch, H hidden size, V
 vocabulary. `response_mask` is 1 on every sampled token up to and including EOS or the stop token.
 The rest is padding: log-probabilities, values and rewards are 0 there; losses, whitening and token
-metrics are over tokens where the mask is 1. A response cut off at R counts as complete.
+metrics are over tokens where the mask is 1. A response cut off at R bootstraps no value.
 """
 
 import json
@@ -412,7 +412,7 @@ def main(args: Args) -> None:
         for i in range(0, len(eval_prompts), args.batch_size):
             count = min(args.batch_size, len(eval_prompts) - i)
             real = len(range(process.rank, count, process.world))
-            # as many in each process: one that has less answers the last prompt too
+            # as many in each process: one with fewer answers the last prompt too
             mine = torch.arange(process.rank, count + -count % process.world, process.world)
             mine = mine.clamp(max=count - 1)
             prompts = [eval_prompts[i + j] for j in mine.tolist()]
@@ -499,7 +499,7 @@ def main(args: Args) -> None:
     for update in range(done + 1, num_updates + 1):
         clock, kl_coef = [utils.now(device)], state["kl_coef"]
 
-        # 1. sample prompts; processes take them by turns, with all responses to each
+        # 1. sample prompts; processes take turns, with all responses to each
         count = args.batch_size // args.samples_per_prompt
         drawn = dataset.cycle(train_prompts, (update - 1) * count, count, args.seed)
         width = max(len(p.ids) for p in drawn)  # P
@@ -510,7 +510,7 @@ def main(args: Args) -> None:
 
         # 2. generate responses, then read log-probabilities and values as training will (D26)
         rng = utils.generator(device, args.seed, SAMPLING, update, 0)
-        uniform = generate.random_numbers(args.batch_size, R, rng)[mine.to(device)]  # D7
+        uniform = generate.random_numbers(args.batch_size, R, rng)[mine.to(device)]  # [B, R] D7
         batch = sample_responses(policy, prompts, width, uniform)
         response_mask = batch.response_mask  # [B, R]
         logprobs, ref_logprobs, values = torch.zeros(3, *response_mask.shape, device=device)

@@ -105,6 +105,9 @@ d12_the_reward_model_sees_each_pair_once in reward_model.py
     epochs: int = 1  ->  epochs: int = 2
 d13_the_mean_score_of_the_demonstrations_is_zero in reward_model.py
     float(scores.mean())  ->  float(np.median(scores))
+d13_demonstrations_that_are_too_long_are_counted in reward_model.py
+    [ids for ids, _ in whole if len(ids) <= max_length]  ->
+    [ids[:max_length] for ids, _ in whole]
 d14_accuracy_comes_with_interval_and_length in reward_model.py
     pair.chosen_length for pair in eval_pairs  ->  len(pair.chosen) for pair in eval_pairs
 d45_the_pairwise_loss_on_beginnings in reward_model.py

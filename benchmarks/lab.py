@@ -97,6 +97,11 @@ def judged(result: dict) -> float:
     return -math.inf if result["diverged"] else result["ppo_rlhf"]["eval"]["policy"]["judge"]
 
 
+def kl_of(result: dict) -> float:
+    """The policy's KL at the end, in nats."""
+    return result["ppo_rlhf"]["eval"]["policy"]["kl"]
+
+
 def early(result: dict) -> float:
     """The labeler's mean at the first evaluation, after a quarter of the updates."""
     return result["trace"][0]["eval/judge"]
@@ -214,7 +219,10 @@ def overoptimization(args: Args) -> dict[str, Any]:
         for of in ("score", "judge"):
             columns = np.stack([d, -d * np.log(d)], 1)
             fits[f"{pairs} {of}"] = fit(columns, [p[of] for p in some])
-    return {"points": points, "fits": fits}
+    # where nothing else holds the policy
+    three, one = (finished(results_of(runs[of, "0"], args)) for of in ("ensemble", "all"))
+    more = {"seeds": len(three)} | paired("difference", three, one, judged)
+    return {"points": points, "fits": fits, "least_of_three": more}
 
 
 def fit(columns: np.ndarray, y: list[float]) -> dict[str, float]:
@@ -346,9 +354,9 @@ def effects(args: Args) -> list[dict[str, Any]]:
         one = lab.read(name)
         runs = {s: r for s, r in results_of(one, args).items() if s in baseline}
         kept = finished(runs)
-        if not kept:
-            why = "all runs ended in NaN" if runs else "no run of what it is now"
-            print(f"{name}: {why}, so it is not in the tables")
+        if len(kept) < 2:
+            what = f"{len(kept)} runs of what it is now ended without NaN"
+            print(f"{name}: {what}, too few for the tables")
             continue
         row = {"name": name, "title": one.title, "seeds": len(runs)}
         row |= {key.lower(): text for key, text in one.facts.items()} | means_of(kept.values())
@@ -362,6 +370,7 @@ def effects(args: Args) -> list[dict[str, Any]]:
         if "reward_model" in dict(one.stages):
             accuracies = [run["reward_model"]["accuracy"] for run in kept.values()]
             row["accuracy"] = statistics.mean(accuracies)
+        row |= paired("kl_difference", kept, baseline, kl_of)
         row |= paired("difference", kept, baseline, judged)
         row |= paired("early_difference", kept, baseline, early)
         if name in BESIDE:
@@ -378,12 +387,10 @@ def paired(name: str, runs: dict[int, dict], others: dict[int, dict], of: Callab
 
 
 def interval(differences: list[float]) -> list[float]:
-    """95% interval of their mean over seeds, by Student's t; of one seed without limits.
+    """95% interval of their mean over seeds, of which there are two at least, by Student's t.
 
     A bootstrap of three seeds would hold the mean in three of four cases only.
     """
-    if len(differences) == 1:
-        return [-math.inf, math.inf]
     mean, error = statistics.mean(differences), statistics.stdev(differences)
     half = STUDENT.get(len(differences), 2.262) * error / math.sqrt(len(differences))
     return [mean - half, mean + half]

@@ -515,10 +515,10 @@ def lab_findings() -> str:
     found = [
         f"**Most changes do little**: {alike} of {len(others)} are within 0.1 points at the end,"
         f" where the baseline's {rows['baseline']['judge']:.2f} of 9 leave no room for more;"
-        f" {alike_early} are after 640 episodes. {sure} of the intervals at the end leave out 0, of"
-        f" which chance alone would give {0.05 * len(others):.0f}. `no_normalization` changes"
-        f" nothing but rounding, since the value function starts from the same reward model, and"
-        f" still differs by {noise['difference']} at the end and by {noise['early_difference']}"
+        f" {alike_early} are after 640 episodes. {sure} of the {len(others)} intervals at the end"
+        f" leave out 0, as about {0.05 * len(others):.0f} would by chance. `no_normalization`"
+        f" changes nothing but rounding, since the value function starts from the same reward"
+        f" model, and still differs by {noise['difference']} at the end and by {noise['early_difference']}"
         f" after 640 episodes: what is smaller says nothing.",
         f"**A wrong value function costs much, none costs little.** Read one token late, after the"
         f" action that it should be a baseline for (B14), it changes the labeler's mean by"
@@ -547,10 +547,11 @@ def lab_findings() -> str:
         f"**The temperature left out of the log-probabilities**: {early['temperature_left_out']}"
         f" after 640 episodes, {end['temperature_left_out']} at the end, at a KL of"
         f" {kl['temperature_left_out']} nats beside {baseline_kl['temperature_left_out']}.",
-        f"**k2 and k3 in the reward** end at a KL of {kl['kl_k2']} and {kl['kl_k3']} nats, k1 at"
-        f" {baseline_kl['kl_k2']}: near the reference they hold less, by their gradients"
-        f" ([details](details.md#kl-estimators)). In the loss, at the weight that the penalty has"
-        f" in the reward, k2 ends at {kl['kl_in_loss_k2']} and k3 at {kl['kl_in_loss_k3']}; the"
+        f"**k2 and k3 in the reward** hold less near the reference, by their gradients"
+        f" ([details](details.md#kl-estimators)): their KL at the end differs from k1's"
+        f" {baseline_kl['kl_k2']} nats by {change(rows['kl_k2'], 'kl_difference')} and"
+        f" {change(rows['kl_k3'], 'kl_difference')}. In the loss, at the weight that the penalty"
+        f" has in the reward, k2 ends at {kl['kl_in_loss_k2']} and k3 at {kl['kl_in_loss_k3']}; the"
         f" labeler's mean differs by {end['kl_in_loss_k2']} and {end['kl_in_loss_k3']}.",
         f"**Clipping the score changes what is sought**: to 2, it changes the labeler's mean by"
         f" {end['reward_clip']}, since a good reply scores more.",
@@ -656,16 +657,12 @@ def lab_overoptimization() -> str:
 
 def lab_least_of_three() -> str:
     """What three reward models change where nothing else holds the policy."""
-    points = [p for p in result("lab.json")["overoptimization"]["points"] if p["end"]]
-    ends = {(p["pairs"], p["seed"]): p for p in points if p["kl_coef"] == 0}
-    numbers = sorted({seed for pairs, seed in ends if pairs == "ensemble"})
-    more = [ends["ensemble", s]["judge"] - ends["all", s]["judge"] for s in numbers]
-    kls = [statistics.mean(ends[of, s]["kl"] for s in numbers) for of in ("ensemble", "all")]
+    more = result("lab.json")["overoptimization"]["least_of_three"]
     return (
-        f"Where nothing else holds the policy, the least of three gains {span(more, '.2f')} points"
-        f" more than one reward model ({seeds(len(more))}), at {kls[0]:.0f} nats in place of"
-        f" {kls[1]:.0f}, and still ends far below its peak: the three learned from the same pairs"
-        f" and share errors."
+        f"Without a KL penalty the labeler's mean under the least of three differs by"
+        f" {difference(more, 'difference')} points from that under one reward model"
+        f" ({seeds(more['seeds'])}); both end far below their peaks. The three learned from the"
+        f" same pairs, and may share errors."
     )
 
 

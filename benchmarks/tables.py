@@ -518,8 +518,8 @@ def lab_findings() -> str:
         f" {alike_early} are after 640 episodes. {sure} of the {len(others)} intervals at the end"
         f" leave out 0, as about {0.05 * len(others):.0f} would by chance. `no_normalization`"
         f" changes nothing but rounding, since the value function starts from the same reward"
-        f" model, and still differs by {noise['difference']} at the end and by {noise['early_difference']}"
-        f" after 640 episodes: what is smaller says nothing.",
+        f" model, and still differs by {noise['difference']} at the end and by"
+        f" {noise['early_difference']} after 640 episodes: what is smaller says nothing.",
         f"**A wrong value function costs much, none costs little.** Read one token late, after the"
         f" action that it should be a baseline for (B14), it changes the labeler's mean by"
         f" {end['value_one_late']}; as a head on the policy's body by {end['value_shares_body']};"

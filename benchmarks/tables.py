@@ -36,7 +36,8 @@ def where(report: dict, dtype: bool = False) -> str:
     """The machine that a result is from, and by choice the precision it ran in."""
     machine = report["machine"]
     has = " and ".join(machine.get("bfloat16_instructions", []))
-    words = [machine["processor"] + (f" with {has}" if has else "")]
+    processor = re.sub(r"\(\w+\)| Processor", "", machine["processor"])
+    words = [processor + (f" with {has}" if has else "")]
     words += [f"{machine['threads']} thread" + "s" * (machine["threads"] != 1)]
     words += [f"torch {machine['torch']}"] if "torch" in machine else []
     words += [report["dtype"]] if dtype and "dtype" in report else []
@@ -74,13 +75,14 @@ def embedded_line() -> str:
     minutes, minutes32 = (
         span([wall_seconds(seed) / 60 for seed in of["seeds"]], ".1f") for of in (report, float32)
     )
+    other = f" ({where(float32)})" if float32["machine"] != report["machine"] else ""
     free = report["seeds"][0]["ppo_kl_coef_0"]["eval"]["policy"]
     return (
         f"On {ppo[0]['eval']['prompts']} held-out prompts the labeler prefers the policy's reply to"
         f" the SFT model's in **{wins}** ({len(ppo)} seeds);\nits mean score rises from"
         f" {before:.1f} to {after:.1f} of at most {ppo[0]['best']:.0f}. The three stages take"
         f" {minutes} minutes\n({where(report, dtype=True)}), and {minutes32} with `--dtype float32`"
-        f" ({where(float32)}).\n\nWith `--kl-coef 0` the policy hacks the reward model: it repeats"
+        f"{other}.\n\nWith `--kl-coef 0` the policy hacks the reward model: it repeats"
         f" the product and whole sentences. The reward\nmodel's score rises to {free['score']:.1f},"
         f" above the {ppo[0]['eval']['policy']['score']:.1f} with the KL penalty, and the labeler's"
         f" falls to {free['judge']:.1f}."

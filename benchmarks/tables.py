@@ -82,10 +82,10 @@ def embedded_line() -> str:
         f" the SFT model's in **{wins}** ({len(ppo)} seeds);\nits mean score rises from"
         f" {before:.1f} to {after:.1f} of at most {ppo[0]['best']:.0f}. The three stages take"
         f" {minutes} minutes\n({where(report, dtype=True)}), and {minutes32} with `--dtype float32`"
-        f"{other}.\n\nWith `--kl-coef 0` the policy hacks the reward model: it repeats"
-        f" the product and whole sentences. The reward\nmodel's score rises to {free['score']:.1f},"
-        f" above the {ppo[0]['eval']['policy']['score']:.1f} with the KL penalty, and the labeler's"
-        f" falls to {free['judge']:.1f}."
+        f"{other}.\n\nWith `--kl-coef 0` the policy hacks the reward model: it names the"
+        f" product again and again. The reward\nmodel's score rises to {free['score']:.1f}, above"
+        f" the {ppo[0]['eval']['policy']['score']:.1f} with the KL penalty, and the labeler's falls"
+        f" to {free['judge']:.1f}."
     )
 
 

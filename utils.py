@@ -832,14 +832,14 @@ class Logger:
         if not self.active:
             return
 
-        def caption(name: str, result: dict[str, Any]) -> str:
+        def score_line(name: str, result: dict[str, Any]) -> str:
             judge = "" if result["judge"] is None else f", judge {result['judge']:.2f}"
             return f"{name}: score {result['score']:.2f}{judge}"
 
         samples = []
         for b, a in zip(before[:20], after[:20], strict=True):
-            sample = {"prompt": b["prompt"], caption("before", b): b["response"].strip()}
-            samples.append(sample | {caption("after", a): a["response"].strip()})
+            sample = {"prompt": b["prompt"], score_line("before", b): b["response"].strip()}
+            samples.append(sample | {score_line("after", a): a["response"].strip()})
         page = [f"**{caption}**\n\n{fenced(text)}" for s in samples for caption, text in s.items()]
         self.board.add_text("samples", "\n\n".join(page), update)
         if self.run:

@@ -107,11 +107,6 @@ def early(result: dict) -> float:
     return result["trace"][0]["eval/judge"]
 
 
-def early_entropy(results: Collection[dict]) -> float:
-    """Nats a response in the rollout of the update before the first evaluation."""
-    return statistics.mean(result["trace"][0]["objective/entropy"] for result in results)
-
-
 def finished(results: dict[int, dict]) -> dict[int, dict]:
     """Results by seed, without those that ended in NaN."""
     return {seed: result for seed, result in results.items() if not result["diverged"]}
@@ -126,6 +121,8 @@ def means_of(results: Collection[dict]) -> dict[str, float]:
     }
     means["win_rate"] = statistics.mean(run["eval"]["win_rate"] for run in runs)
     means["early"] = statistics.mean(map(early, results))
+    # nats a response, in the rollout of the update before the first evaluation
+    means["entropy"] = statistics.mean(r["trace"][0]["objective/entropy"] for r in results)
     for key in ("cpu_seconds", "peak_memory_gb"):
         means[key] = statistics.mean(run[key] for run in runs)
     return means
@@ -363,10 +360,8 @@ def effects(args: Args) -> list[dict[str, Any]]:
         evals = [run["ppo_rlhf"]["eval"] for run in kept.values()]
         better = sum(e["policy"]["judge"] > e["reference"]["judge"] for e in evals)
         row["diverged"] = 1 - better / len(runs)
-        row["entropy"] = early_entropy(kept.values())
         beside = [baseline[seed] for seed in kept]  # of the same seeds
         row |= {f"baseline_{key}": x for key, x in means_of(beside).items()}
-        row["baseline_entropy"] = early_entropy(beside)
         if "reward_model" in dict(one.stages):
             accuracies = [run["reward_model"]["accuracy"] for run in kept.values()]
             row["accuracy"] = statistics.mean(accuracies)

@@ -282,10 +282,13 @@ def as_judged(
         sequences = encode_ids(tokenizer, texts)
     else:
         sequences = []
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         for p, answer, end in zip(prompts, answers, ends, strict=True):
-            while answer and answer[-1] in end:
+            while answer and answer[-1] in special:  # whichever stop token ended it
                 answer = answer[:-1]
-            sequences.append(p.ids + answer + end)  # ends as it has learned (B19, B29)
+            # of a turn's end in ordinary tokens the first n may be there
+            n = max(n for n in range(len(end) + 1) if answer[len(answer) - n :] == end[:n])
+            sequences.append(p.ids + answer + end[n:])  # ends as it has learned (B19, B29)
     shortened = [len(ids) > limit for ids in sequences]
     for i, end in enumerate(ends):
         if shortened[i]:

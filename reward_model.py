@@ -160,7 +160,8 @@ def main(args: Args) -> None:
     # transformers finds the last token by comparing ids with the pad id; where pad is EOS it would
     # miss the EOS (B20, B21)
     pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-    model.config.pad_token_id = None if pad_id == eos_id else pad_id
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = None if pad_id == eos_id else pad_id
     model.config.reward_mean, model.config.reward_std = 0.0, 1.0
 
     max_length = min(args.max_length, utils.context_length(model))

@@ -350,7 +350,9 @@ def load_tokenizer(model: str) -> Any:
     tokenizer = from_pretrained(transformers.AutoTokenizer, model if own else base_of(model))
     if tokenizer.eos_token_id is None:
         stop(f"{model}: its tokenizer has no EOS token; set one in tokenizer_config.json")
-    if tokenizer.pad_token_id is None:
+    config = from_pretrained(transformers.AutoConfig, base_of(model)).get_text_config()
+    rows = getattr(config, "vocab_size", 2**63)  # of embeddings: a pad token may lack one
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -407,11 +409,13 @@ def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any)
                 for name, number in (adapter.metadata() or {}).items():
                     if name in ("reward_mean", "reward_std"):  # B18
                         setattr(loaded.config, name, float(number))
+                        loaded.config.get_text_config().pad_token_id = None  # the base's
         except Exception as error:
             what = f"its adapter cannot be merged ({first_line(error)})"
             stop(f"{model}: {what}; pip install -r requirements-lora.txt, or check its files")
     if any(p.dtype != torch.float32 for p in loaded.parameters()):  # float8 weights, on a GPU
         stop(f"{model}: its weights are quantized; pass a model with whole ones")
+    loaded.get_input_embeddings().padding_idx = None  # its row, EOS's may be, would not learn (D3)
     return loaded.to(device).eval()
 
 
@@ -448,7 +452,7 @@ def load_classifier(model: str, device: torch.device, trained: bool = False) -> 
     if trained and not loaded.score.weight.any():
         stop(f"{model}: is no reward model; run reward_model.py first")
     if trained and not hasattr(loaded.config, "reward_mean"):
-        say(f"{model}: is not of reward_model.py; its texts must have ended with EOS (B19)")
+        say(f"{model}: is not of reward_model.py; its texts must have had EOS as last token (B19)")
     check_causal(model, loaded)
     return loaded
 
@@ -458,6 +462,8 @@ def check_causal(model: str, loaded: Any) -> tuple[Tensor, Tensor]:
 
     Returns ids [1, 4] that any model knows, and their hidden states [1, 4, H].
     """
+    if loaded.base_model is loaded:  # Llama 4's text model
+        stop(f"{model}: {type(loaded).__name__} does not name its body; pass another")
     ids = torch.arange(4, device=loaded.device)[None]
     some, more = (hidden_states(loaded, ids[:, :n]) for n in (3, 4))
     if (some - more[:, :3]).norm() > 0.02 * some.norm():  # by less they differ in TF32
@@ -626,8 +632,13 @@ def head_outputs(model: Any, hidden: Tensor) -> Tensor:
 
 @distributed.forward_pass
 def last_token_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """Raw reward [B] of right-padded ids [B, T], at the last real token (D1, D10, B20, B21)."""
-    hidden, last = hidden_states(model, ids), mask.sum(1) - 1
+    """Raw reward [B] of right-padded ids [B, T], at the last real token (D1, D10, B20, B21).
+
+    As in transformers, which trained others' models, a pad token in a text is not the last, but
+    EOS is, where reward_model.py has taken it for padding (its configuration names no pad token).
+    """
+    pad_id = model.config.get_text_config().pad_token_id
+    hidden, last = hidden_states(model, ids), (mask * (ids != pad_id)).cumsum(1).argmax(1)
     return head_outputs(model, hidden[torch.arange(len(ids), device=ids.device), last])
 
 

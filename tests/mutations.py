@@ -60,11 +60,14 @@ b18_a_saved_reward_model_keeps_head_and_normalization in reward_model.py
 b18_a_reward_model_without_a_head_is_refused in ppo_rlhf.py
     utils.load_classifier(name, at, trained=True)  ->  utils.load_classifier(name, at)
 b19_the_reward_model_is_asked_about_whole_texts in encoding.py
-    sequences.append(p.ids + answer + end)  ->  sequences.append(p.ids + answer)
-b20_the_score_is_read_at_the_end_not_at_a_pad_id_in_the_text in utils.py
-    mask.sum(1) - 1  ->  (ids == 0).long().argmax(1) - 1
+    sequences.append(p.ids + answer + end[n:])  ->  sequences.append(p.ids + answer)
+b20_the_score_is_read_at_the_end_not_at_a_pad_id_in_the_text[None] in utils.py
+    (mask * (ids != pad_id)).cumsum(1).argmax(1)  ->  (ids == 0).long().argmax(1) - 1
+b20_the_score_is_read_at_the_end_not_at_a_pad_id_in_the_text[0] in utils.py
+    (mask * (ids != pad_id)).cumsum(1).argmax(1)  ->  mask.sum(1) - 1
 b21_with_pad_as_eos_chosen_and_rejected_differ in utils.py
-    mask.sum(1) - 1  ->  torch.full_like(mask[:, 0], mask.shape[1] - 1)
+    (mask * (ids != pad_id)).cumsum(1).argmax(1)  ->
+    torch.full_like(mask[:, 0], mask.shape[1] - 1)
 b22_a_smaller_last_batch_counts_by_its_own_size[sft] in sft.py
     num_tokens = count_targets(batch)  ->
     num_tokens = count_targets(batch) * args.batch_size / len(batch)
@@ -74,7 +77,7 @@ b22_ppo_has_full_batches_only in ppo_rlhf.py
     num_updates = args.total_episodes // args.batch_size  ->
     num_updates = -(-args.total_episodes // args.batch_size)
 d01_reward_and_value_read_prompt_and_response in encoding.py
-    sequences.append(p.ids + answer + end)  ->  sequences.append(answer + end)
+    sequences.append(p.ids + answer + end[n:])  ->  sequences.append(answer + end[n:])
 d02_prompts_are_padded_on_the_left in generate.py
     mask.sum(1, keepdim=True) - 1  ->  torch.full_like(mask[:, :1], mask.shape[1] - 1)
 d03_masks_come_from_lengths in generate.py

@@ -216,6 +216,33 @@ def test_b29_texts_and_chats_in_one_batch():
     assert [*map(tokenizer.decode, sequences)] == ["two figs?Yes.<eos>", chat, "six?Yes.<eos>"]
 
 
+@pytest.mark.parametrize("end", ["<|end|>", "<|end|>\\n", "<~end~>\\n"])
+def test_b29_what_ends_a_response_is_there_once(end):
+    """Whichever token ended it, and where a turn's end is of ordinary tokens, as those of a text.
+
+    Nothing of the response itself is taken for such a token.
+    """
+    tokenizer = chatty(CHAT_TEMPLATE.replace("<|end|>'", f"{end}'"))
+    [prompt] = encoding.encode_prompts(tokenizer, [dataset.Row({"prompt": [USER]}, "f:1")], 99)
+    turn_end = tokenizer(end.removesuffix("\\n"))["input_ids"]
+    eos, another = [tokenizer.eos_token_id], [tokenizer.pad_token_id]
+    for text in ("Yes.", "Yes, ~end~", "Yes.\n\n"):
+        answer = tokenizer(text)["input_ids"]
+        for ended in ([], turn_end[:1], turn_end, eos, turn_end + eos, another):
+            [judged], _ = encoding.as_judged((tokenizer, 99), [prompt], [answer + ended])
+            assert judged == prompt.ids + answer + turn_end + eos
+
+
+def test_a_pad_token_without_an_embedding(models, sft, reward_model, tmp_path):
+    """Added to the tokenizer alone: EOS is used for padding."""
+    tokenizer = utils.load_tokenizer(str(models.sft))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    folder = save_pair(tmp_path / "model", utils.load_causal_lm(str(models.sft), CPU), tokenizer)
+    assert utils.load_tokenizer(folder).pad_token == tokenizer.eos_token
+    sft(tmp_path / "sft", model=folder)
+    reward_model(tmp_path / "reward_model", model=folder)
+
+
 def test_b30_one_bos():
     tokenizer = make_tokenizer(bos="<bos>")
     for prompt, answer in (("<bos>Q: two figs?", " Yes."), ("", "<bos>Q: two figs?")):

@@ -235,13 +235,18 @@ def test_b19_the_reward_model_is_asked_about_whole_texts(runs, models):
     recomputed.check_scores(runs("default"), models)
 
 
-def test_b20_the_score_is_read_at_the_end_not_at_a_pad_id_in_the_text(base):
-    """huggingface/trl#6952: in a chat the first pad id may be a turn's end inside the prompt."""
+@pytest.mark.parametrize("named", [None, 0])
+def test_b20_the_score_is_read_at_the_end_not_at_a_pad_id_in_the_text(base, named):
+    """huggingface/trl#6952: in a chat the first pad id may be a turn's end inside the prompt.
+
+    Where the configuration names a pad token, it is not the last of a text, as in transformers: so
+    others' models were trained that have EOS for it.
+    """
     model, pad = utils.load_classifier(base.plain, CPU), 0
     torch.nn.init.normal_(model.score.weight)
+    model.config.pad_token_id = named
     sequences = [[10, pad, 11, 12, pad], [20, 21], [pad, 30, 31]]
     got = utils.last_token_scores(model, *encoding.pad(sequences, pad, "right", CPU)).detach()
-    model.config.pad_token_id = None  # transformers' own search for the end, which compares ids
     with torch.no_grad():
         expected = [model(input_ids=torch.tensor([ids])).logits.item() for ids in sequences]
     np.testing.assert_allclose(got.numpy(), expected, atol=1e-5)
@@ -250,18 +255,19 @@ def test_b20_the_score_is_read_at_the_end_not_at_a_pad_id_in_the_text(base):
 def test_b21_with_pad_as_eos_chosen_and_rejected_differ(sft, reward_model, ppo, tmp_path):
     """RLHFlow/RLHF-Reward-Modeling#49, huggingface/trl#937: both were read at a padded position.
 
-    D3, B4, B20: all three stages give the same run where pad is EOS as where it is not.
+    D3, B4, B20: all three stages give the same run where pad is EOS as where it is not. Without
+    more torch would not train the embedding of a configuration's pad token.
     """
     outs = []
     for pad in ("<pad>", "<eos>"):
         folder, tokenizer = tmp_path / pad.strip("<>"), make_tokenizer(pad=pad)
-        base = save_pair(folder / "base", make_model(tokenizer, pad_token_id=None), tokenizer)
+        model = make_model(tokenizer, pad_token_id=None)  # else that row would start at 0
+        model.config.pad_token_id = tokenizer.pad_token_id
+        base = save_pair(folder / "base", model, tokenizer)
         first = sft(folder / "sft", model=base)
         judge = reward_model(folder / "reward_model", model=str(first))
         config = json.loads((judge / "config.json").read_text())
         assert config["pad_token_id"] == (tokenizer.pad_token_id if pad == "<pad>" else None)
-        # torch trains no embedding at a configured pad id, which the policy may sample
-        (judge / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
         outs.append((first, judge, ppo(folder / "ppo", model=str(first), reward_model=str(judge))))
     for a, b in zip(*outs, strict=True):
         assert_same_run(a, b, tolerance=1e-5)

@@ -143,6 +143,7 @@ def test_outputs_are_merged_and_adapters_are_folders_of_peft(chain, models, base
     again = utils.load_classifier(str(chain.reward_model / "adapter"), CPU)
     assert torch.equal(merged.score.weight, again.score.weight)
     assert again.config.reward_mean == merged.config.reward_mean  # B18
+    assert again.config.pad_token_id is None  # the base's, which may be EOS (B20)
     torch.testing.assert_close(values(merged), values(again), rtol=0, atol=1e-5)
 
 

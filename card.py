@@ -39,7 +39,7 @@ tokenizer = AutoTokenizer.from_pretrained(".")  # this folder, or its hub id
 model = AutoModelFor{kind}.from_pretrained(".")
 {use}```
 
-Model, data, and the flags that are not the defaults:
+Model, data, and the flags that were passed or filled in:
 
 {fenced(json.dumps(flags, indent=2))}
 

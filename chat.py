@@ -104,7 +104,8 @@ def main(args: Args) -> None:
             raw = utils.last_token_scores(judge, *encoding.pad(ids, 0, "right", device))
             print(f"\tscore {utils.normalize_scores(judge, raw).item():.2f}", end="")
 
-    with contextlib.suppress(EOFError, KeyboardInterrupt), utils.autocast(device, args.dtype):
+    endings = (EOFError, KeyboardInterrupt, BrokenPipeError)
+    with contextlib.suppress(*endings), utils.autocast(device, args.dtype):
         while (line := input("> " * typed).removesuffix("\r").replace("\\n", "\n")) or not typed:
             for speaker in speakers:
                 with contextlib.suppress(SystemExit):  # it is said what is wrong

@@ -98,7 +98,7 @@ def main(args: Args) -> None:
 
 def page(runs: list[Path], share: int) -> str:
     """The page; the limits of what it shows are divided by `share`."""
-    above, most = os.path.commonpath([run.parent for run in runs]), max(1000 // share, 8)
+    above, most = os.path.commonpath([run.parent for run in runs]), max(int(1000 / share**0.5), 8)
     stages: dict = defaultdict(lambda: defaultdict(list))  # stage, metric: what Plotly draws
     nav = body = tail = ""
     for i, run in enumerate(runs):
@@ -118,12 +118,14 @@ def page(runs: list[Path], share: int) -> str:
         nav += f'<b style="color:{color}">■</b> {name} '
         body += f"<p>{name}: {stage}{note}; {e(summary)}</p>"
         tail += show_samples(run, name, share) + show_rollouts(run, name, share)
-    first, meaning = dict(word.partition(":")[::2] for word in FIRST.split()), {}
+    first, meanings = dict(word.partition(":")[::2] for word in FIRST.split()), ({}, {})
     for line in (Path(__file__).parent / "docs/metrics.md").read_text("utf-8").splitlines():
         names, _, text = line.strip("| ").replace("`", "").partition(" | ")
-        meaning = dict.fromkeys(names.split(", "), text) | meaning
+        for name in names.split(", "):  # of some metrics PPO's table, the second, has its own
+            meanings[name in meanings[0]].setdefault(name, text)
     charts, options = [], "<option>".join(QUANTITIES)
     for stage, metrics in stages.items():
+        meaning = meanings[0] | (meanings[1] if stage == "ppo_rlhf" else {})
         body += (
             f"<h2>{stage}</h2><p>By update or step; shaded: healthy, roughly</p><div class=grid>"
         )
@@ -164,11 +166,11 @@ def curves(rows: list[dict], summary: dict) -> dict[str, list[tuple[float, float
     for n, row in enumerate(rows, 1):
         for name in [key for key in row if key not in ("update", "step", "episode")]:
             lines[name].append((n, row[name]))
-    final = summary.get("eval", {"policy": {}})
+    final, end = summary.get("eval", {"policy": {}}), summary.get("updates", len(rows))
     for key, y in (final["policy"] | {"win_rate": final.get("win_rate")}).items():
         if y is not None:
             line = lines[f"eval/{key}"]
-            line[:] = [(0, final["reference"].get(key, 0.5)), *line, (len(rows), y)]
+            line[:] = [(0, final["reference"].get(key, 0.5)), *line, (end, y)]
     return lines
 
 
@@ -213,9 +215,15 @@ def show_rollouts(run: Path, name: str, share: int) -> str:
             if (left := left - len(prompt) - len(real)) < 0 and cards:
                 break
             card = f"<summary>{row + 1}: score {t['scores'][row]:.4g}</summary>{e(decode(prompt))}"
+            part: list[int] = []  # of a character, which may be up to four tokens
             for at in real:
+                part.append(ids[at])
                 # added to itself: some tokenizers drop the space of a first one
-                piece = decode([ids[at]] * 2)[len(decode([ids[at]])) :].replace("\n", "⏎\n")
+                piece = decode(part * 2)[len(decode(part)) :].replace("\n", "⏎\n")
+                if "\ufffd" in piece and len(part) < 4 and at < real[-1]:
+                    piece = ""
+                else:
+                    part = []
                 numbers = "\n".join(f"{q} {t[q][row, at]:.3g}" for q in QUANTITIES)
                 card += f'<i title="{numbers}">{e(piece)}</i>'
             cards.append(f"<details{' open' * (row < 3)}>{card}</details>")

@@ -96,7 +96,7 @@ def stage() -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             fix = "lower --micro-batch-size or add --gradient-checkpointing"
         elif isinstance(error, OSError) or "os error" in str(error):
-            fix = "make room or mend the folder, then --resume"
+            fix = "make room or mend folder or pipe, then --resume"
         elif distributed.lost_others(error):
             fix = "its own error, if any, says why"
             why = " ".join(str(error).split())  # NCCL's last line is the cause
@@ -462,8 +462,6 @@ def check_causal(model: str, loaded: Any) -> tuple[Tensor, Tensor]:
 
     Returns ids [1, 4] that any model knows, and their hidden states [1, 4, H].
     """
-    if loaded.base_model is loaded:  # Llama 4's text model
-        stop(f"{model}: {type(loaded).__name__} does not name its body; pass another")
     ids = torch.arange(4, device=loaded.device)[None]
     some, more = (hidden_states(loaded, ids[:, :n]) for n in (3, 4))
     if (some - more[:, :3]).norm() > 0.02 * some.norm():  # by less they differ in TF32
@@ -795,9 +793,11 @@ class Logger:
     def __init__(self, out: Path, args: Any, unit: str, start: int, total: int, shown: str):
         global progress
         self.active, self.unit, self.shown = distributed.is_main(), unit, shown.split()
-        seconds = 0.2 if sys.stderr.isatty() else 10  # a line now and then in a log file
+        seconds = 0.2 if sys.stderr.isatty() else 10  # seldom into a log file
         delay = 0 if self.active else 1e9  # others count without a bar
         bar = {"initial": start, "mininterval": seconds, "delay": delay}
+        # within 80 columns, else the last number would be cut
+        bar["bar_format"] = "{desc}: {n}/{total} |{bar}| [{elapsed}<{remaining}{postfix}]"
         progress = tqdm(desc=out.name, unit=unit, total=total, **bar)
         self.run = None  # of Weights & Biases
         if not self.active:
@@ -861,11 +861,13 @@ class Logger:
         self.board.flush()
         progress.clear()
         console = Console(highlight=False)
-        console.rule(f"update {update}: replies before and after PPO")
-        for sample in samples[:shown]:
-            for caption, text in sample.items():
-                console.print(Text(caption, style="bold"), Text(visible(text)), sep="\n")
-            console.print()
+        with console.capture() as lines:  # by itself it would exit where nobody reads them
+            console.rule(f"update {update}: replies before and after PPO")
+            for sample in samples[:shown]:
+                for caption, text in sample.items():
+                    console.print(Text(caption, style="bold"), Text(visible(text)), sep="\n")
+                console.print()
+        print(lines.get(), end="", flush=True)
 
     def close(self) -> None:
         progress.close()

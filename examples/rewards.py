@@ -47,11 +47,14 @@ def exact_answer(prompts, completions, answer, **columns):
 def valid_json(prompts, completions, **columns):
     """1 for a completion that is JSON and nothing else, else 0."""
 
+    def refuse(name):
+        raise ValueError(f"JSON has no {name}")
+
     def valid(text):
         try:
-            json.loads(text)
+            json.loads(text, parse_constant=refuse)  # NaN, Infinity
             return True
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
 
     return [float(valid(text)) for text in completions]

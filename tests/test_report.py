@@ -7,9 +7,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import metrics_of, samples_of, write_jsonl
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import report
 import utils
@@ -82,6 +83,8 @@ def test_all_stages_side_by_side(chain, tmp_path):
     assert [shown(page, "eval/score")["traces"][0]["x"][i] for i in (0, -1)] == [0, 2]
     assert shown(page, "policy/clipfrac_avg")["band"] == [0, 0.3]
     assert "share of tokens whose policy loss is the clipped one" in own(page)
+    for text, count in (("the policy's learning rate", 1), ("real tokens trained on", 2)):
+        assert html.unescape(own(page)).count(text) == count  # as the stage has it
     assert own(page).count("<article>") == len(samples_of(chain.ppo))
 
 
@@ -98,6 +101,21 @@ def test_a_rollout_shows_each_token_and_its_numbers(chain, tmp_path):
     ids = last["response_ids"][0][last["response_mask"][0] == 1]
     text = "".join(piece for _, piece in tokens[: len(ids)])
     assert html.unescape(text) == utils.visible(tokenizer.decode(ids)).replace("\n", "⏎\n")
+
+
+def test_characters_of_several_tokens_are_shown(chain, tmp_path):
+    """With the last of them; what is no character, at the end, as it is decoded."""
+    run = shutil.copytree(chain.ppo, tmp_path / "run")
+    tokenizer = utils.load_tokenizer(str(run))
+    ids = tokenizer(" é 👍")["input_ids"]
+    ids.append(ids[-2])
+    path = sorted((run / "rollouts").iterdir())[-1]
+    tensors = load_file(path)
+    tensors["response_ids"][0, : len(ids)] = ids
+    tensors["response_mask"][0] = np.arange(tensors["response_mask"].shape[1]) < len(ids)
+    save_file(tensors, path)
+    tokens = re.findall(r'<i title=".*?">(.*?)</i>', page_of(run), re.S)[: len(ids)]
+    assert "".join(tokens) == " é 👍\ufffd" and "" in tokens
 
 
 def test_several_runs_share_charts_and_big_ones_fit(tmp_path):

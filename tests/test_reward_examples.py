@@ -52,6 +52,7 @@ def test_exact_answer():
 def test_valid_json():
     texts = ['{"a": [1, null]}', " 3 ", "{'a': 1}", "", 'Here: {"a": 1}']
     assert scores("valid_json", texts) == [1, 1, 0, 0, 0]
+    assert scores("valid_json", ["NaN", "[-Infinity]", "[" * 100_000]) == [0, 0, 0]
 
 
 def test_sentiment():

@@ -6,9 +6,12 @@ import importlib
 import inspect
 import json
 import math
+import os
 import re
+import sys
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -178,6 +181,36 @@ def test_samples_on_the_terminal(ppo, monkeypatch, capsys, tmp_path):
     for part, name in zip(shown.groups(), ("prompt", "reference", "policy"), strict=True):
         wanted = utils.visible(samples_of(out)[0][name])
         assert "".join(part.split()).startswith("".join(wanted.split()))
+
+
+@pytest.fixture
+def logger(tmp_path):
+    flags, shown = SimpleNamespace(track=False), "objective/scores objective/kl response/length"
+    (out := tmp_path / "ppo_rlhf").mkdir()
+    yield (made := utils.Logger(out, flags, "update", 0, 10_000, shown))
+    made.close()
+    utils.progress = None
+
+
+def test_the_bar_shows_whole_numbers_in_80_columns(logger):
+    numbers = {"objective/scores": -1.23456, "objective/kl": 12.3456, "response/length": 17.8765}
+    logger.log(1, numbers)
+    state = utils.progress.format_dict | {"n": 9_999, "elapsed": 4_000, "ncols": 80}
+    line = utils.progress.format_meter(**state)
+    assert line.startswith("ppo_rlhf: 9999/10000 |") and len(line) <= 80
+    assert line.endswith("[1:06:40<00:00, scores=-1.235, kl=12.35, length=17.88]")
+
+
+def test_samples_where_nobody_reads_the_output(logger, monkeypatch):
+    """As after `| head`: the stage says why it ends, where rich would exit without a word."""
+    read, written = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(written, "w", buffering=1))
+    sample = {"prompt": "p", "response": "r", "score": 1.0, "judge": None}
+    with pytest.raises(BrokenPipeError):
+        logger.samples(1, [sample], [sample], shown=1)
+    with pytest.raises(BrokenPipeError):
+        sys.stdout.close()
 
 
 # ---- what must not change the result

@@ -210,6 +210,13 @@ def encode_demonstrations(
     return usable(cut, rows, encode(tokenizer, texts))
 
 
+def same_tokenizer(a: Any, b: Any) -> bool:
+    """Whether two give the same ids, so that one model can read the other's tokens (B5)."""
+    same = a.eos_token_id == b.eos_token_id and a.chat_template == b.chat_template
+    text = " A text\n in  Two lines."  # they may begin, or put spaces, in other ways
+    return same and a.get_vocab() == b.get_vocab() and a(text)["input_ids"] == b(text)["input_ids"]
+
+
 class Prompt(NamedTuple):
     """A prompt to sample responses to."""
 

@@ -42,6 +42,8 @@ def adapt(model: Any, args: Any, start: Path | None = None) -> Any:
         config.lora_dropout, config.inference_mode, config.bias = 0.0, False, "none"
     head = getattr(model, "score", None)
     config.base_model_name_or_path, config.modules_to_save = args.model, head and ["score"]
+    if utils.base_of(args.model) != args.model and not start:
+        utils.say(f"{args.model}: is an adapter; peft would leave it out below the new one")
     config.task_type = "SEQ_CLS" if head else "CAUSAL_LM"
     try:
         peft.inject_adapter_in_model(config, model.base_model)

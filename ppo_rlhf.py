@@ -255,7 +255,7 @@ def main(args: Args) -> None:
         utils.spread(model, args, device, trained=False)
         reward_models.append(model)
         readers.append((utils.load_tokenizer(name), utils.context_length(model)))
-        shares_tokens.append(utils.same_tokenizer(tokenizer, readers[-1][0]))
+        shares_tokens.append(encoding.same_tokenizer(tokenizer, readers[-1][0]))
     reward_fns = [(file, utils.load_function(file, "--reward-fn")) for file in args.reward_fn]
     names = utils.short_names([*args.reward_model, *args.reward_fn])
     M = len(reward_models)
@@ -269,7 +269,7 @@ def main(args: Args) -> None:
         else:
             value_model = utils.load_classifier(value_start, at)
         utils.spread(value_model, args, device)
-        if not utils.same_tokenizer(tokenizer, utils.load_tokenizer(value_start)):
+        if not encoding.same_tokenizer(tokenizer, utils.load_tokenizer(value_start)):
             utils.stop(f"--value-model: {value_start} has another tokenizer; pass another")
     labeler = "data/support/gold.py:score" if args.dataset == Args.dataset else None
     if judge_file := args.eval_reward_fn or labeler:

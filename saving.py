@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+import dataset
 import distributed
 import utils
 
@@ -59,7 +60,10 @@ def weights_of(model: Any, name: str) -> tuple[str, dict[str, Tensor]]:
 def save_weights(model: Any, folder: Path, name: str = "model") -> None:
     """Write that file, with the configuration of the one named "model"."""
     if name == "model":
+        model.config.architectures = [type(model).__name__]
         getattr(model, "lora_config", model.config).save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
     file, weights = weights_of(model, name)
     norms = {k: str(x) for k, x in vars(model.config).items() if k in ("reward_mean", "reward_std")}
     safetensors.torch.save_file(weights, folder / file, {"format": "pt"} | norms)
@@ -98,9 +102,12 @@ class Checkpoints(NamedTuple):
         if distributed.from_main(main and final.exists() and not damage(final)):
             return
         if main:
-            utils.discard(final)
-            utils.discard(part)
+            for old in [final, *final.parent.glob("*.part")]:  # interrupted ones too
+                utils.discard(old)
             part.mkdir(parents=True)
+            if not (read := final.with_name("read.json")).exists():  # the first of the run
+                digests = {source: digest(source) for source in self.sources()}
+                utils.write_text(read, json.dumps(digests, indent=2))
         distributed.barrier()
         moments = self.optimizer.state_dict()["state"]
         flat = {f"optimizer.{i}.{k}": x for i, of_i in moments.items() for k, x in of_i.items()}
@@ -142,6 +149,11 @@ class Checkpoints(NamedTuple):
         folder = distributed.from_main(found[0] if found else None)  # all take the same one
         if folder is None:
             return None
+        read = folder.with_name("read.json")
+        for source, was in json.loads(read.read_text()).items() if read.exists() else ():
+            if digest(source) != was:
+                fix = "bring that back, or pass --overwrite"
+                utils.stop(f"{source}: is not what the run began with; {fix}")
         whole, moments = self.optimizer.state_dict(), defaultdict(dict)
         if self.is_sharded():
             flat, groups = {}, self.optimizer.param_groups
@@ -161,6 +173,27 @@ class Checkpoints(NamedTuple):
             moments[int(index)][name] = value
         self.optimizer.load_state_dict(whole | {"state": dict(moments)})
         return json.loads((folder / "state.json").read_text())
+
+    def sources(self) -> list[str]:
+        """What the run reads: models and data, by its flags."""
+        given = [utils.flags_of(self.out).get(name) or [] for name in utils.READ.split()]
+        return [x for some in given for x in ([some] if isinstance(some, str) else some)]
+
+
+def digest(source: str) -> str:
+    """Of a model's weights or a data set's files: the size of each and 64 places in it.
+
+    Of what is on a hub it is that of nothing.
+    """
+    path, total = Path(source).expanduser(), hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")) or sum(dataset.files_of(path).values(), []):
+        size = file.stat().st_size
+        total.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as content:
+            for place in range(0, size, size // 64 + 1):
+                content.seek(place)
+                total.update(content.read(2**16))
+    return total.hexdigest()
 
 
 def checksums(folder: Path) -> str:

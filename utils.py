@@ -198,6 +198,7 @@ def leave(signal: int, saver: Any, step: int, state: dict[str, Any]) -> NoReturn
 # what may change when a run is resumed
 FREE_ON_RESUME = "resume overwrite output_dir device micro_batch_size track save_every eval_every "
 FREE_ON_RESUME += "keep_checkpoints cpu_offload gradient_checkpointing trust_remote_code"
+READ = "model reward_model value_model dataset ptx_dataset normalize_with"  # must not change
 
 
 def flag(name: str) -> str:
@@ -237,8 +238,7 @@ def check_output(args: Any, stage: str) -> None:
         stop("--resume: contradicts --overwrite; pass one")
     if args.track:
         import wandb  # noqa: F401
-    read = "model reward_model value_model dataset ptx_dataset normalize_with "
-    for name in (read + "reward_fn eval_reward_fn").split():
+    for name in (READ + " reward_fn eval_reward_fn").split():
         given = getattr(args, name, None) or ()
         for source in [given] if isinstance(given, str) else given:
             path = Path(source).expanduser().resolve()
@@ -484,13 +484,6 @@ def freeze(model: Any, dtype: str) -> Any:
         for p in model.parameters():  # out of the mapped file, which is freed
             p.data = p.data.clone()
     return model
-
-
-def same_tokenizer(a: Any, b: Any) -> bool:
-    """Whether two give the same ids, so that one model can read the other's tokens (B5)."""
-    same = a.eos_token_id == b.eos_token_id and a.chat_template == b.chat_template
-    text = " A text\n in  Two lines."  # they may begin, or put spaces, in other ways
-    return same and a.get_vocab() == b.get_vocab() and a(text)["input_ids"] == b(text)["input_ids"]
 
 
 def context_length(model: Any) -> int:

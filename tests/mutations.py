@@ -19,7 +19,7 @@ b03_an_eos_in_the_prompt_is_no_end in ppo_rlhf.py
 b04_eos_is_seen_though_it_is_the_pad_token in encoding.py
     real.long().to(device)  ->  (ids != pad_id).long().to(device)
 b05_a_reward_model_with_another_tokenizer_reads_text in ppo_rlhf.py
-    utils.same_tokenizer(tokenizer, readers[-1][0])  ->  True
+    encoding.same_tokenizer(tokenizer, readers[-1][0])  ->  True
 b05_chats_go_through_the_reward_models_own_template in encoding.py
     return render(tokenizer, row["prompt"], answer)  ->  return Rendered([text, answer], False)
 b06_padding_is_not_counted_in_metrics in ppo_rlhf.py

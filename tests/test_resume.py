@@ -377,6 +377,27 @@ def test_checksums_are_those_of_sha256sum(saved):
     assert run.stdout.count(": OK") == len(list(folder.iterdir())) - 1 > 2
 
 
+@pytest.mark.parametrize("source", ["model", "dataset"])
+def test_what_is_read_may_not_change(sft, base, data, source, error_of, tmp_path):
+    """A model that was trained again, or a row that was added, would give another run."""
+    model = shutil.copytree(base.plain, tmp_path / "model")
+    rows = shutil.copytree(data.sft, tmp_path / "data")
+    flags = {"model": str(model), "dataset": str(rows), "save_every": 4}
+    out = sft(tmp_path / "out", **flags)
+    if source == "model":
+        (weights,) = model.glob("*.safetensors")
+        content = bytearray(weights.read_bytes())
+        content[len(content) // 2] ^= 1
+        weights.write_bytes(content)
+    else:
+        file = rows / "train.jsonl"
+        file.write_text(file.read_text() + file.read_text().splitlines()[0] + "\n")
+    line = error_of(sft, out, **flags, resume=True)
+    assert line.startswith(f"error: {flags[source]}: is not what the run began with")
+    sft(out, **flags, overwrite=True)
+    sft(out, **flags, resume=True)
+
+
 def test_a_folder_that_was_only_begun(sft, saved, tmp_path):
     """Half an args.json and a lock that nobody holds are no run: it starts."""
     out = tmp_path / "out"

@@ -172,7 +172,9 @@ def load_data(dataset: str, split: str, formats: Formats, args: Any = None) -> l
             check_field(row.get(column), column)
         return row
 
-    return usable(checked, rows)
+    rows = usable(checked, rows)
+    utils.keep_digest(where, (repr([row[name] for name in columns]).encode() for row in rows))
+    return rows
 
 
 def renamings(dataset: str, rows: list[Row], flags: tuple[str, ...]) -> list[tuple[str, str]]:

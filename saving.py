@@ -5,6 +5,7 @@ safetensors files only.
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 from collections import defaultdict
@@ -15,7 +16,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-import dataset
 import distributed
 import utils
 
@@ -34,7 +34,9 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     if hasattr(model, "lora_config"):  # merged in float32
         like, adapter = model, part / "adapter"
         save_weights(like, adapter)
-        model = utils.load_model(type(like), str(adapter), torch.device("cpu"), config=like.config)
+        config = copy.deepcopy(like.config)
+        model = utils.load_model(type(like), str(adapter), torch.device("cpu"), config=config)
+        model.config = like.config
         if like.can_generate():
             model.generation_config = like.generation_config
     model.save_pretrained(part, state_dict=weights)
@@ -62,7 +64,7 @@ def save_weights(model: Any, folder: Path, name: str = "model") -> None:
     if name == "model":
         model.config.architectures = [type(model).__name__]
         getattr(model, "lora_config", model.config).save_pretrained(folder)
-        if model.can_generate():
+        if model.can_generate() and not hasattr(model, "lora_config"):
             model.generation_config.save_pretrained(folder)
     file, weights = weights_of(model, name)
     norms = {k: str(x) for k, x in vars(model.config).items() if k in ("reward_mean", "reward_std")}
@@ -105,9 +107,6 @@ class Checkpoints(NamedTuple):
             for old in [final, *final.parent.glob("*.part")]:  # interrupted ones too
                 utils.discard(old)
             part.mkdir(parents=True)
-            if not (read := final.with_name("read.json")).exists():  # the first of the run
-                digests = {source: digest(source) for source in self.sources()}
-                utils.write_text(read, json.dumps(digests, indent=2))
         distributed.barrier()
         moments = self.optimizer.state_dict()["state"]
         flat = {f"optimizer.{i}.{k}": x for i, of_i in moments.items() for k, x in of_i.items()}
@@ -121,7 +120,8 @@ class Checkpoints(NamedTuple):
         if not main:
             return
         self.tokenizer.save_pretrained(part)
-        (part / "state.json").write_text(json.dumps({"step": step} | state))
+        state = {"step": step} | state | {"digests": utils.digests}
+        (part / "state.json").write_text(json.dumps(state))
         (part / "SHA256SUMS").write_text(checksums(part))
         utils.sync(self.out / "metrics.jsonl")  # a checkpoint is never ahead of its records
         utils.move(part, final)
@@ -149,9 +149,9 @@ class Checkpoints(NamedTuple):
         folder = distributed.from_main(found[0] if found else None)  # all take the same one
         if folder is None:
             return None
-        read = folder.with_name("read.json")
-        for source, was in json.loads(read.read_text()).items() if read.exists() else ():
-            if digest(source) != was:
+        state = json.loads((folder / "state.json").read_text())
+        for source, digest in state.pop("digests").items():
+            if utils.digests.get(source, digest) != digest:
                 fix = "bring that back, or pass --overwrite"
                 utils.stop(f"{source}: is not what the run began with; {fix}")
         whole, moments = self.optimizer.state_dict(), defaultdict(dict)
@@ -172,28 +172,7 @@ class Checkpoints(NamedTuple):
             *_, index, name = key.split(".")
             moments[int(index)][name] = value
         self.optimizer.load_state_dict(whole | {"state": dict(moments)})
-        return json.loads((folder / "state.json").read_text())
-
-    def sources(self) -> list[str]:
-        """What the run reads: models and data, by its flags."""
-        given = [utils.flags_of(self.out).get(name) or [] for name in utils.READ.split()]
-        return [x for some in given for x in ([some] if isinstance(some, str) else some)]
-
-
-def digest(source: str) -> str:
-    """Of a model's weights or a data set's files: the size of each and 64 places in it.
-
-    Of what is on a hub it is that of nothing.
-    """
-    path, total = Path(source).expanduser(), hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")) or sum(dataset.files_of(path).values(), []):
-        size = file.stat().st_size
-        total.update(f"{file.name} {size} ".encode())
-        with file.open("rb") as content:
-            for place in range(0, size, size // 64 + 1):
-                content.seek(place)
-                total.update(content.read(2**16))
-    return total.hexdigest()
+        return state
 
 
 def checksums(folder: Path) -> str:

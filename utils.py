@@ -7,6 +7,7 @@ Shapes: B sequences, R response tokens, T tokens, H hidden size, V vocabulary, n
 import asyncio
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
@@ -151,6 +152,7 @@ def start_process(args: Any) -> distributed.Process:
     if args.dtype == "bfloat16":  # its float32 products on CUDA are those of the heads (B35)
         torch.backends.cuda.matmul.fp32_precision = "tf32"
     remote_code = args.trust_remote_code
+    digests.clear()
     return process
 
 
@@ -198,7 +200,6 @@ def leave(signal: int, saver: Any, step: int, state: dict[str, Any]) -> NoReturn
 # what may change when a run is resumed
 FREE_ON_RESUME = "resume overwrite output_dir device micro_batch_size track save_every eval_every "
 FREE_ON_RESUME += "keep_checkpoints cpu_offload gradient_checkpointing trust_remote_code"
-READ = "model reward_model value_model dataset ptx_dataset normalize_with"  # must not change
 
 
 def flag(name: str) -> str:
@@ -238,7 +239,8 @@ def check_output(args: Any, stage: str) -> None:
         stop("--resume: contradicts --overwrite; pass one")
     if args.track:
         import wandb  # noqa: F401
-    for name in (READ + " reward_fn eval_reward_fn").split():
+    read = "model reward_model value_model dataset ptx_dataset normalize_with "
+    for name in (read + "reward_fn eval_reward_fn").split():
         given = getattr(args, name, None) or ()
         for source in [given] if isinstance(given, str) else given:
             path = Path(source).expanduser().resolve()
@@ -337,6 +339,17 @@ def discard(path: Path) -> None:
 # ---- models
 
 
+digests: dict[str, str] = {}  # of models and data that were read
+
+
+def keep_digest(source: str, parts: Iterable[bytes]) -> None:
+    """Note what was read, for --resume to compare."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(part)
+    digests[source] = whole.hexdigest()
+
+
 def base_of(model: str) -> str:
     """The model that a LoRA folder adapts; any other is its own."""
     file = Path(model).expanduser() / "adapter_config.json"
@@ -350,8 +363,8 @@ def load_tokenizer(model: str) -> Any:
     tokenizer = from_pretrained(transformers.AutoTokenizer, model if own else base_of(model))
     if tokenizer.eos_token_id is None:
         stop(f"{model}: its tokenizer has no EOS token; set one in tokenizer_config.json")
-    config = from_pretrained(transformers.AutoConfig, base_of(model)).get_text_config()
-    rows = getattr(config, "vocab_size", 2**63)  # of embeddings: a pad token may lack one
+    config, _ = transformers.PreTrainedConfig.get_config_dict(Path(base_of(model)).expanduser())
+    rows = config.get("text_config", config).get("vocab_size", 2**63)  # pad may lack one
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -416,6 +429,8 @@ def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any)
     if any(p.dtype != torch.float32 for p in loaded.parameters()):  # float8 weights, on a GPU
         stop(f"{model}: its weights are quantized; pass a model with whole ones")
     loaded.get_input_embeddings().padding_idx = None  # its row, EOS's may be, would not learn (D3)
+    some = (p.detach().flatten()[:: p.numel() // 64 + 1] for p in loaded.parameters())
+    keep_digest(f"{model} ({auto_class.__name__})", (x.cpu().numpy().tobytes() for x in some))
     return loaded.to(device).eval()
 
 

@@ -140,6 +140,7 @@ def test_outputs_are_merged_and_adapters_are_folders_of_peft(chain, models, base
         assert (a - c).abs().max() > 0.05
     merged = utils.load_classifier(str(chain.reward_model), CPU)
     assert merged.config.reward_mean != 0
+    assert merged.config.pad_token_id == utils.load_tokenizer(base.plain).pad_token_id
     again = utils.load_classifier(str(chain.reward_model / "adapter"), CPU)
     assert torch.equal(merged.score.weight, again.score.weight)
     assert again.config.reward_mean == merged.config.reward_mean  # B18

@@ -245,14 +245,16 @@ def known_layout(row: Row, formats: Formats) -> None:
 
     For SFT, chats end with an answer, and a prompt that is also their head (B34) goes.
     """
-    for column in {*CHATS} & {*row}:
+    # with a prompt, other columns are for reward functions, as they are
+    prompt_only = formats is PROMPT_FORMATS and bool(row.get("prompt"))
+    for column in {*(["prompt"] if prompt_only else CHATS)} & {*row}:
         value = row[column]
         if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
             value = parsed_chat(value)
         if isinstance(value, dict) and {"role", "from"} & {*value}:
             value = [value]
         row[column] = [message_of(m) for m in value] if isinstance(value, list) else value
-    turns = row.get("conversations")
+    turns = None if prompt_only else row.get("conversations")
     column = "prompt" if "chosen" in row else "messages"
     if isinstance(turns, list) and all(said(turn)[0] for turn in turns) and not row.get(column):
         row[column] = row.pop("conversations")

@@ -49,6 +49,15 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies in bfloat16 natively; elsewhere it is emulated."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    info = Path("/proc/cpuinfo")
+    words = info.read_text().split() if device.type == "cpu" and info.exists() else []
+    return "avx512_bf16" in words or "amx_bf16" in words
+
+
 def join(device: torch.device) -> Process:
     """Join the processes of torchrun, if any."""
     rank, world = place()

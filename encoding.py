@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -271,12 +271,12 @@ def answer_end(tokenizer: Any, prompt: Prompt) -> list[int]:
 
 
 def as_judged(
-    judge: tuple[Any, int], prompts: list[Prompt], answers: list[Any]
+    judge: tuple[Any, int], prompts: list[Prompt], answers: list[Any], stop_ids: Sequence[int] = ()
 ) -> tuple[list[list[int]], list[bool]]:
     """Prompts and answers as a reward model reads them, and which are cut to its context (B31).
 
     `judge` is its tokenizer and its context. Answers are texts or, where it shares the policy's
-    tokenizer, token ids.
+    tokenizer, token ids, which one of `stop_ids` may have ended.
     """
     tokenizer, limit = judge
     kinds = [type(p.row["prompt"]) for p in prompts]
@@ -289,9 +289,10 @@ def as_judged(
         sequences = encode_ids(tokenizer, texts)
     else:
         sequences = []
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        # stop tokens that the answer's text would be without
+        stops = [i for i in stop_ids if not tokenizer.decode([i], skip_special_tokens=True)]
         for p, answer, end in zip(prompts, answers, ends, strict=True):
-            while answer and answer[-1] in special:  # whichever stop token ended it
+            if answer and answer[-1] in stops:
                 answer = answer[:-1]
             # of a turn's end in ordinary tokens the first n may be there
             n = max(n for n in range(len(end) + 1) if answer[len(answer) - n :] == end[:n])

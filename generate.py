@@ -225,7 +225,7 @@ def stop_token_ids(tokenizer: Any, stop_token: str, config: Any = None) -> list[
     ends = [tokenizer.eos_token_id, *(i for i in ends if i in tokenizer.added_tokens_decoder)]
     if stop_token != "eos":
         ids = [tokenizer.get_vocab().get(stop_token)]  # SentencePiece would add a space
-        if ids == [None]:
+        if ids == [None] or "\ufffd" in tokenizer.decode(ids):  # the name of a byte, as `é` is
             ids = tokenizer(stop_token, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             utils.stop(f"--stop-token: {stop_token!r} is {len(ids)} tokens; pass one")

@@ -364,7 +364,7 @@ def main(args: Args) -> None:
     ) -> tuple[Tensor, Tensor]:
         """Scores [B] of ids or texts, and [B] which were cut to the model's context (B31)."""
         model, reader = reward_models[number], readers[number]
-        sequences, shortened = encoding.as_judged(reader, prompts, answers)  # D1
+        sequences, shortened = encoding.as_judged(reader, prompts, answers, stop_ids)  # D1
         scores = torch.zeros(len(sequences), device=device)
         order = torch.tensor([len(s) for s in sequences]).argsort(stable=True)  # little padding
         for part in order.tensor_split(math.ceil(len(order) / micro_batch_size)):
@@ -412,7 +412,7 @@ def main(args: Args) -> None:
         for i in range(0, len(eval_prompts), args.batch_size):
             count = min(args.batch_size, len(eval_prompts) - i)
             real = len(range(process.rank, count, process.world))
-            # as many in each process: one with fewer answers the last prompt too
+            # as many in each process: one with fewer answers the last again
             mine = torch.arange(process.rank, count + -count % process.world, process.world)
             mine = mine.clamp(max=count - 1)
             prompts = [eval_prompts[i + j] for j in mine.tolist()]

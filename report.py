@@ -220,7 +220,7 @@ def show_rollouts(run: Path, name: str, share: int) -> str:
                 part.append(ids[at])
                 # added to itself: some tokenizers drop the space of a first one
                 piece = decode(part * 2)[len(decode(part)) :].replace("\n", "⏎\n")
-                if "\ufffd" in piece and len(part) < 4 and at < real[-1]:
+                if piece.endswith("\ufffd") and len(part) < 4 and at < real[-1]:
                     piece = ""
                 else:
                     part = []

@@ -115,7 +115,8 @@ def stage() -> Iterator[None]:
 # ---- processes
 
 
-GOES_WITH = {"cpu_offload": "fsdp", "lora_alpha": "lora_rank", "lora_target": "lora_rank"}
+GOES_WITH = {"cpu_offload": "fsdp", "kl_horizon": "kl_target"}
+GOES_WITH |= {"lora_alpha": "lora_rank", "lora_target": "lora_rank"}
 remote_code = False  # whether code that comes with a model may run; `start_process` sets it
 
 
@@ -146,7 +147,7 @@ def start_process(args: Any) -> distributed.Process:
             stop(f"{flag(name)}: goes with {flag(other)}; pass both or neither")
     torch.manual_seed(args.seed % 2**63)  # heads start alike in all processes
     if args.dtype == "auto":
-        native = "bfloat16" if multiplies_bfloat16(device) else "float32"
+        native = "bfloat16" if distributed.multiplies_bfloat16(device) else "float32"
         dtype = before.get("dtype", native) if args.resume else native
         args.dtype = distributed.from_main(dtype)  # machines may differ
     if args.dtype == "bfloat16":  # its float32 products on CUDA are those of the heads (B35)
@@ -154,15 +155,6 @@ def start_process(args: Any) -> distributed.Process:
     remote_code = args.trust_remote_code
     digests.clear()
     return process
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies in bfloat16 natively; elsewhere it is emulated."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    info = Path("/proc/cpuinfo")
-    words = info.read_text().split() if device.type == "cpu" and info.exists() else []
-    return "avx512_bf16" in words or "amx_bf16" in words
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -339,7 +331,7 @@ def discard(path: Path) -> None:
 # ---- models
 
 
-digests: dict[str, str] = {}  # of models and data that were read
+digests: dict[str, str] = {}  # of models and data read
 
 
 def keep_digest(source: str, parts: Iterable[bytes]) -> None:
@@ -358,13 +350,14 @@ def base_of(model: str) -> str:
 
 
 def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a folder or hub id; without a pad token EOS is it, as D3 makes safe."""
+    """The tokenizer of a folder or hub id; without pad token, or embedding of it, EOS pads (D3)."""
     own = (Path(model).expanduser() / "tokenizer_config.json").is_file()
     tokenizer = from_pretrained(transformers.AutoTokenizer, model if own else base_of(model))
     if tokenizer.eos_token_id is None:
         stop(f"{model}: its tokenizer has no EOS token; set one in tokenizer_config.json")
-    config, _ = transformers.PreTrainedConfig.get_config_dict(Path(base_of(model)).expanduser())
-    rows = config.get("text_config", config).get("vocab_size", 2**63)  # pad may lack one
+    base = Path(base_of(base_of(model))).expanduser()
+    config, _ = transformers.PreTrainedConfig.get_config_dict(base)
+    rows = config.get("text_config", config).get("vocab_size", 2**63)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -430,7 +423,9 @@ def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any)
         stop(f"{model}: its weights are quantized; pass a model with whole ones")
     loaded.get_input_embeddings().padding_idx = None  # its row, EOS's may be, would not learn (D3)
     some = (p.detach().flatten()[:: p.numel() // 64 + 1] for p in loaded.parameters())
-    keep_digest(f"{model} ({auto_class.__name__})", (x.cpu().numpy().tobytes() for x in some))
+    parts = [x.cpu().numpy().tobytes() for x in some]
+    parts.append(str(getattr(loaded.config, "reward_mean", None)).encode())
+    keep_digest(f"{model} ({auto_class.__name__})", parts)
     return loaded.to(device).eval()
 
 
@@ -724,9 +719,9 @@ def call_reward_function(
     where, code = (f"update {update}: {where}", 1) if update else (where, 2)
     texts, row = [p.text for p in prompts], prompts[0].row
     columns = {k: [p.row.get(k) for p in prompts] for k in row if k != "prompt"}
-    columns |= {"prompts": texts, "completions": completions}
+    columns |= {"prompts": texts, "completions": [*completions]}  # it may change its lists
     if "completion_ids" in inspect.signature(function).parameters:
-        columns["completion_ids"] = completion_ids
+        columns["completion_ids"] = [[*ids] for ids in completion_ids]
     try:
         returned = function(**columns)  # B32
         if inspect.iscoroutine(returned):
@@ -734,11 +729,11 @@ def call_reward_function(
         if isinstance(returned, dict | set | str):  # whose keys or letters may be numbers
             raise TypeError(f"a {type(returned).__name__} is no list of numbers")
         numbers = [[float(x) for x in s] if np.ndim(s) else float(s) for s in returned]
-    except Exception as error:
+    except (Exception, SystemExit, asyncio.CancelledError) as error:
         what = f"raised {first_line(error)} for {len(texts)} prompts, {texts[0]!r:.60} first"
         stop(f"{where}: {what}; call it with these, by keyword, to see where", code)
     scores = [sum(x) if isinstance(x, list) else x for x in numbers]
-    of_tokens, fits = [], len(scores) == len(texts) and np.isfinite(scores).all()
+    of_tokens, fits = [], len(scores) == len(texts) and all(abs(x) < 3e38 for x in scores)
     for x, ids in zip(numbers, completion_ids, strict=False):
         fits = fits and (not isinstance(x, list) or len(x) in (1, len(ids)))
         of_tokens.append(x if isinstance(x, list) and len(x) == len(ids) else [])

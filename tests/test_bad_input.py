@@ -412,6 +412,7 @@ PPO = [
     {"ptx_coef": 1.0},
     {"ptx_coef": 0.0, "ptx_dataset": "x"},
     {"kl_target": 6.0, "kl_coef": 0.0},
+    {"kl_horizon": 5},
 ]
 ALL += [{"lora_alpha": 16.0}, {"lora_target": "q_proj"}]
 OF_STAGE = {"sft": ALL + FIRST_TWO, "reward_model": ALL + FIRST_TWO, "ppo": ALL + PPO}

@@ -229,8 +229,12 @@ def test_b29_what_ends_a_response_is_there_once(end):
     for text in ("Yes.", "Yes, ~end~", "Yes.\n\n"):
         answer = tokenizer(text)["input_ids"]
         for ended in ([], turn_end[:1], turn_end, eos, turn_end + eos, another):
-            [judged], _ = encoding.as_judged((tokenizer, 99), [prompt], [answer + ended])
-            assert judged == prompt.ids + answer + turn_end + eos
+            given = ((tokenizer, 99), [prompt], [answer + ended], eos + another)
+            assert encoding.as_judged(*given)[0] == [prompt.ids + answer + turn_end + eos]
+        role = tokenizer("<|user|>")["input_ids"]  # no stop: it is part of the response
+        for ended in (role, role + eos):
+            given = ((tokenizer, 99), [prompt], [answer + ended], eos + another)
+            assert encoding.as_judged(*given)[0] == [prompt.ids + answer + role + turn_end + eos]
 
 
 def test_a_pad_token_without_an_embedding(models, sft, reward_model, tmp_path):

@@ -4,6 +4,7 @@ What a run saves and reports is recomputed here from the models and functions th
 """
 
 import asyncio
+import json
 import math
 import pickle
 from pathlib import Path
@@ -13,7 +14,14 @@ import numpy as np
 import pytest
 import test_rollouts as recomputed
 import tyro
-from conftest import metrics_of, plain_scores, rollouts_of, samples_of, summary_of
+from conftest import (
+    metrics_of,
+    plain_scores,
+    rollouts_of,
+    samples_of,
+    summary_of,
+    write_jsonl,
+)
 
 import dataset
 import encoding
@@ -217,6 +225,27 @@ def test_an_async_function_that_fails(error_of):
 
     given = (fails, "f.py:f", ASKED, [*"abc"], IDS)
     assert "ConnectionError: no judge" in error_of(utils.call_reward_function, *given)
+
+
+def test_a_function_may_change_its_lists():
+    """Those of the run stay: another function, judge and samples come after it."""
+
+    def changes(prompts, completions, completion_ids):
+        completions.clear()
+        return [float(ids.pop()) for ids in completion_ids]
+
+    texts, ids = [*"abc"], [[*x] for x in IDS]
+    scores, _ = utils.call_reward_function(changes, "f", ASKED, texts, ids)
+    assert (scores, texts, ids) == ([6.0, 7.0, 10.0], [*"abc"], IDS)
+
+
+def test_columns_beside_the_prompt_arrive_as_they_are(tmp_path):
+    """Also where they hold what in other stages is a chat."""
+    chat = [{"from": "human", "value": "x"}]
+    row = {"prompt": "p", "conversations": chat, "chosen": json.dumps(chat), "messages": None}
+    file = tmp_path / "a.jsonl"
+    write_jsonl(file, [row])
+    assert dataset.load_data(str(file), "train", dataset.PROMPT_FORMATS) == [row]
 
 
 def test_completion_ids_for_those_who_name_them():

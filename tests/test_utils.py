@@ -5,6 +5,7 @@ import functools
 import logging
 import os
 import shutil
+import sys
 import threading
 import unicodedata
 import warnings
@@ -28,6 +29,7 @@ from conftest import (
     target_logits,
 )
 
+import distributed
 import encoding
 import saving
 import utils
@@ -210,7 +212,7 @@ def test_gpus_that_multiply_in_bfloat16(monkeypatch):
     """From Ampere on; a Turing card would emulate it."""
     for capability, native in (((7, 5), False), ((8, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert utils.multiplies_bfloat16(CUDA) is native
+        assert distributed.multiplies_bfloat16(CUDA) is native
 
 
 CPUS = {"fpu sse2 avx512f avx512_bf16": True, "fpu amx_bf16 amx_tile": True}
@@ -225,8 +227,8 @@ def test_cpus_that_multiply_in_bfloat16(flags, monkeypatch):
     info, text = Path("/proc/cpuinfo"), f"processor\t: 0\nflags\t\t: {flags}\nbogomips\t: 1\n"
     monkeypatch.setattr(Path, "read_text", lambda p, *a, **k: text if p == info else read(p))
     monkeypatch.setattr(Path, "exists", lambda p, **k: flags if p == info else exists(p))
-    assert bool(utils.multiplies_bfloat16(CPU)) is CPUS[flags]
-    assert not utils.multiplies_bfloat16(torch.device("meta"))
+    assert bool(distributed.multiplies_bfloat16(CPU)) is CPUS[flags]
+    assert not distributed.multiplies_bfloat16(torch.device("meta"))
 
 
 def test_auto_never_is_an_emulated_bfloat16(tmp_path):
@@ -246,7 +248,7 @@ def test_auto_is_chosen_by_the_device_and_kept_by_a_resumed_run(
 ):
     """args.json holds what was chosen; another machine resumes with it; a flag wins over both."""
     stage, out, native = request.getfixturevalue(name), tmp_path / "out", True
-    monkeypatch.setattr(utils, "multiplies_bfloat16", lambda device: native)
+    monkeypatch.setattr(distributed, "multiplies_bfloat16", lambda device: native)
     flags = {"save_every": 1, "dtype": "auto"}
     stage(out, **flags)
     assert args_of(out)["dtype"] == "bfloat16"
@@ -546,7 +548,9 @@ def test_a_reward_function_that_gives_no_scores(error_of):
         raise ZeroDivisionError("no\nluck")
 
     wrong = {"1 values for 2": [1.0], "nan": [1.0, NAN], "inf": [1.0, INF], "TypeError": None}
+    wrong["1e+39"] = [1.0, 1e39]  # of float32 infinity
     functions = {what: lambda *a, result=result, **k: result for what, result in wrong.items()}
+    functions["SystemExit: no sampler"] = lambda *a, **k: sys.exit("no sampler")
     for what, function in (functions | {"ZeroDivisionError: no": fails}).items():
         given = (function, "f.py:f", ASKED, ["c", "d"], IDS, 7)
         line = error_of(utils.call_reward_function, *given, code=1)

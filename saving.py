@@ -150,7 +150,7 @@ class Checkpoints(NamedTuple):
         if folder is None:
             return None
         state = json.loads((folder / "state.json").read_text())
-        for source, digest in state.pop("digests").items():
+        for source, digest in state.pop("digests", {}).items():
             if utils.digests.get(source, digest) != digest:
                 fix = "bring that back, or pass --overwrite"
                 utils.stop(f"{source}: is not what the run began with; {fix}")

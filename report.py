@@ -118,14 +118,15 @@ def page(runs: list[Path], share: int) -> str:
         nav += f'<b style="color:{color}">■</b> {name} '
         body += f"<p>{name}: {stage}{note}; {e(summary)}</p>"
         tail += show_samples(run, name, share) + show_rollouts(run, name, share)
-    first, meanings = dict(word.partition(":")[::2] for word in FIRST.split()), ({}, {})
+    first, meanings = dict(word.partition(":")[::2] for word in FIRST.split()), {}
+    of_ppo: dict[str, str] = {}  # its table, the second, has some names again
     for line in (Path(__file__).parent / "docs/metrics.md").read_text("utf-8").splitlines():
         names, _, text = line.strip("| ").replace("`", "").partition(" | ")
-        for name in names.split(", "):  # of some metrics PPO's table, the second, has its own
-            meanings[name in meanings[0]].setdefault(name, text)
+        for name in names.split(", "):
+            (of_ppo if name in meanings else meanings).setdefault(name, text)
     charts, options = [], "<option>".join(QUANTITIES)
     for stage, metrics in stages.items():
-        meaning = meanings[0] | (meanings[1] if stage == "ppo_rlhf" else {})
+        meaning = meanings | of_ppo if stage == "ppo_rlhf" else meanings
         body += (
             f"<h2>{stage}</h2><p>By update or step; shaded: healthy, roughly</p><div class=grid>"
         )

@@ -355,8 +355,10 @@ def load_tokenizer(model: str) -> Any:
     tokenizer = from_pretrained(transformers.AutoTokenizer, model if own else base_of(model))
     if tokenizer.eos_token_id is None:
         stop(f"{model}: its tokenizer has no EOS token; set one in tokenizer_config.json")
-    base = Path(base_of(base_of(model))).expanduser()
-    config, _ = transformers.PreTrainedConfig.get_config_dict(base)
+    base = model  # below any adapters
+    while (below := base_of(base)) != base:
+        base = below
+    config, _ = transformers.PreTrainedConfig.get_config_dict(Path(base).expanduser())
     rows = config.get("text_config", config).get("vocab_size", 2**63)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token

@@ -23,7 +23,7 @@ from dataset import CHATS, Row, Unusable, usable
 
 
 class Rendered(NamedTuple):
-    """A row as text in pieces, by turns given and learned."""
+    """A row as text in pieces, alternately given and learned."""
 
     pieces: list[str]
     is_chat: bool
@@ -118,7 +118,7 @@ def check_all_said(template: Callable, text: str, earlier: list, answer: list) -
                 raise Unusable(f"{what}; write them as an object")
         words, is_new = message.get("content") or "", i >= len(earlier)
         if (is_new or message["role"] != "assistant") and not is_said(words):
-            raise Unusable(f"the chat template leaves out {words!r:.60}; mend it or use text")
+            raise Unusable(f"the chat template leaves out {words!r:.60}; fix it or use text")
         for name in ["tool_calls", "function_call"] + ["reasoning_content"] * is_new:
             if message.get(name):
                 less = {k: x for k, x in message.items() if k != name} | {"content": words}
@@ -126,7 +126,7 @@ def check_all_said(template: Callable, text: str, earlier: list, answer: list) -
                 with contextlib.suppress(Exception):  # it misses the call, so it looks at it
                     without = template([*chat[:i], less, *chat[i + 1 :]])
                 if without == text:
-                    raise Unusable(f"the chat template leaves out {name}; mend it or use text")
+                    raise Unusable(f"the chat template leaves out {name}; fix it or use text")
 
 
 def render_row(tokenizer: Any, row: Row, all_turns: bool = True) -> Rendered:
@@ -226,29 +226,29 @@ class Prompt(NamedTuple):
 
 
 def encode_prompts(
-    tokenizer: Any, rows: list[Row], max_tokens: int, *judges: tuple[Any, int]
+    tokenizer: Any, rows: list[Row], max_tokens: int, *readers: tuple[Any, int]
 ) -> list[Prompt]:
     """Prompts of 1 to `max_tokens` tokens.
 
-    `judges`, each a reward model's tokenizer and its context, have room for an answer of one token
+    `readers`, each a reward model's tokenizer and its context, have room for an answer of one token
     and what ends it (B31).
     """
 
     def rendered(row: Row) -> tuple[Any, ...]:
         text = render(tokenizer, row["prompt"])
-        return row, text, *(answered(judge, row, text.pieces[0], "a") for judge, _ in judges)
+        return row, text, *(answered(reader, row, text.pieces[0], "a") for reader, _ in readers)
 
     def fit(row: Row, text: Rendered, ids: list[int], *judged: list[int]) -> Prompt:
         if not ids:
             raise Unusable("prompt: has no token that the tokenizer knows; drop the row")
-        is_long = [len(x) > limit for x, (_, limit) in zip(judged, judges, strict=True)]
+        is_long = [len(x) > limit for x, (_, limit) in zip(judged, readers, strict=True)]
         if len(ids) > max_tokens or any(is_long):
             what = f"its {len(ids)} tokens leave the response no room in a model's context"
             raise Unusable(f"prompt: {what}; shorten it or lower --response-length")
         return Prompt(ids, text.pieces[0], row)
 
     rows, texts, *asked = zip(*usable(rendered, rows), strict=True)
-    judged = [encode_ids(judge, with_a) for (judge, _), with_a in zip(judges, asked, strict=True)]
+    judged = [encode_ids(r, with_a) for (r, _), with_a in zip(readers, asked, strict=True)]
     return usable(fit, rows, texts, encode_ids(tokenizer, texts), *judged)
 
 
@@ -271,14 +271,14 @@ def answer_end(tokenizer: Any, prompt: Prompt) -> list[int]:
 
 
 def as_judged(
-    judge: tuple[Any, int], prompts: list[Prompt], answers: list[Any], stop_ids: Sequence[int] = ()
+    reader: tuple[Any, int], prompts: list[Prompt], answers: list[Any], stop_ids: Sequence[int] = ()
 ) -> tuple[list[list[int]], list[bool]]:
     """Prompts and answers as a reward model reads them, and which are cut to its context (B31).
 
-    `judge` is its tokenizer and its context. Answers are texts or, where it shares the policy's
+    `reader` is its tokenizer and its context. Answers are texts or, where it shares the policy's
     tokenizer, token ids, which one of `stop_ids` may have ended.
     """
-    tokenizer, limit = judge
+    tokenizer, limit = reader
     kinds = [type(p.row["prompt"]) for p in prompts]
     one_of = dict(zip(kinds, prompts, strict=True))  # answers to texts end otherwise than to chats
     end_of = {kind: answer_end(tokenizer, p) for kind, p in one_of.items()}

@@ -5,8 +5,8 @@ As a command, a conversation (chat.py): python generate.py runs/ppo_rlhf
 
 Keys and values are written in place into a cache with room for the whole sequence; rows that have
 ended are dropped; on CUDA the steps are a captured graph that is replayed, and as many rows are
-decoded at once as memory has room for. Temperature, top-k and top-p change the logits, never the
-model's own generation settings (B11).
+decoded at once as memory has room for. Temperature, top-k and top-p change the logits; the model's
+own generation settings do not (B11).
 
 B sequences, b of them still decoded, P prompt tokens, R response tokens, V vocabulary.
 `D16` in comments points to docs/details.md.
@@ -162,6 +162,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform
 
     One random number a row, in [0, 1); `torch.multinomial` takes one a token of the vocabulary. In
     two steps, since a cumulative sum over 150,000 tokens is slow: which block, then which of it.
+    `check` counts on the order of the vocabulary and, at temperature 1, on the whole of it.
     """
     if temperature == 0:
         return logits.argmax(-1)

@@ -17,7 +17,7 @@ them. Gradients, token counts, means and the whitening's mean and variance are o
 Each holds whole models or, with --fsdp, a part of each (docs/scaling.md).
 
 Left out: asynchronous rollouts. Variants, such as a KL loss, are diffs in experiments/. The
-decoding loop is generate.py. `D17` (a detail) and `B14` (a known bug) are in docs/details.md.
+decoding loop is generate.py. `D17` (a detail) and `B14` (others' bug) are in docs/details.md.
 
 Shapes: B sequences of this process, b of a micro-batch, P prompt and R response tokens, T = P + R
 (T' cut to a micro-batch's longest), N real response tokens of a micro-batch, H hidden size, V
@@ -95,7 +95,7 @@ class Args:
     batch_size: int = 128
     """Responses per update, counted over all processes."""
     micro_batch_size: int = 32
-    """Most sequences in a device's forward-backward; changes only rounding."""
+    """Most sequences in a forward-backward pass; changes only rounding."""
     learning_rate: float = 5e-4
     """First rate of AdamW, linear to 0; for 100M parameters and more 1e-6 to 1e-5."""
     value_learning_rate: float | None = None
@@ -169,7 +169,7 @@ class Args:
     entropy_coef: float = 0.0
     """Weight of an entropy bonus (D33)."""
     target_kl: float | None = None
-    """Nats a token from the sampling policy, which end the epochs (D28)."""
+    """End the epochs above this KL to the sampling policy, in nats a token (D28)."""
     critic_warmup_updates: int = 0
     """Updates at the start that train only the value function (D32)."""
     ptx_coef: float = 0.0
@@ -183,7 +183,7 @@ class Args:
     eval_prompts: int = 200
     """Held-out prompts to compare policy and reference on."""
     eval_every: int = 25
-    """Updates between evaluations; 0 evaluates only at the end."""
+    """Updates between evaluations; 0: only at the start and the end."""
     keep_best: bool = False
     """Keep the best policy in best/, by the judge, else by score (D42)."""
 
@@ -212,7 +212,7 @@ class Batch(NamedTuple):
     response_ids: Tensor  # [B, R] with pad after the end
     response_mask: Tensor  # [B, R]
     ids: Tensor  # [B, T] prompt and response, padded on the right, as all other passes read them
-    is_response: Tensor  # [B, T] true on the tokens where response_mask is 1, in the same order
+    is_response: Tensor  # [B, T] response_mask, where its tokens are in ids
 
 
 class Scores(NamedTuple):
@@ -262,7 +262,7 @@ def main(args: Args) -> None:
     weights = args.reward_weights or [1.0] * len(names)
     value_model = judge = None
     if args.advantage == "gae":  # with weights of its own; a language model's head is 0 (D15)
-        first = args.reward_model[0] if any(shares_tokens[:1]) else args.model
+        first = args.reward_model[0] if M and shares_tokens[0] else args.model
         value_start = args.value_model or first
         if args.lora_rank:
             value_model = lora.value_on(reference, args, value_start)
@@ -324,7 +324,7 @@ def main(args: Args) -> None:
 
     @distributed.forward_pass
     def policy_outputs(model: Any, ids: Tensor, is_response: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies of a micro-batch's responses, in nats: both [b, R].
+        """Log-probabilities and, with gradients, entropies of responses, in nats: both [b, R].
 
         Rollout and training share this forward pass, so the ratio starts at 1 (D26).
         """
@@ -488,13 +488,14 @@ def main(args: Args) -> None:
     ends = " or ".join(tokenizer.convert_ids_to_tokens(stop_ids))
     utils.say(f"ppo_rlhf: {size}, {work}, on {device} in {args.dtype}; responses end with {ends}")
     encoding.show_example(tokenizer, train_prompts[0].row, train_prompts[0].ids)
-    done, shown = state.pop("step"), "objective/scores objective/kl response/length"
+    update = done = state.pop("step")
+    shown = "objective/scores objective/kl response/length"
     # `model.generate` of the saved policy samples as is done here (B11)
     special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": pad_id}
     policy.generation_config = transformers.GenerationConfig(
         do_sample=True, max_new_tokens=R, eos_token_id=stop_ids, **sampling, **special
     )
-    logger = utils.Logger(out, args, "update", done, num_updates, shown)
+    logger = utils.Logger(out, args, "update", update, num_updates, shown)
     interruption = distributed.Interruption(device)
     for update in range(done + 1, num_updates + 1):
         clock, kl_coef = [utils.now(device)], state["kl_coef"]
@@ -523,7 +524,7 @@ def main(args: Args) -> None:
         clock.append(utils.now(device))
 
         # 3. score them
-        last = response_mask.sum(1) - 1  # [B] where the last real token is, by length (D3, B1, B3)
+        last = response_mask.sum(1) - 1  # [B] the last real token's place (D3, B1, B3)
         last_ids = batch.response_ids.gather(1, last[:, None]).squeeze(1)  # [B]
         ended = torch.isin(last_ids, torch.tensor(stop_ids, device=device))  # [B] by EOS or stop
         scored = score_responses(prompts, batch)
@@ -533,7 +534,7 @@ def main(args: Args) -> None:
             scores = scores.clamp(-args.reward_clip, args.reward_clip)  # D30
         clock.append(utils.now(device))
 
-        # 4. KL penalty: each token costs beta times its KL estimate, so minus (B16)
+        # 4. KL penalty: each token costs beta times its KL estimate (B16)
         ref_log_ratio = logprobs - ref_logprobs  # [B, R] nats, policy over reference
         # estimators: http://joschu.net/blog/kl-approx.html (D19)
         if args.kl_estimator == "k1":
@@ -602,14 +603,14 @@ def main(args: Args) -> None:
             sums: dict[str, Any] = defaultdict(float)
             order = torch.randperm(args.batch_size, generator=shuffle)  # of all processes' episodes
             for minibatch in order.chunk(args.num_mini_batches):
-                rows = torch.isin(mine, minibatch).nonzero().squeeze(1)  # its own, in their order
+                share = torch.isin(mine, minibatch).nonzero().squeeze(1)  # this process's, in order
                 most = int(process_of[minibatch].bincount().max())
-                # losses are sums over tokens, divided by the count of all processes (D9, B12)
-                num_tokens = distributed.sum_all(response_mask[rows.to(device)].sum())
+                # losses: sums over tokens / the count of all processes (D9, B12)
+                num_tokens = distributed.sum_all(response_mask[share.to(device)].sum())
                 if args.ptx_coef and update > args.critic_warmup_updates:  # as many texts (D31)
                     ptx_losses.append(ptx_backward(len(minibatch), ptx_rng))
-                # one mini-batch: the same micro-batches as in the rollout (D26)
-                parts = [*micro_batches(batch, rows, most)]
+                # with one mini-batch they are the rollout's (D26)
+                parts = [*micro_batches(batch, share, most)]
                 for rows, ids, is_response in distributed.sums_in_last(parts, trained.values()):
                     mask = response_mask[rows]  # [b, R]
                     new_logprobs, entropies = policy_outputs(policy, ids, is_response)  # [b, R]

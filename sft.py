@@ -244,11 +244,11 @@ def main(args: Args) -> None:
     # ---- what it leaves
     saving.save_model(model, tokenizer, out)
     eval_loss, seconds = evaluate(), time.time() - started
-    perplexity = math.exp(eval_loss)
+    perplexity = math.exp(min(eval_loss, 700))  # above it overflows
     if distributed.is_main():
         summary = {"eval_loss": eval_loss, "perplexity": perplexity, "seconds": seconds}
         utils.write_summary(out, args, model, summary)
-    result = f"held-out loss {eval_loss:.3f} nats per token, perplexity {perplexity:.2f}"
+    result = f"held-out loss {eval_loss:.3f} nats per token, perplexity {perplexity:.4g}"
     logger.close()
     utils.say(f"sft: {result}; {seconds:.0f} s; model in {out}")
 

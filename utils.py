@@ -97,7 +97,7 @@ def stage() -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             fix = "lower --micro-batch-size or add --gradient-checkpointing"
         elif isinstance(error, OSError) or "os error" in str(error):
-            fix = "make room or mend folder or pipe, then --resume"
+            fix = "make room or fix folder or pipe, then --resume"
         elif distributed.lost_others(error):
             fix = "its own error, if any, says why"
             why = " ".join(str(error).split())  # NCCL's last line is the cause
@@ -166,7 +166,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def generator(device: torch.device | str, *numbers: int) -> torch.Generator:
-    """A random generator that depends on `numbers` only, such as (seed, SAMPLING, update) (D7).
+    """A random generator that depends on `numbers` only, such as (seed, SAMPLING, update, 0) (D7).
 
     So a resumed run draws the same numbers.
     """
@@ -827,9 +827,9 @@ class Logger:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write one line of metrics.jsonl and the same scalars; move the bar on."""
-        progress.update()
         shown = {name.split("/")[-1]: f"{metrics[name]:,.4g}" for name in self.shown}
         progress.set_postfix(shown, refresh=False)
+        progress.update()  # and draw
         if not self.active:
             return
         self.file.write(json.dumps({self.unit: step, **metrics}) + "\n")

@@ -5,6 +5,7 @@ Wrong input, which stops a script before it starts, is in test_bad_input.py.
 
 import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ import torch.utils.tensorboard
 from conftest import STAGES, args_of, assert_same_run, command, metrics_of
 from test_resume import in_step
 from transformers import PreTrainedModel
+
+import utils
 
 
 @pytest.fixture(params=STAGES)
@@ -137,6 +140,28 @@ def test_a_reward_function_that_fails_later(ppo, error_of, tmp_path):
     assert "update 3" in line
     assert len(metrics_of(out)) == 2
     assert sorted(p.name for p in (out / "checkpoint").iterdir()) == ["000001", "000002"]
+
+
+def test_a_reward_function_that_fails_at_the_end_of_a_resumed_run(
+    ppo, error_of, monkeypatch, tmp_path
+):
+    """The last evaluation is all that was left to do: code 1, as without an interruption."""
+    # a run without interruption has three calls, of evaluations at the start and at the end
+    (tmp_path / "tired.py").write_text(TIRED.replace("== 4", "== 3"))
+    flags = {"eval_reward_fn": f"{tmp_path / 'tired.py'}:f", "total_episodes": 16}
+    log = utils.Logger.log
+
+    def interrupted(self, step, metrics):
+        log(self, step, metrics)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
+        patch.setattr(utils.Logger, "log", interrupted)
+        ppo(tmp_path / "out", **flags)
+    assert exit_.value.code == 143
+    line = error_of(ppo, tmp_path / "out", code=1, resume=True, **flags)
+    assert line.startswith("error: update 2: ") and "tired" in line
 
 
 def test_a_stage_on_the_command_line(base, data, tmp_path):

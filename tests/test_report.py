@@ -93,6 +93,7 @@ def test_a_rollout_shows_each_token_and_its_numbers(chain, tmp_path):
     rollouts = [load_file(path) for path in sorted((chain.ppo / "rollouts").iterdir())]
     tokens = re.findall(r'<i title="(.*?)">(.*?)</i>', page, re.S)
     assert len(tokens) == sum(t["response_mask"].sum() for t in rollouts)
+    assert page.count(f": 8 of {len(rollouts[-1]['scores'])} episodes, ") == len(rollouts)
     last, numbers = rollouts[-1], dict(line.split() for line in tokens[0][0].split("\n"))
     kl = last["logprobs"][0, 0] - last["ref_logprobs"][0, 0]
     assert float(numbers["kl"]) == pytest.approx(kl, rel=0.01, abs=1e-6)

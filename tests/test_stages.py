@@ -201,6 +201,16 @@ def test_the_bar_shows_whole_numbers_in_80_columns(logger):
     assert line.endswith("[1:06:40<00:00, scores=-1.235, kl=12.35, length=17.88]")
 
 
+def test_the_bar_is_drawn_with_the_numbers_of_its_update(logger, monkeypatch):
+    drawn, bar = [], utils.progress
+    bar.mininterval = bar.miniters = 0
+    monkeypatch.setattr(bar, "display", lambda: drawn.append((bar.n, bar.postfix)))
+    for update in (1, 2):
+        logger.log(update, dict.fromkeys(logger.shown, float(update)))
+    one, two = (", ".join(f"{x}={n}" for x in ("scores", "kl", "length")) for n in (1, 2))
+    assert drawn == [(1, one), (2, two)]
+
+
 def test_samples_where_nobody_reads_the_output(logger, monkeypatch):
     """As after `| head`: the stage says why it ends, where rich would exit without a word."""
     read, written = os.pipe()

@@ -22,7 +22,8 @@ import utils
 class Args:
     """Answer typed or piped lines; `\\n` breaks one, /reset starts anew, an empty one ends.
 
-    What is left out is as the (first) model's generation config says.
+    Length, temperature, top-k and top-p are by default those of the (first) model's generation
+    config; its other settings do not apply, but for its ends and do_sample.
     """
 
     model: tyro.conf.Positional[str] = "runs/ppo_rlhf"
@@ -59,8 +60,11 @@ def main(args: Args) -> None:
         judge = utils.load_classifier(args.score, device, trained=True)
         reader = utils.load_tokenizer(args.score), utils.context_length(judge)
     settings = {"max_new_tokens": 256, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    for source in (speakers[0][1].generation_config, args):
-        settings |= {k: x for k in settings if (x := getattr(source, k)) is not None}
+    config = vars(speakers[0][1].generation_config)
+    if config.get("do_sample") is False:
+        config = config | {"temperature": 0.0}
+    for source in (config, vars(args)):
+        settings |= {k: x for k in settings if (x := source.get(k)) is not None}
     length = settings.pop("max_new_tokens")
 
     def answer(line: str, name: str, model: Any, tokenizer: Any, chat: list) -> None:

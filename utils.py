@@ -73,7 +73,7 @@ def stop(message: str, code: int = 2) -> NoReturn:
 
 
 def thread_failed(error: Any) -> None:
-    """Show a thread's error, unless TensorBoard's cannot write: the loop's next flush says that."""
+    """Show a thread's error, unless TensorBoard's cannot write: the next flush says so."""
     board = type(error.thread).__module__.startswith("tensorboard.")
     if not (board and isinstance(error.exc_value, OSError)):
         threading.__excepthook__(error)
@@ -147,8 +147,8 @@ def start_process(args: Any) -> distributed.Process:
             stop(f"{flag(name)}: goes with {flag(other)}; pass both or neither")
     torch.manual_seed(args.seed % 2**63)  # heads start alike in all processes
     if args.dtype == "auto":
-        native = "bfloat16" if distributed.multiplies_bfloat16(device) else "float32"
-        dtype = before.get("dtype", native) if args.resume else native
+        dtype = "bfloat16" if distributed.multiplies_bfloat16(device) else "float32"
+        dtype = before.get("dtype", dtype) if args.resume else dtype
         args.dtype = distributed.from_main(dtype)  # machines may differ
     if args.dtype == "bfloat16":  # its float32 products on CUDA are those of the heads (B35)
         torch.backends.cuda.matmul.fp32_precision = "tf32"
@@ -158,7 +158,7 @@ def start_process(args: Any) -> distributed.Process:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be allocated on a GPU; none: not known, as of a CPU."""
+    """Bytes that a GPU can still allocate; none: not known."""
     if device.type != "cuda":
         return None
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -166,10 +166,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def generator(device: torch.device | str, *numbers: int) -> torch.Generator:
-    """A random generator that depends on `numbers` only, such as (seed, SAMPLING, update, 0) (D7).
-
-    So a resumed run draws the same numbers.
-    """
+    """A random generator from `numbers` alone, such as (seed, SAMPLING, update, 0) (D7)."""
     # numpy takes [1] and [1, 0] for the same entropy, so the count comes first
     seed = int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0])
     return torch.Generator(device).manual_seed(seed)
@@ -264,7 +261,7 @@ def flags_of(out: Path) -> dict[str, Any]:
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """A run's checkpoints, the newest first; one that was still being written (.part) is none."""
+    """A run's checkpoints, the newest first; one still being written (.part) is none."""
     found = [path for path in (out / "checkpoint").glob("*") if path.name.isdigit()]
     return sorted(found, key=lambda path: int(path.name), reverse=True)
 
@@ -377,7 +374,7 @@ def from_pretrained(auto_class: Any, model: str, **kwargs: Any) -> Any:
         name = str(path) if local else model
         return auto_class.from_pretrained(name, trust_remote_code=remote_code, **kwargs)
     except Exception as error:  # libraries raise anything here, from ImportError to SafetensorError
-        why, fix = first_line(error), "check its files; weights are read from safetensors only"
+        why, fix = first_line(error), "check its kind, and its files: safetensors only"
         if "trust_remote_code" in str(error):
             why, fix = "it runs code of its own", "read that, then pass --trust-remote-code"
         stop(f"{model}: cannot be loaded ({why}); {fix}")
@@ -423,6 +420,8 @@ def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any)
             stop(f"{model}: {what}; pip install -r requirements-lora.txt, or check its files")
     if any(p.dtype != torch.float32 for p in loaded.parameters()):  # float8 weights, on a GPU
         stop(f"{model}: its weights are quantized; pass a model with whole ones")
+    if loaded.base_model is loaded:
+        loaded.base_model_prefix = "model"  # Llama 4 names none
     loaded.get_input_embeddings().padding_idx = None  # its row, EOS's may be, would not learn (D3)
     some = (p.detach().flatten()[:: p.numel() // 64 + 1] for p in loaded.parameters())
     parts = [x.cpu().numpy().tobytes() for x in some]
@@ -447,7 +446,9 @@ def load_causal_lm(model: str, device: torch.device, tokenizer: Any = None) -> A
     if not hasattr(loaded, "generation_config"):  # code of a model's own may go without
         loaded.generation_config = transformers.GenerationConfig.from_model_config(loaded.config)
     if tokenizer is not None:
-        loaded.known_tokens = 1 + max(tokenizer.get_vocab().values())
+        known = torch.tensor([*tokenizer.get_vocab().values()])
+        unknown = torch.isin(torch.arange(own.shape[-1]), known, invert=True)
+        loaded.unknown_tokens = unknown.to(device) if unknown.any() else None
     return loaded
 
 
@@ -506,7 +507,7 @@ def context_length(model: Any) -> int:
     config = model.config.get_text_config()
     if (rope := getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
         return rope["original_max_position_embeddings"]
-    return getattr(config, "max_position_embeddings", None) or 2**30
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", 2**30)
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
@@ -590,11 +591,9 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
         logits = logits / scale
     if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
         logits = cap * torch.tanh(logits / cap)
-    size = logits.shape[-1]
-    known = getattr(model, "known_tokens", size)  # others have no text, and probability 0 (B23)
-    if known < size:
+    if (unknown := getattr(model, "unknown_tokens", None)) is not None:  # they have no text (B23)
         # not -inf, which times 0 is NaN in an entropy
-        logits = logits.masked_fill(torch.arange(size, device=logits.device) >= known, -1e30)
+        logits = logits.masked_fill(unknown.to(logits.device), -1e30)
     return logits
 
 
@@ -766,7 +765,7 @@ def write_summary(out: Path, args: Any, model: Any, summary: dict[str, Any]) -> 
 
 
 def check_finite(where: str, quantities: dict[str, Any]) -> None:
-    """Stop with code 1 if a quantity holds NaN or infinity."""
+    """Stop with code 1 at NaN or infinity."""
     for name, value in quantities.items():
         value = torch.as_tensor(value)
         if not value.isfinite().all():

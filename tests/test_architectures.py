@@ -252,6 +252,34 @@ def test_what_some_do_after_the_output_head(kind, tmp_path, error_of, monkeypatc
     assert "does something unknown to its logits" in line
 
 
+MIXTURES = {  # whose routers are linear layers that return several tensors
+    "phimoe": ROPE | {"num_local_experts": 4},
+    # its class names no base model
+    "llama4_text": ROPE | {"head_dim": 8, "num_local_experts": 2, "attention_chunk_size": 4},
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's own
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_adapters_of_mixtures(kind, sft, ppo, tmp_path):
+    folder = make_random(kind, tmp_path, **MIXTURES[kind])
+    policy = str(sft(tmp_path / "sft", model=folder, lora_rank=2))
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text("def f(completions, **columns):\n    return [len(c) for c in completions]\n")
+    flags = {"reward_model": (), "reward_fn": f"{rewards}:f", "advantage": "rloo"}
+    flags |= {"model": policy, "lora_rank": 2, "samples_per_prompt": 2}
+    rows = metrics_of(ppo(tmp_path / "ppo", **flags))
+    assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
+    assert max(row["val/ratio_start_error"] for row in rows) < 1e-5
+    plain_lm(tmp_path / "ppo")
+
+
+def test_the_context_of_mpt(tmp_path):
+    """Its configuration has another name for it."""
+    folder = make_random("mpt", tmp_path, d_model=32, n_heads=4, n_layers=2, max_seq_len=24)
+    assert utils.context_length(utils.load_causal_lm(folder, CPU)) == 24
+
+
 REFUSED = [
     # takes no cache of keys and values: decoding would sample nonsense
     ("mamba", SIZES | {"state_size": 8}, utils.load_causal_lm, "state-space model"),

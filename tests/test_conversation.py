@@ -95,6 +95,10 @@ def test_it_samples_as_in_training(talk, chain, monkeypatch, tmp_path):
     assert first != talk(PIPED, model=folder, seed=2)
     talk(PIPED, model=folder, temperature=0.7, top_k=3, top_p=0.9, max_new_tokens=4)
     assert {*asked} == {(10, 0.5, 7, 1.0), (4, 0.7, 3, 0.9)}
+    config.update(do_sample=False, temperature=None, top_k=None)
+    config.save_pretrained(folder)
+    talk(PIPED, model=folder)
+    assert asked[-1] == (10, 0.0, 0, 1.0)
 
 
 def test_it_stops_where_the_policy_was_trained_to(talk, chain, tmp_path):

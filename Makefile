@@ -40,10 +40,12 @@ lint: .venv/test.done
 	$(PYTHON) -m venv .venv
 
 .venv/demo.done: requirements.txt constraints.txt | .venv/bin/python
+	@echo "Installing packages into .venv, up to 5 GB: some minutes"
 	$(BIN)/python $(PIP) -r requirements.txt -c constraints.txt
 	touch $@
 
 .venv/test.done: requirements-dev.txt requirements.txt constraints.txt | .venv/bin/python
+	@echo "Installing packages into .venv, up to 5 GB: some minutes"
 	$(BIN)/python $(PIP) -r requirements-dev.txt -c constraints.txt
 	touch $@
 

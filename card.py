@@ -20,6 +20,7 @@ def model_card(args: Any, model: Any, summary: dict[str, Any]) -> str:
     about = str(inspect.getmodule(type(args)).__doc__).split("\n\nIn:")[0]
     flags = {k: v for k, v in vars(args).items() if v != getattr(type(args), k, None)}
     flags = {"model": args.model, "dataset": args.dataset} | flags
+    flags = {k: v for k, v in flags.items() if k not in ("resume", "overwrite")}
     base = hub_model(args.model)
     head = f"{TAGS}\nbase_model: {base}" if base else TAGS
     kind, use = "CausalLM", ""

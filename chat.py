@@ -20,11 +20,7 @@ import utils
 
 @dataclasses.dataclass
 class Args:
-    """Answer typed or piped lines; `\\n` breaks one, /reset starts anew, an empty one ends.
-
-    Length, temperature, top-k and top-p are by default those of the (first) model's generation
-    config; its other settings do not apply, but for its ends and do_sample.
-    """
+    """Answer lines, piped or typed; typed, /reset starts anew, an empty line ends."""
 
     model: tyro.conf.Positional[str] = "runs/ppo_rlhf"
     compare: str | None = None
@@ -34,10 +30,13 @@ class Args:
     text: bool = False
     """Lines are whole prompts, as for a model trained on texts; no chat template."""
     max_new_tokens: int | None = None
+    """None, here and for the next three: as the (first) model's generation config says."""
     temperature: float | None = None
-    """0: greedy."""
+    """0: greedy, as where `do_sample` is false."""
     top_k: int | None = None
+    """Sample from the most probable tokens only; 0: from all."""
     top_p: float | None = None
+    """Sample from the most probable tokens that together reach this; 1.0: from all."""
     seed: int = 1
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -59,6 +58,8 @@ def main(args: Args) -> None:
     if args.score:
         judge = utils.load_classifier(args.score, device, trained=True)
         reader = utils.load_tokenizer(args.score), utils.context_length(judge)
+    if typed and (args.text or not all(x[2].chat_template for x in speakers)):
+        print("each line is a whole prompt, as in the training data, with \\n for a line break")
     settings = {"max_new_tokens": 256, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     config = vars(speakers[0][1].generation_config)
     if config.get("do_sample") is False:

@@ -36,9 +36,10 @@ def adapt(model: Any, args: Any, start: Path | None = None) -> Any:
         for name in names:
             if not any(layer.endswith(f".{name}") for layer in layers):
                 utils.stop(f"--lora-target: the model has no layer {name}; name linear layers")
-    size = {"r": args.lora_rank, "lora_alpha": args.lora_alpha}
+    config = peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=names)
     # a mixture's router is a linear layer, but in some models it returns a tuple
-    config = peft.LoraConfig(**size, target_modules=names, exclude_modules=["router"])
+    routers = [name for name, _ in model.base_model.named_modules() if name.endswith(".router")]
+    config.exclude_modules = {*routers} or None
     if start:
         config = peft.PeftConfig.from_pretrained(str(start))
         config.lora_dropout, config.inference_mode, config.bias = 0.0, False, "none"

@@ -116,14 +116,16 @@ def page(runs: list[Path], share: int) -> str:
             x, y = zip(*thin(line, most), strict=True)
             stages[stage][metric] += [{"x": x, "y": y, "name": name, "line": {"color": color}}]
         nav += f'<b style="color:{color}">■</b> {name} '
-        body += f"<p>{name}: {stage}{note}; {e(summary)}</p>"
+        body += f"<p>{name}: {stage}{note}; {e(json.dumps(summary))}</p>"
         tail += show_samples(run, name, share) + show_rollouts(run, name, share)
     first, meanings = dict(word.partition(":")[::2] for word in FIRST.split()), {}
     of_ppo: dict[str, str] = {}  # its table, the second, has some names again
     for line in (Path(__file__).parent / "docs/metrics.md").read_text("utf-8").splitlines():
-        names, _, text = line.strip("| ").replace("`", "").partition(" | ")
-        for name in names.split(", "):
-            (of_ppo if name in meanings else meanings).setdefault(name, text)
+        cell, _, text = line.strip("| ").replace("`", "").partition(" | ")
+        names, parts = cell.split(", "), text.split("; ")  # of several names a part each, or all
+        parts = parts if len(parts) == len(names) else [text] * len(names)
+        for name, part in zip(names, parts, strict=True):
+            (of_ppo if name in meanings else meanings).setdefault(name, part)
     charts, options = [], "<option>".join(QUANTITIES)
     for stage, metrics in stages.items():
         meaning = meanings | of_ppo if stage == "ppo_rlhf" else meanings

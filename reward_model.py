@@ -2,9 +2,9 @@
 
 A language model with a scalar head learns to score the response that people preferred above the one
 they rejected: the Bradley-Terry loss, -log sigmoid(score(chosen) - score(rejected)). It is right
-about a held-out pair if the chosen one scores higher. Two more losses help a small model to read:
-on the beginnings of a pair and on the chosen text's next tokens. At the end the scores are shifted
-to mean 0 on demonstrations.
+about a held-out pair if the chosen one scores higher. Two more losses help a small model to read,
+where their coefficients are above 0: on the beginnings of a pair and on the chosen text's next
+tokens. At the end scores are shifted to mean 0 on demonstrations, where there are any.
 
 In: a model, by default the one from sft.py, and rows with `prompt`, `chosen`, `rejected`, or
 without `prompt`. Out: `runs/reward_model`, an ordinary sequence-classification folder

@@ -226,8 +226,8 @@ def check_output(args: Any, stage: str) -> None:
     out = Path(args.output_dir).expanduser()
     if args.resume and args.overwrite:
         stop("--resume: contradicts --overwrite; pass one")
-    if args.track:
-        import wandb  # noqa: F401
+    if args.track and not importlib.util.find_spec("wandb"):
+        stop("--track: needs wandb; pip install wandb")
     read = "model reward_model value_model dataset ptx_dataset normalize_with "
     for name in (read + "reward_fn eval_reward_fn").split():
         given = getattr(args, name, None) or ()
@@ -253,7 +253,7 @@ def check_output(args: Any, stage: str) -> None:
 
 
 def flags_of(out: Path) -> dict[str, Any]:
-    """The flags of the run in a folder, and its stage; none where there is no run."""
+    """Flags and stage of the run in a folder; none where there is no run."""
     try:
         return dict(json.loads((out / "args.json").read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError):
@@ -524,8 +524,8 @@ def attention(module: Any, *inputs: Tensor | None, **kwargs: Any) -> tuple:
 
 
 transformers.AttentionInterface.register("sdpa", attention)
-# on a Hopper or Blackwell torch would prefer it, which plans anew for each shape, tens of
-# milliseconds each, and with some masks gives wrong numbers (pytorch issues 193893, 196678)
+# torch would prefer it on Hopper and Blackwell: it plans each shape anew, slowly, and is wrong
+# with some masks (pytorch issues 193893, 196678)
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -645,7 +645,7 @@ def last_token_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def normalize_scores(model: Any, raw: Tensor) -> Tensor:
-    """Rewards with the normalization that a reward model keeps in its configuration (D13, B18)."""
+    """Rewards, normalized as a reward model's configuration says (D13, B18)."""
     mean = getattr(model.config, "reward_mean", 0.0)
     return (raw - mean) / getattr(model.config, "reward_std", 1.0)
 
@@ -731,7 +731,7 @@ def call_reward_function(
             raise TypeError(f"a {type(returned).__name__} is no list of numbers")
         numbers = [[float(x) for x in s] if np.ndim(s) else float(s) for s in returned]
     except (Exception, SystemExit, asyncio.CancelledError) as error:
-        what = f"raised {first_line(error)} for {len(texts)} prompts, {texts[0]!r:.60} first"
+        what = f"raised {first_line(error)} for {len(texts)} prompts, {texts[0][:60]!r} first"
         stop(f"{where}: {what}; call it with these, by keyword, to see where", code)
     scores = [sum(x) if isinstance(x, list) else x for x in numbers]
     of_tokens, fits = [], len(scores) == len(texts) and all(abs(x) < 3e38 for x in scores)

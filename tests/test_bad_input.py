@@ -4,6 +4,7 @@ In the order in which a script reads its input. A parameter `name` runs through 
 """
 
 import importlib
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -476,6 +477,15 @@ def text(prompts, completions, **columns): return ["good"] * len(prompts)
 def none(prompts, completions, **columns): pass
 def narrow(prompts, completions): return [1.0] * len(prompts)
 """
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_dashboard_that_is_not_installed(name, refused, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name)
+    )
+    refused(name, "--track", "pip install wandb", track=True)
 
 
 @pytest.mark.parametrize("flag", ["reward_fn", "eval_reward_fn"])

@@ -224,6 +224,13 @@ def test_a_prompt_that_is_too_long_does_not_end_it(talk, chat):
     assert first == last and not none
 
 
+def test_a_model_of_whole_prompts_says_so(talk, chain, chat):
+    """Where lines are typed: natural ones would be answered badly."""
+    hint = "each line is a whole prompt, as in the training data, with \\n for a line break\n> "
+    assert talk(Typed("\n"), model=str(chain.ppo))[0] == hint
+    assert talk(Typed("\n"), model=chat, text=True)[0] == hint
+
+
 def test_it_ends_and_refuses_as_the_stages_do(talk, chat, error_of, tmp_path):
     for end in ("", "\n", "\nhello\n"):
         assert talk(Typed(end), model=chat)[0] == "> "

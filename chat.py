@@ -62,7 +62,7 @@ def main(args: Args) -> None:
         print("each line is a whole prompt, as in the training data, with \\n for a line break")
     settings = {"max_new_tokens": 256, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     config = vars(speakers[0][1].generation_config)
-    if config.get("do_sample") is False:
+    if config.get("do_sample") is False and not (args.top_k or args.top_p):
         config = config | {"temperature": 0.0}
     for source in (config, vars(args)):
         settings |= {k: x for k in settings if (x := source.get(k)) is not None}

@@ -29,17 +29,17 @@ def adapt(model: Any, args: Any, start: Path | None = None) -> Any:
     model = utils.freeze(copy.deepcopy(model, {id(p): p for p in model.parameters()}), args.dtype)
     for module in model.modules():
         vars(module).pop("forward", None)  # of --compile, which would be that of the other model
+    layers = [name for name, _ in model.base_model.named_modules()]
+    # a mixture's router is a linear layer, but in some models it returns a tuple
+    routers = {layer for layer in layers if layer.endswith(".router")}
     names = args.lora_target
     if names != "all-linear":
         names = [name.strip() for name in names.split(",")]
-        layers = [f".{name}" for name, _ in model.base_model.named_modules()]
         for name in names:
-            if not any(layer.endswith(f".{name}") for layer in layers):
+            if not any(f".{layer}".endswith(f".{name}") for layer in {*layers} - routers):
                 utils.stop(f"--lora-target: the model has no layer {name}; name linear layers")
     config = peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=names)
-    # a mixture's router is a linear layer, but in some models it returns a tuple
-    routers = [name for name, _ in model.base_model.named_modules() if name.endswith(".router")]
-    config.exclude_modules = {*routers} or None
+    config.exclude_modules = routers or None
     if start:
         config = peft.PeftConfig.from_pretrained(str(start))
         config.lora_dropout, config.inference_mode, config.bias = 0.0, False, "none"

@@ -226,8 +226,11 @@ def check_output(args: Any, stage: str) -> None:
     out = Path(args.output_dir).expanduser()
     if args.resume and args.overwrite:
         stop("--resume: contradicts --overwrite; pass one")
-    if args.track and not importlib.util.find_spec("wandb"):
-        stop("--track: needs wandb; pip install wandb")
+    if args.track:
+        try:
+            import wandb  # noqa: F401
+        except ImportError as error:
+            stop(f"--track: {first_line(error)}; pip install wandb")
     read = "model reward_model value_model dataset ptx_dataset normalize_with "
     for name in (read + "reward_fn eval_reward_fn").split():
         given = getattr(args, name, None) or ()
@@ -434,7 +437,7 @@ def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any)
 def load_causal_lm(model: str, device: torch.device, tokenizer: Any = None) -> Any:
     """A language model; stop if `generate` or `logits_of` would treat it wrongly.
 
-    Ids that the tokenizer does not know have probability 0 (B23).
+    Ids above the tokenizer's last have probability 0 (B23).
     """
     loaded = load_model(transformers.AutoModelForCausalLM, model, device)
     if getattr(loaded, "_is_stateful", False):
@@ -446,9 +449,7 @@ def load_causal_lm(model: str, device: torch.device, tokenizer: Any = None) -> A
     if not hasattr(loaded, "generation_config"):  # code of a model's own may go without
         loaded.generation_config = transformers.GenerationConfig.from_model_config(loaded.config)
     if tokenizer is not None:
-        known = torch.tensor([*tokenizer.get_vocab().values()])
-        unknown = torch.isin(torch.arange(own.shape[-1]), known, invert=True)
-        loaded.unknown_tokens = unknown.to(device) if unknown.any() else None
+        loaded.known_tokens = 1 + max(tokenizer.get_vocab().values())
     return loaded
 
 
@@ -507,7 +508,8 @@ def context_length(model: Any) -> int:
     config = model.config.get_text_config()
     if (rope := getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
         return rope["original_max_position_embeddings"]
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", 2**30)
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit or getattr(config, "max_seq_len", None) or 2**30  # the second is MPT's
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
@@ -591,9 +593,11 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
         logits = logits / scale
     if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
         logits = cap * torch.tanh(logits / cap)
-    if (unknown := getattr(model, "unknown_tokens", None)) is not None:  # they have no text (B23)
+    size = logits.shape[-1]
+    known = getattr(model, "known_tokens", size)  # others have no text, and probability 0 (B23)
+    if known < size:
         # not -inf, which times 0 is NaN in an entropy
-        logits = logits.masked_fill(unknown.to(logits.device), -1e30)
+        logits = logits.masked_fill(torch.arange(size, device=logits.device) >= known, -1e30)
     return logits
 
 

@@ -4,9 +4,9 @@ In the order in which a script reads its input. A parameter `name` runs through 
 """
 
 import importlib
-import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -481,10 +481,7 @@ def narrow(prompts, completions): return [1.0] * len(prompts)
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_dashboard_that_is_not_installed(name, refused, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name)
-    )
+    monkeypatch.setitem(sys.modules, "wandb", None)
     refused(name, "--track", "pip install wandb", track=True)
 
 

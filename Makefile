@@ -38,14 +38,13 @@ lint: .venv/test.done
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
+	@echo "Installing packages into .venv, up to 5 GB: some minutes"
 
 .venv/demo.done: requirements.txt constraints.txt | .venv/bin/python
-	@echo "Installing packages into .venv, up to 5 GB: some minutes"
 	$(BIN)/python $(PIP) -r requirements.txt -c constraints.txt
 	touch $@
 
 .venv/test.done: requirements-dev.txt requirements.txt constraints.txt | .venv/bin/python
-	@echo "Installing packages into .venv, up to 5 GB: some minutes"
 	$(BIN)/python $(PIP) -r requirements-dev.txt -c constraints.txt
 	touch $@
 

@@ -230,10 +230,8 @@ def show_rollouts(run: Path, name: str, share: int) -> str:
                 numbers = "\n".join(f"{q} {t[q][row, at]:.3g}" for q in QUANTITIES)
                 card += f'<i title="{numbers}">{e(piece)}</i>'
             cards.append(f"<details{' open' * (row < 3)}>{card}</details>")
-        page += (
-            f"<details class=rollout open><summary>{path.stem}: {len(cards)} of {len(t['scores'])} "
-        )
-        page += f"episodes, <b></b></summary>{''.join(cards)}</details>"
+        page += f"<details class=rollout open><summary>{path.stem}: {len(cards)} of "
+        page += f"{len(t['scores'])} episodes, <b></b></summary>{''.join(cards)}</details>"
     return page
 
 

@@ -13,10 +13,8 @@ import safetensors.torch
 import torch
 import torch.utils.tensorboard
 from conftest import STAGES, args_of, assert_same_run, command, metrics_of
-from test_resume import in_step
+from test_resume import STEP, in_step, send
 from transformers import PreTrainedModel
-
-import utils
 
 
 @pytest.fixture(params=STAGES)
@@ -149,15 +147,8 @@ def test_a_reward_function_that_fails_at_the_end_of_a_resumed_run(
     # a run without interruption has three calls, of evaluations at the start and at the end
     (tmp_path / "tired.py").write_text(TIRED.replace("== 4", "== 3"))
     flags = {"eval_reward_fn": f"{tmp_path / 'tired.py'}:f", "total_episodes": 16}
-    log = utils.Logger.log
-
-    def interrupted(self, step, metrics):
-        log(self, step, metrics)
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
-        patch.setattr(utils.Logger, "log", interrupted)
+        in_step(patch, 2, *STEP, send(signal.SIGTERM))
         ppo(tmp_path / "out", **flags)
     assert exit_.value.code == 143
     line = error_of(ppo, tmp_path / "out", code=1, resume=True, **flags)

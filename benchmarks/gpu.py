@@ -23,7 +23,6 @@ W5 and W6 are described in benchmarks/throughput.py.
 """
 
 import importlib.metadata
-import importlib.util
 import json
 import re
 import shutil
@@ -34,6 +33,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,8 @@ def main(args: Args) -> None:
 
 def versions() -> dict[str, str]:
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {"card": card, "torch": torch.__version__, "transformers": transformers.__version__}
+    names = [name for name in ("torch", "transformers", "trl", "vllm") if find_spec(name)]
+    return {"card": card} | {name: importlib.metadata.version(name) for name in names}
 
 
 def check(args: Args) -> dict[str, Any]:
@@ -111,7 +112,7 @@ def check(args: Args) -> dict[str, Any]:
         missing.append("a CUDA device")
     if missing:
         sys.exit(f"error: missing: {', '.join(missing)}; install requirements-dev.txt, see README")
-    optional = [name for name in ("trl", "vllm") if importlib.util.find_spec(name) is None]
+    optional = [name for name in ("trl", "vllm") if find_spec(name) is None]
     if optional:
         print(f"missing: {', '.join(optional)}; what needs them is left out", flush=True)
     return {"left_out": optional}
@@ -203,7 +204,7 @@ def ours(args: Args) -> dict[str, Any]:
 
 
 def trl(args: Args) -> dict[str, Any]:
-    if importlib.util.find_spec("trl") is None:
+    if find_spec("trl") is None:
         return {"left_out": "trl"}
     name, report = args.part.removesuffix("-trl"), {}
     flags = work(args, name)
@@ -221,7 +222,7 @@ def rollout(args: Args) -> dict[str, Any]:
 
 
 def vllm(args: Args) -> dict[str, Any]:
-    if importlib.util.find_spec("vllm") is None:
+    if find_spec("vllm") is None:
         return {"left_out": "vllm"}
     return {"tokens_per_second": with_vllm(work(args, "W6"))}
 
@@ -232,7 +233,8 @@ def with_vllm(flags: dict[str, Any]) -> float:
     _, _, prompts = throughput.prompts_of(flags)
     llm = LLM(str(ROOT / flags["model"]), dtype="bfloat16", gpu_memory_utilization=0.6)
     length, rates = flags["response-length"], []
-    how = SamplingParams(temperature=flags["temperature"], max_tokens=length)
+    # ids are all that the others give
+    how = SamplingParams(temperature=flags["temperature"], max_tokens=length, detokenize=False)
     for _ in range(3):
         started = time.perf_counter()
         answers = llm.generate([{"prompt_token_ids": p.ids} for p in prompts], how)

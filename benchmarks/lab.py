@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from measure import ROOT, load_module
+from measure import ROOT, interval, load_module
 
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -46,8 +46,6 @@ EIGHT += ("lambda_09",)
 KL_COEFS = ("0", "0.02", "0.05", "0.1", "0.2", "0.4")
 PAIRS = ("500", "2000", "all")
 METHODS = ("batch_mean", "rloo", "grpo")
-# the 97.5% point of Student's t, by the number of seeds; of more it is less
-STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306}
 # experiments that change another one, beside which they are compared too
 BESIDE = {"gspo": "grpo", "dr_grpo": "grpo", "dynamic_sampling": "grpo"}
 BESIDE |= {"reinforce_pp": "batch_mean", "length_adaptive_lambda": "decoupled_lambda"}
@@ -379,16 +377,6 @@ def paired(name: str, runs: dict[int, dict], others: dict[int, dict], of: Callab
     """Mean difference of what `of` reads in runs of the same seeds, with its interval."""
     pairs = [of(run) - of(others[seed]) for seed, run in runs.items() if seed in others]
     return {name: statistics.mean(pairs), f"{name}_interval": interval(pairs)}
-
-
-def interval(differences: list[float]) -> list[float]:
-    """95% interval of their mean over seeds, of which there are two at least, by Student's t.
-
-    A bootstrap of three seeds would hold the mean in three of four cases only.
-    """
-    mean, error = statistics.mean(differences), statistics.stdev(differences)
-    half = STUDENT.get(len(differences), 2.262) * error / math.sqrt(len(differences))
-    return [mean - half, mean + half]
 
 
 # ---- figures

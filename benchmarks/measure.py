@@ -1,10 +1,12 @@
-"""What the benchmarks share: a stage run as a process, the machine's name, the project's files."""
+"""What the benchmarks share: a stage run as a process, the machine, intervals, files."""
 
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -12,6 +14,8 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
+# the 97.5% point of Student's t, by the number of seeds; of more it is less
+STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306}
 
 
 def run_process(
@@ -50,17 +54,30 @@ def run_stage(command: list[str], threads: int) -> dict:
 
 
 def machine(threads: int) -> dict:
-    """The processor's name and instructions for bfloat16, the threads and Python's version."""
+    """The processor's name and bfloat16 instructions, threads, Python's version, the commit."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     words = {word for line in lines if line.startswith("flags") for word in line.split()}
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {
+        "commit": commit,  # empty outside a clone
         "processor": next(names, platform.processor()),
         "bfloat16_instructions": sorted(words & {"avx512_bf16", "amx_bf16"}),
         "threads": threads,
         "python": platform.python_version(),
     }
+
+
+def interval(differences: list[float]) -> list[float]:
+    """95% interval of their mean over seeds, of which there are two at least, by Student's t.
+
+    A bootstrap of three seeds would hold the mean in three of four cases only.
+    """
+    mean, error = statistics.mean(differences), statistics.stdev(differences)
+    half = STUDENT.get(len(differences), 2.262) * error / math.sqrt(len(differences))
+    return [mean - half, mean + half]
 
 
 def load_module(path: str) -> ModuleType:

@@ -177,9 +177,9 @@ MINIMAL = Work(Shape(2048, 64, 128, 1, 64, tied=False), 16, 8, 32, 32)
 SMALL = Shape(8192, 512, 2048, 6, 512, tied=False)
 SMOLLM2 = Shape(*MODELS["SmolLM2-135M"])
 TRIED = {
-    "29M, gae": Work(SMALL, 16, 8, 32, 32, "gae"),
-    "29M, batch_mean": Work(SMALL, 16, 8, 32, 32, "batch_mean"),
-    "29M, gae, LoRA": Work(SMALL, 16, 8, 32, 32, "gae", 16),
+    "34M, gae": Work(SMALL, 16, 8, 32, 32, "gae"),
+    "34M, batch_mean": Work(SMALL, 16, 8, 32, 32, "batch_mean"),
+    "34M, gae, LoRA": Work(SMALL, 16, 8, 32, 32, "gae", 16),
     "135M, gae": Work(SMOLLM2, 16, 8, 32, 32, "gae"),
     "135M, gae, LoRA": Work(SMOLLM2, 16, 8, 32, 32, "gae", 16),
 }

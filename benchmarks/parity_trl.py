@@ -1,6 +1,6 @@
 """The same PPO by TRL 1.11.0 (the last release that has it) and by ppo_rlhf.py.
 
-Compared are learning curves, their ends and times. Both start from the same SFT model and reward
+Compared are learning curves and their ends. Both start from the same SFT model and reward
 model of the embedded task and use the same prompts, hyperparameters and float32; each run is a
 process of its own. Where TRL leaves no choice ppo_rlhf.py follows: no clipping of gradients, and
 scores as the reward model gives them, not shifted. Needs `pip install -r requirements-bench.txt`,
@@ -65,21 +65,17 @@ def main(args: Args) -> None:
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "parity_trl.json").write_text(json.dumps(report, indent=2) + "\n")
     plot(report["runs"], args.out / "parity_trl.png")
-    for run in report["runs"]:
-        print({name: value for name, value in run.items() if name != "curves"})
+    print("python benchmarks/tables.py fills docs/results.md in")
 
 
 def summary(folder: Path) -> dict:
-    """The curves of a run, the means of their last five points, and the median update's seconds."""
+    """The curves of a run: score and KL of each update, the labeler's mean of some."""
     rows = [json.loads(line) for line in (ROOT / folder / "metrics.jsonl").open()]
     names = {"score": "objective/scores", "kl": "objective/kl", "labeler": "eval/judge"}
     curves = {}
     for name, key in names.items():
         curves[name] = [(r["update"], round(r[key], 4)) for r in rows if key in r]
-    ends = {name: statistics.mean(y for _, y in curve[-5:]) for name, curve in curves.items()}
-    parts = ("time/rollout", "time/score", "time/train")
-    seconds = statistics.median(sum(r[part] for part in parts) for r in rows)
-    return {"ends": ends, "update_seconds": seconds, "curves": curves}
+    return {"curves": curves}
 
 
 def plot(runs: list[dict], path: Path) -> None:

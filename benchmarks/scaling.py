@@ -3,7 +3,7 @@
     python benchmarks/scaling.py    # writes benchmarks/results/scaling.json
     python benchmarks/scaling.py --parts measure --no-fsdp
 
-`measure` runs a random Llama of 29M parameters, each process with one thread, by turns as: one
+`measure` runs a random Llama of 34M parameters, each process with one thread, by turns as: one
 process with the whole batch; one with half; two apart, started together, with half each; two of
 torchrun with the whole, plain and with --fsdp. No response ends early, so two apart do the same
 arithmetic with both cores busy, but send nothing and wait for nobody. What torchrun takes beyond

@@ -10,9 +10,9 @@ import json
 import re
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from measure import ROOT, interval
+
 RESULTS = ROOT / "benchmarks/results"
 PAGES = ("README.md", "docs/results.md", "docs/scaling.md", "docs/lab.md")
 PAGES += ("examples/reviews/README.md",)
@@ -41,6 +41,7 @@ def where(report: dict, dtype: bool = False) -> str:
     words += [f"{machine['threads']} thread" + "s" * (machine["threads"] != 1)]
     words += [f"torch {machine['torch']}"] if "torch" in machine else []
     words += [report["dtype"]] if dtype and "dtype" in report else []
+    words += [f"commit {machine['commit']}"] if machine.get("commit") else []
     return ", ".join(words)
 
 
@@ -71,7 +72,8 @@ def embedded_line() -> str:
         statistics.mean(run["labeler"][who]["score"] for run in ppo)
         for who in ("reference", "policy")
     )
-    wins = span([run["eval"]["win_rate"] for run in ppo], ".0%")
+    both = report["seeds"] + float32["seeds"]
+    wins = span([seed["ppo"]["eval"]["win_rate"] for seed in both], ".0%")
     minutes, minutes32 = (
         span([wall_seconds(seed) / 60 for seed in of["seeds"]], ".1f") for of in (report, float32)
     )
@@ -79,8 +81,8 @@ def embedded_line() -> str:
     free = report["seeds"][0]["ppo_kl_coef_0"]["eval"]["policy"]
     return (
         f"On {ppo[0]['eval']['prompts']} held-out prompts the labeler prefers the policy's reply to"
-        f" the SFT model's in **{wins}** ({len(ppo)} seeds);\nits mean score rises from"
-        f" {before:.1f} to {after:.1f} of at most {ppo[0]['best']:.0f}. The three stages take"
+        f" the SFT model's in **{wins}**\n({len(ppo)} seeds, two precisions); its mean score rises"
+        f" from {before:.1f} to {after:.1f} of {ppo[0]['best']:.0f}. The stages take"
         f" {minutes} minutes\n({where(report, dtype=True)}), and {minutes32} with `--dtype float32`"
         f"{other}.\n\nWith `--kl-coef 0` the policy hacks the reward model: it names the"
         f" product again and again. The reward\nmodel's score rises to {free['score']:.1f}, above"
@@ -271,19 +273,28 @@ def reviews_samples() -> str:
 
 def parity_trl() -> str:
     """Where both PPOs end from the same start, and where they are furthest apart on the way."""
-    report, rows, curves = result("parity_trl.json"), [], {}
+    report, rows, curves, labeler = result("parity_trl.json"), [], {}, []
     for by in ("ppo_rlhf.py", "TRL 1.11.0"):
         runs = [run for run in report["runs"] if run["by"] == by]
         for run in runs:
-            ends = [f"{run['ends'][name]:.2f}" for name in ("score", "kl", "labeler")]
-            rows.append([by, run["seed"], *ends])
+            points = {name: dict(run["curves"][name]) for name in ("score", "kl", "labeler")}
+            # TRL is judged after the last update too
+            points["labeler"].pop(max(points["score"]), None)
+            ends = [statistics.mean([*each.values()][-5:]) for each in points.values()]
+            rows.append([by, run["seed"], *(f"{end:.2f}" for end in ends)])
+            labeler.append(ends[-1])
         scores = [dict(run["curves"]["score"]) for run in runs]
         curves[by] = {u: statistics.mean(score[u] for score in scores) for u in scores[0]}
     ours, theirs = curves.values()
     update = max(ours, key=lambda u: abs(ours[u] - theirs[u]))
+    half = len(labeler) // 2
+    apart = [a - b for a, b in zip(labeler[:half], labeler[half:], strict=True)]
+    low, high = interval(apart)
     text = (
-        f"The mean scores over the seeds are furthest apart at update {update}:"
-        f" {ours[update]:.2f} by `ppo_rlhf.py`, {theirs[update]:.2f} by TRL. {where(report)}."
+        f"The labeler's end by `ppo_rlhf.py`, less TRL's of the same seed, is"
+        f" {statistics.mean(apart):+.2f} (95% interval {low:+.2f} to {high:+.2f}). The mean scores"
+        f" over the seeds are furthest apart at update {update}: {ours[update]:.2f} by"
+        f" `ppo_rlhf.py`, {theirs[update]:.2f} by TRL. {where(report)}."
     )
     return table(["by", "seed", "score", "KL, nats", "labeler"], rows) + f"\n\n{text}"
 
@@ -297,7 +308,9 @@ def throughput() -> str:
         medians = entry["medians"]
         ours, theirs = medians["ppo_rlhf.py"], medians["benchmarks/trl_ppo.py"]
         row = [*name.split(), *(f"{ours[p]:.2f}" for p in ("rollout", "score", "train", "update"))]
+        turns = medians["speedup_by_turn"]
         row += [f"{theirs['update']:.2f}", f"**{medians['speedup']:.1f}x**"]
+        row[-1] += f" ({min(turns):.1f} to {max(turns):.1f})"
         row += [f"{ours['tokens_per_second']:,.0f}", f"{ours['peak_memory_gb']:.2f}"]
         rows.append([*row, f"{theirs['peak_memory_gb']:.2f}"])
     header = ["", "products", "rollout, s", "score, s", "train, s", "update, s", "TRL 1.11.0, s"]
@@ -587,12 +600,16 @@ def lab_why_ppo() -> str:
     memory = span([row["peak_memory_gb"] for row in at_episodes], ".2f")
     points = span([row["judge"] for row in at_episodes], ".2f")
     kls = span([row["kl"] for row in at_episodes], ".1f")
+    effects = {row["name"]: row for row in result("lab.json")["effects"]}
+    differ = [change(effects[row["method"]], "difference") for row in at_episodes]
     more = span([row["judge"] for row in at_time], ".2f")
     return (
         f"On short replies with one score each, a value function buys nothing: {gae['judge']:.2f}"
         f" points with it, {points} without, at the same episodes and about the same KL"
-        f" ({gae['kl']:.1f} nats, {kls}). Without it a run takes {times} of the time; memory is"
-        f" libraries here ({memory} GB, {gae['peak_memory_gb']:.2f} with it), but at scale half of"
+        f" ({gae['kl']:.1f} nats, {kls}), of {gae['runs']} seeds; of 5, as above, they differ from"
+        f" it by {', '.join(differ[:-1])} and {differ[-1]}. Without it a run takes {times} of the"
+        f" time; memory is libraries here ({memory} GB, {gae['peak_memory_gb']:.2f} with it), but"
+        f" at scale half of"
         f" what is trained is gone ([memory](results.md#memory-which-model-fits-which-gpu)); given"
         f" the same time, the methods without it end at {more}."
         f" A value function that is wrong costs far more than a right one gains, and it is the part"

@@ -11,7 +11,7 @@ SmolLM2-135M.
 
 | | model | batch | prompt, response tokens | |
 |---|---|---|---|---|
-| W1 | Llama of 2.75M parameters, random | 64 | 16, 48 | no response ends early |
+| W1 | Llama of 3.1M parameters, random | 64 | 16, 48 | no response ends early |
 | W2 | the same | 64 | 16, 48 | responses end at random, at 40% of the maximum on average |
 | W3 | the embedded task's | 128 | the task's, 64 at most | its defaults |
 | W4 | SmolLM2-135M | 32 | film reviews, 24 | |
@@ -19,10 +19,12 @@ SmolLM2-135M.
 | W6 | Qwen2.5-0.5B's shape, random, on a GPU | 256 | 64, 512 | |
 
 All have 4 epochs and 1 mini-batch. The learning rate is next to 0, so that models, and with them
-lengths, stay as they are. TRL gets its models as transformers loads them.
+lengths, stay as they are. TRL gets its models as transformers loads them. W5 and W6 are measured by
+benchmarks/gpu.py.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -47,7 +49,6 @@ import saving
 import utils
 
 PARTS = ("W1", "W2", "W3", "W4", "rollout", "scaling", "startup")
-GPU_PARTS = ("W5", "W6")
 PHASES = ("rollout", "score", "train")
 PLACES = ("model", "reward-model", "dataset")  # flags that no result file names
 PAD, EOS = 0, 1
@@ -59,8 +60,8 @@ BESIDE = ["--save-every", "0", "--eval-every", "0", "--eval-prompts", "8", "--ov
 @dataclass
 class Args:
     parts: tuple[str, ...] = PARTS
-    """What to measure; W5 and W6 need a GPU and are not among the defaults."""
-    rounds: int = 2
+    """What to measure."""
+    rounds: int = 3
     """Turns of each side."""
     updates: int = 3
     """Updates measured in each turn."""
@@ -84,10 +85,13 @@ def main(args: Args) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     report = json.loads(path.read_text()) if path.exists() else {}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    report["machine"] = machine(args.threads) | versions
+    here = machine(args.threads) | versions
+    if report.get("machine", here) != here and set(args.parts) < set(PARTS):
+        sys.exit(f"{path} is of another machine or commit; pass another --out, or all parts")
+    report["machine"] = here
     for part in args.parts:
         if part.startswith("W"):
-            for dtype in ("bfloat16",) if part in ("W4", *GPU_PARTS) else ("float32", "bfloat16"):
+            for dtype in ("bfloat16",) if part == "W4" else ("float32", "bfloat16"):
                 report[f"{part} {dtype}"] = compare(args, part, dtype)
                 print(part, dtype, json.dumps(report[f"{part} {dtype}"]["medians"]), flush=True)
         else:
@@ -145,7 +149,7 @@ def random_model(
 
 
 def small_llama() -> Any:
-    """2.75M parameters."""
+    """3.1M parameters as a language model, 2.8M with a head of one output."""
     return transformers.LlamaConfig(
         vocab_size=2048,
         hidden_size=192,
@@ -237,22 +241,23 @@ def written(flags: dict[str, Any]) -> list[str]:
 def compare(args: Args, name: str, dtype: str) -> dict[str, Any]:
     """Updates by ppo_rlhf.py and by TRL in turn.
 
-    Medians of their seconds and phases, tokens per second, memory.
+    Medians of their seconds and phases, tokens per second, memory; how much faster, by turn.
     """
     flags = workload(args, name) | {"dtype": dtype}
     flags["total-episodes"] = flags["batch-size"] * (1 + args.updates)
     own = {"ppo_rlhf.py": BESIDE, "benchmarks/trl_ppo.py": []}
-    rows: dict[str, list[dict]] = {script: [] for script in own}
+    turns: dict[str, list[list[dict]]] = {script: [] for script in own}
     memory: dict[str, list[float]] = {script: [] for script in own}
     ceilings = []
     for _ in range(args.rounds):
-        ceilings.append(ceiling(torch.device(flags.get("device", "cpu"))))
+        ceilings.append(ceiling(torch.device("cpu")))
         for script, extra in own.items():
             out = args.runs / name / Path(script).stem
             command = [script, *written(flags), *extra, "--output-dir", str(out)]
             measured = run_process(command, args.threads)
             memory[script].append(measured["peak_memory_gb"])
-            rows[script] += measured_updates(out)
+            turns[script].append(measured_updates(out))
+    rows = {script: sum(each, []) for script, each in turns.items()}
     medians: dict[str, Any] = {}
     seconds: dict[str, list[list[float]]] = {}
     for script, measured in rows.items():
@@ -267,6 +272,10 @@ def compare(args: Args, name: str, dtype: str) -> dict[str, Any]:
     ours["response_length"] = statistics.mean(row["response/length"] for row in our_rows)
     ours["train_gflops"] = train_gflop(flags, our_rows) / ours["train"]
     medians["speedup"] = theirs["update"] / ours["update"]
+    medians["speedup_by_turn"] = [
+        statistics.median(map(update_seconds, b)) / statistics.median(map(update_seconds, a))
+        for a, b in zip(*turns.values(), strict=True)
+    ]
     shown = {flag: str(value) for flag, value in flags.items() if flag not in PLACES}
     rates = {dtype: statistics.median(each[dtype] for each in ceilings) for dtype in ceilings[0]}
     return {"flags": shown, "medians": medians, "ceiling": rates, "seconds": seconds}
@@ -340,14 +349,13 @@ def beside_generate(
 ) -> dict[str, Any]:
     """Tokens per second of `generate.generate` and `model.generate`, by dtype.
 
-    They take turns in one process; medians of those after the first ones, which warm up.
+    They take turns in one process; medians of those after the first ones, which warm up. In
+    bfloat16 `model.generate` has weights in bfloat16, with which it is faster than under autocast.
     """
     report = {}
     folder, tokenizer, prompts = prompts_of(flags)
     device = torch.device(flags.get("device", "cpu"))
     model = utils.load_causal_lm(folder, device)
-    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    plain.to(device)
     pad, stop = tokenizer.pad_token_id, tokenizer.eos_token_id
     ids, mask = encoding.pad([p.ids for p in prompts], pad, "left", device)
     R, temperature = flags["response-length"], flags["temperature"]
@@ -358,6 +366,7 @@ def beside_generate(
         # of the head's products on a GPU, as in a run
         precision = {"float32": "ieee", "bfloat16": "tf32"}[dtype]
         torch.backends.cuda.matmul.fp32_precision = precision
+        plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
         rates: dict[str, list[float]] = {"generate": [], "model.generate": []}
         for turn in range(turns):
             started = utils.now(device)
@@ -369,7 +378,7 @@ def beside_generate(
             transformers.AttentionInterface.register("sdpa", sdpa_attention_forward)  # its own
             torch.backends.cuda.enable_cudnn_sdp(True)
             started = utils.now(device)
-            with torch.no_grad(), utils.autocast(device, dtype):
+            with torch.no_grad():
                 texts = plain.generate(input_ids=ids, attention_mask=mask, **theirs)
             seconds = utils.now(device) - started
             transformers.AttentionInterface.register("sdpa", utils.attention)
@@ -441,6 +450,7 @@ def startup(args: Args) -> dict[str, float]:
     flags = {"model": args.models / "sft", "reward-model": args.models / "reward_model"}
     command = [*ppo, *written(flags | {"output-dir": out}), "--overwrite"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet["env"] = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
     for _ in range(5):
         metrics.unlink(missing_ok=True)
         started = time.perf_counter()

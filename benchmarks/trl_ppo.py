@@ -5,6 +5,7 @@ Not a benchmark by itself: parity_trl.py and throughput.py run it as a process o
 """
 
 import json
+import os
 import statistics
 import sys
 from dataclasses import dataclass
@@ -43,7 +44,6 @@ class Args:
     temperature: float
     kl_coef: float
     missing_eos_penalty: float
-    num_mini_batches: int = 1
     rollout_batch_size: int | None = None
     """Responses sampled and scored at once; none: all of an update."""
     eval_every: int = 0
@@ -56,6 +56,10 @@ def main(args: Args) -> None:
     # TRL's models attend as transformers has it, not as utils.py does
     transformers.AttentionInterface.register("sdpa", sdpa_attention_forward)
     torch.backends.cuda.enable_cudnn_sdp(True)
+    # accelerate reads this; transformers 5.24 no longer passes on what `bf16` asks for
+    os.environ["ACCELERATE_MIXED_PRECISION"] = {"float32": "no", "bfloat16": "bf16"}[args.dtype]
+    if args.dtype == "bfloat16":  # what stays float32, as in a run of ppo_rlhf.py
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
     gold = load_module("data/support/gold.py")
     device = torch.device(args.device)
     tokenizer = utils.load_tokenizer(args.model)
@@ -75,12 +79,11 @@ def main(args: Args) -> None:
     held_out = held_out[:200]
     train_ids = [{"input_ids": p.ids} for p in train]
     held_out_ids = [{"input_ids": p.ids} for p in held_out]
-    mini_batch_size = args.batch_size // args.num_mini_batches
     config = PPOConfig(
         output_dir=str(args.output_dir / "trl"),
         per_device_train_batch_size=args.micro_batch_size,
-        gradient_accumulation_steps=mini_batch_size // args.micro_batch_size,
-        num_mini_batches=args.num_mini_batches,
+        gradient_accumulation_steps=args.batch_size // args.micro_batch_size,
+        num_mini_batches=1,
         num_ppo_epochs=args.num_ppo_epochs,
         total_episodes=args.total_episodes,
         learning_rate=args.learning_rate,
@@ -163,6 +166,8 @@ def main(args: Args) -> None:
         eval_dataset=Dataset.from_list(held_out_ids),
         callbacks=[Record()],
     )
+    if (trainer.accelerator.mixed_precision == "bf16") != (args.dtype == "bfloat16"):
+        sys.exit(f"TRL would not train in {args.dtype}")
     trainer.train()
 
 

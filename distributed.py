@@ -53,9 +53,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies in bfloat16 natively; elsewhere it is emulated."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    info = Path("/proc/cpuinfo")
-    words = info.read_text().split() if device.type == "cpu" and info.exists() else []
-    return "avx512_bf16" in words or "amx_bf16" in words
+    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return has.get("avx512_bf16", False) or has.get("amx_bf16", False)
 
 
 def join(device: torch.device) -> Process:

@@ -215,19 +215,16 @@ def test_gpus_that_multiply_in_bfloat16(monkeypatch):
         assert distributed.multiplies_bfloat16(CUDA) is native
 
 
-CPUS = {"fpu sse2 avx512f avx512_bf16": True, "fpu amx_bf16 amx_tile": True}
-CPUS |= {"fpu avx2 avx512f avx512_vnni xbf16": False}
-CPUS[None] = False  # no such file: neither Windows nor macOS has it
+CPUS = {"sse2 avx512_f avx512_bf16": True, "amx_bf16 amx_tile": True}
+CPUS |= {"avx2 avx512_f avx512_vnni": False, "neon bf16": False}
 
 
 @pytest.mark.parametrize("flags", CPUS)
 def test_cpus_that_multiply_in_bfloat16(flags, monkeypatch):
-    """By the instructions that Linux lists; no other device is asked about its CPU."""
-    read, exists = Path.read_text, Path.exists
-    info, text = Path("/proc/cpuinfo"), f"processor\t: 0\nflags\t\t: {flags}\nbogomips\t: 1\n"
-    monkeypatch.setattr(Path, "read_text", lambda p, *a, **k: text if p == info else read(p))
-    monkeypatch.setattr(Path, "exists", lambda p, **k: flags if p == info else exists(p))
-    assert bool(distributed.multiplies_bfloat16(CPU)) is CPUS[flags]
+    """By the instructions that torch lists; no other device is asked about its CPU."""
+    listed = {"avx512_bf16": False} | dict.fromkeys(flags.split(), True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: listed)
+    assert distributed.multiplies_bfloat16(CPU) is CPUS[flags]
     assert not distributed.multiplies_bfloat16(torch.device("meta"))
 
 

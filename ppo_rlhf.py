@@ -806,8 +806,6 @@ def check_flags(args: Args, world: int) -> None:
         utils.stop("--kl-target: a --kl-coef of 0 cannot be steered; pass one above 0")
     if args.kl_target and args.batch_size >= 5 * args.kl_horizon:
         utils.stop("--kl-horizon: kl_coef could turn negative; pass at least --batch-size")
-    if bool(args.ptx_coef) != bool(args.ptx_dataset):
-        utils.stop("--ptx-coef: goes with --ptx-dataset; pass both or neither")
 
 
 if __name__ == "__main__":

@@ -117,6 +117,7 @@ def stage() -> Iterator[None]:
 
 GOES_WITH = {"cpu_offload": "fsdp", "kl_horizon": "kl_target"}
 GOES_WITH |= {"lora_alpha": "lora_rank", "lora_target": "lora_rank"}
+GOES_WITH |= {"ptx_coef": "ptx_dataset", "ptx_dataset": "ptx_coef"}
 remote_code = False  # whether code that comes with a model may run; `start_process` sets it
 
 

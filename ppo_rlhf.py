@@ -232,6 +232,7 @@ def main(args: Args) -> None:
     process = utils.start_process(args)
     device = process.device
     check_flags(args, process.world)
+    micro_batch_size = utils.micro_batch_size(args, process.world, args.num_mini_batches)
     utils.check_output(args, "ppo_rlhf")
 
     # ---- models and prompts
@@ -287,7 +288,6 @@ def main(args: Args) -> None:
         ptx_data = dataset.load_data(args.ptx_dataset, args.train_split, dataset.SFT_FORMATS)
         ptx_rows = encoding.encode_demonstrations(tokenizer, ptx_data, utils.context_length(policy))
     num_updates = args.total_episodes // args.batch_size
-    micro_batch_size = utils.micro_batch_size(args, process.world, args.num_mini_batches)
 
     # ---- what the loop calls
     def sample_responses(
@@ -786,8 +786,6 @@ def check_flags(args: Args, world: int) -> None:
     may_be_0 = "top_k missing_eos_penalty kl_coef vf_coef entropy_coef ptx_coef gamma lam "
     may_be_0 += "value_lam critic_warmup_updates save_rollouts"
     utils.check_numbers(args, may_be_0, at_most_1="gamma lam value_lam top_p")
-    if args.batch_size % (args.num_mini_batches * world):
-        utils.stop("--num-mini-batches: times processes must divide --batch-size; change it")
     if args.batch_size % (args.samples_per_prompt * world):
         utils.stop("--samples-per-prompt: times processes must divide --batch-size; change it")
     if args.total_episodes // args.batch_size <= args.critic_warmup_updates:

@@ -400,7 +400,7 @@ PPO = [
     {"kl_horizon": 1, "kl_target": 6.0},
     {"total_episodes": 7},
     {"total_episodes": 16, "critic_warmup_updates": 2},
-    {"num_mini_batches": 3},
+    {"batch_size": 8, "num_mini_batches": 3},
     {"samples_per_prompt": 3},
     *({"samples_per_prompt": 1, "advantage": x} for x in ("rloo", "grpo")),
     {"critic_warmup_updates": 1, "advantage": "batch_mean"},

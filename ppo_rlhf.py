@@ -482,7 +482,7 @@ def main(args: Args) -> None:
     checkpoints = saving.Checkpoints(out, trained, tokenizer, optimizer, args.keep_checkpoints)
     state = {"step": 0, "kl_coef": args.kl_coef, "best": -float("inf")}
     if args.resume:
-        state |= checkpoints.load() or {}
+        state |= checkpoints.load()
     size = f"{policy.num_parameters() / 1e6:.1f}M parameters"
     work = f"{len(train_prompts)} prompts, {num_updates} updates"
     ends = " or ".join(tokenizer.convert_ids_to_tokens(stop_ids))

@@ -137,8 +137,8 @@ class Checkpoints(NamedTuple):
         of_models = [(name, weights_of(model, name)[1]) for name, model in self.models.items()]
         return {f"{name}.{key}": x for name, weights in of_models for key, x in weights.items()}
 
-    def load(self) -> dict[str, Any] | None:
-        """Restore the newest whole checkpoint and return its numbers; None where there is none."""
+    def load(self) -> dict[str, Any]:
+        """Restore the newest whole checkpoint and return its numbers; step 0 without one."""
         found = utils.checkpoints(self.out) if distributed.is_main() else []
         while found and (what := damage(found[0])):
             utils.say(f"{found.pop(0)} is damaged ({what})")
@@ -148,7 +148,7 @@ class Checkpoints(NamedTuple):
                 )
         folder = distributed.from_main(found[0] if found else None)  # all take the same one
         if folder is None:
-            return None
+            return {"step": 0}
         state = json.loads((folder / "state.json").read_text())
         for source, digest in state.pop("digests", {}).items():
             if utils.digests.get(source, digest) != digest:

@@ -161,8 +161,7 @@ def main(args: Args) -> None:
     checkpoints = saving.Checkpoints(
         out, {"model": model}, tokenizer, optimizer, args.keep_checkpoints
     )
-    state = checkpoints.load() if args.resume else None
-    start = state["step"] if state else 0
+    start = checkpoints.load()["step"] if args.resume else 0
     size = f"{model.num_parameters() / 1e6:.1f}M parameters"
     work = f"{len(train_rows)} rows, {num_steps} steps"
     utils.say(f"sft: {size}, {work}, on {device} in {args.dtype}")

@@ -489,12 +489,12 @@ def main(args: Args) -> None:
     utils.say(f"ppo_rlhf: {size}, {work}, on {device} in {args.dtype}; responses end with {ends}")
     encoding.show_example(tokenizer, train_prompts[0].row, train_prompts[0].ids)
     update = done = state.pop("step")
-    shown = "objective/scores objective/kl response/length"
     # `model.generate` of the saved policy samples as is done here (B11)
     special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": pad_id}
     policy.generation_config = transformers.GenerationConfig(
         do_sample=True, max_new_tokens=R, eos_token_id=stop_ids, **sampling, **special
     )
+    shown = "objective/scores objective/kl response/length"
     logger = utils.Logger(out, args, "update", update, num_updates, shown)
     interruption = distributed.Interruption(device)
     for update in range(done + 1, num_updates + 1):

@@ -196,8 +196,7 @@ def main(args: Args) -> None:
     work = f"{len(train_pairs)} pairs, {num_steps} steps"
     utils.say(f"reward_model: {size}, {work}, on {device} in {args.dtype}")
     encoding.show_example(tokenizer, train_data[0], *train_pairs[0][:2])
-    shown = "loss accuracy"
-    logger = utils.Logger(out, args, "step", start, num_steps, shown)
+    logger = utils.Logger(out, args, "step", start, num_steps, shown="loss accuracy")
 
     def cross_entropy(hidden: Tensor, tokens: Tensor) -> Tensor:
         """Nats [n] of tokens [n] after hidden states [n, H]."""

@@ -167,8 +167,7 @@ def main(args: Args) -> None:
     utils.say(f"sft: {size}, {work}, on {device} in {args.dtype}")
     runs = itertools.groupby(zip(*train_rows[0], strict=True), key=lambda pair: pair[1])
     encoding.show_example(tokenizer, train_data[0], *([i for i, _ in run] for _, run in runs))
-    shown = "loss grad_norm"
-    logger = utils.Logger(out, args, "step", start, num_steps, shown)
+    logger = utils.Logger(out, args, "step", start, num_steps, shown="loss grad_norm")
 
     micro_batches = functools.partial(  # this process's, as many as the others'
         distributed.micro_batches, size=micro_batch_size, length=length

@@ -18,9 +18,10 @@ def model_card(args: Any, model: Any, summary: dict[str, Any]) -> str:
     What it says first is the docstring of the file that defines `args`, up to "In:".
     """
     about = str(inspect.getmodule(type(args)).__doc__).split("\n\nIn:")[0]
-    told = [k for k in vars(args) if k not in ("resume", "overwrite")]
-    flags = {k: v for k in told if (v := getattr(args, k)) != getattr(type(args), k, None)}
-    flags = {"model": args.model, "dataset": args.dataset} | flags
+    flags = {"model": args.model, "dataset": args.dataset}
+    for name, value in vars(args).items():
+        if name not in ("resume", "overwrite") and value != getattr(type(args), name, None):
+            flags[name] = value
     base = hub_model(args.model)
     head = f"{TAGS}\nbase_model: {base}" if base else TAGS
     kind, use = "CausalLM", ""

@@ -411,8 +411,9 @@ def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any)
                 config.task_type = None
             with warnings.catch_warnings():  # one of another model would change nothing
                 warnings.filterwarnings("error", "Found missing adapter keys")
-                how = {"config": config, "torch_device": "cpu"}
-                loaded = peft.PeftModel.from_pretrained(loaded, folder, **how)
+                loaded = peft.PeftModel.from_pretrained(
+                    loaded, folder, config=config, torch_device="cpu"
+                )
             loaded = loaded.merge_and_unload().requires_grad_(True)
             with safetensors.safe_open(file, "pt") as adapter:
                 for name, number in (adapter.metadata() or {}).items():
@@ -802,12 +803,16 @@ class Logger:
     def __init__(self, out: Path, args: Any, unit: str, start: int, total: int, shown: str):
         global progress
         self.active, self.unit, self.shown = distributed.is_main(), unit, shown.split()
-        seconds = 0.2 if sys.stderr.isatty() else 10  # seldom into a log file
-        delay = 0 if self.active else 1e9  # others count without a bar
-        bar = {"initial": start, "mininterval": seconds, "delay": delay}
-        # within 80 columns, else the last number would be cut
-        bar["bar_format"] = "{desc}: {n}/{total} |{bar}| [{elapsed}<{remaining}{postfix}]"
-        progress = tqdm(desc=out.name, unit=unit, total=total, **bar)
+        progress = tqdm(
+            desc=out.name,
+            unit=unit,
+            initial=start,
+            total=total,
+            mininterval=0.2 if sys.stderr.isatty() else 10,  # seldom into a log file
+            delay=0 if self.active else 1e9,  # others count without a bar
+            # within 80 columns, else the last number would be cut
+            bar_format="{desc}: {n}/{total} |{bar}| [{elapsed}<{remaining}{postfix}]",
+        )
         self.run = None  # of Weights & Biases
         if not self.active:
             return

@@ -227,11 +227,8 @@ def check_output(args: Any, stage: str) -> None:
     out = Path(args.output_dir).expanduser()
     if args.resume and args.overwrite:
         stop("--resume: contradicts --overwrite; pass one")
-    if args.track:
-        try:
-            import wandb  # noqa: F401
-        except ImportError as error:
-            stop(f"--track: {first_line(error)}; pip install wandb")
+    if args.track and not importlib.util.find_spec("wandb"):
+        stop("--track: needs wandb; pip install wandb")
     read = "model reward_model value_model dataset ptx_dataset normalize_with "
     for name in (read + "reward_fn eval_reward_fn").split():
         given = getattr(args, name, None) or ()

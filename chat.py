@@ -47,7 +47,9 @@ class Args:
 @torch.no_grad()
 def main(args: Args) -> None:
     utils.check_numbers(args, "temperature top_k", "top_p")
-    device, speakers, typed = utils.start_process(args).device, [], sys.stdin.isatty()
+    device = utils.start_process(args).device
+    typed = sys.stdin.isatty()
+    speakers = []
     for name in filter(None, (args.model, args.compare)):
         tokenizer = utils.load_tokenizer(name)
         model = utils.load_causal_lm(name, device, tokenizer)
@@ -71,7 +73,7 @@ def main(args: Args) -> None:
     def answer(line: str, name: str, model: Any, tokenizer: Any, chat: list) -> None:
         if line == "/reset":
             return chat.clear()
-        messages, printed = [*chat, {"role": "user", "content": line}], []
+        messages = [*chat, {"role": "user", "content": line}]
         is_chat = tokenizer.chat_template and not args.text
         row = dataset.Row({"prompt": messages if is_chat else line}, name)
         [prompt] = encoding.encode_prompts(tokenizer, [row], 2**30)
@@ -82,6 +84,8 @@ def main(args: Args) -> None:
             return answer(line, name, model, tokenizer, chat)
         if room < 1:
             utils.stop(f"{name}: the prompt fills its context; shorten it")
+
+        printed = []
 
         def show(ids: Tensor) -> str:
             """Print what is new, but no part of a character."""

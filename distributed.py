@@ -63,8 +63,8 @@ def join(device: torch.device) -> Process:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if launch() and not dist.is_initialized():
-        # a slow reward function or disk of one is waited for; one that fails ends all
-        backend, patience = "nccl" if device.type == "cuda" else "gloo", timedelta(days=7)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        patience = timedelta(days=7)  # with a slow reward function or disk; a failure ends all
         # processes that were started again would else read where those before them listened
         shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if shared else ""
@@ -148,7 +148,8 @@ class Interruption:
     """SIGTERM or Ctrl-C: noted when it comes, acted on where the loop asks; a second ends it."""
 
     def __init__(self, device: torch.device):
-        self.device, self.owner, self.signal, self.time = device, os.getpid(), 0, 0.0
+        self.device, self.owner = device, os.getpid()
+        self.signal, self.time = 0, 0.0  # the first one and when it came
         signal.signal(signal.SIGTERM, self.note)
         signal.signal(signal.SIGINT, self.note)
 

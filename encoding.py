@@ -162,7 +162,8 @@ def encode(tokenizer: Any, texts: list[Rendered]) -> list[tuple[list[int], list[
                 break
         return ids[n:]
 
-    eos, letter, start = tokenizer.eos_token_id, tokens("a"), tokenizer("a")["input_ids"]
+    eos, letter = tokenizer.eos_token_id, tokens("a")
+    start = tokenizer("a")["input_ids"]
     if letter:
         start = start[: start.index(letter[0])]
     pairs, needed = [], {"\n"}
@@ -315,7 +316,8 @@ def answer_texts(tokenizer: Any, prompts: list[Prompt], answers: list[list[int]]
     wholes = tokenizer.batch_decode(both, skip_special_tokens=True)
     texts = []
     for p, head, whole in zip(prompts, heads, wholes, strict=True):
-        text, prompt = whole[len(os.path.commonprefix([head, whole])) :], p.row["prompt"]
+        text = whole[len(os.path.commonprefix([head, whole])) :]
+        prompt = p.row["prompt"]
         goes_on = isinstance(prompt, str) or prompt[-1]["role"] == "assistant"
         texts.append(text if goes_on else text.removeprefix(" "))
     return texts

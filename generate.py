@@ -62,7 +62,8 @@ def generate(
     """
     rows, device = len(prompt_ids), prompt_ids.device
     stride = stride or (1 if device.type == "cpu" else 32)
-    stops, sampling = torch.tensor(stop_ids, device=device), (temperature, top_k, top_p)
+    stops = torch.tensor(stop_ids, device=device)
+    sampling = (temperature, top_k, top_p)
     parts = -(-rows // rows_at_once(model, prompt_ids.shape[1], uniform.shape[1]))
     each = [x.tensor_split(parts) for x in (prompt_ids, prompt_mask, uniform)]
     decoded = [

@@ -474,7 +474,8 @@ def main(args: Args) -> None:
     before = evaluate(reference)
     out = utils.open_output(args, "ppo_rlhf")
     own = [[p for p in model.parameters() if p.requires_grad] for model in trained.values()]
-    parameters, policy_weights = sum(own, []), torch.nn.ParameterList(own[0])
+    parameters = sum(own, [])
+    policy_weights = torch.nn.ParameterList(own[0])
     # AdamW without weight decay, linear to 0 (D6), each model at its own rate (D38)
     rates = [args.learning_rate, args.value_learning_rate]
     groups = [{"params": some} for some in own]
@@ -498,7 +499,8 @@ def main(args: Args) -> None:
     logger = utils.Logger(out, args, "update", update, num_updates, shown)
     interruption = distributed.Interruption(device)
     for update in range(done + 1, num_updates + 1):
-        clock, kl_coef = [utils.now(device)], state["kl_coef"]
+        clock = [utils.now(device)]
+        kl_coef = state["kl_coef"]
 
         # 1. sample prompts; processes take turns, with all responses to each
         count = args.batch_size // args.samples_per_prompt

@@ -98,7 +98,8 @@ def main(args: Args) -> None:
 
 def page(runs: list[Path], share: int) -> str:
     """The page; the limits of what it shows are divided by `share`."""
-    above, most = os.path.commonpath([run.parent for run in runs]), max(int(1000 / share**0.5), 8)
+    above = os.path.commonpath([run.parent for run in runs])
+    most = max(int(1000 / share**0.5), 8)  # points of a curve
     stages: dict = defaultdict(lambda: defaultdict(list))  # stage, metric: what Plotly draws
     nav = body = tail = ""
     for i, run in enumerate(runs):
@@ -118,7 +119,8 @@ def page(runs: list[Path], share: int) -> str:
         nav += f'<b style="color:{color}">■</b> {name} '
         body += f"<p>{name}: {stage}{note}; {e(json.dumps(summary))}</p>"
         tail += show_samples(run, name, share) + show_rollouts(run, name, share)
-    first, meanings = dict(word.partition(":")[::2] for word in FIRST.split()), {}
+    first = dict(word.partition(":")[::2] for word in FIRST.split())
+    meanings: dict[str, str] = {}
     of_ppo: dict[str, str] = {}  # its table, the second, has some names again
     for line in (Path(__file__).parent / "docs/metrics.md").read_text("utf-8").splitlines():
         cell, _, text = line.strip("| ").replace("`", "").partition(" | ")
@@ -154,7 +156,8 @@ def e(text: object) -> str:
 
 def read(path: Path) -> tuple[list[dict], str]:
     """A file's objects, one a line, and what to say of damaged ones."""
-    text, rows, note = path.read_text("utf-8", "replace") if path.is_file() else "", [], ""
+    text = path.read_text("utf-8", "replace") if path.is_file() else ""
+    rows, note = [], ""
     for line in filter(None, text.split("\n")):
         try:
             rows.append(dict(json.loads(line)))
@@ -211,7 +214,8 @@ def show_rollouts(run: Path, name: str, share: int) -> str:
     decode = utils.load_tokenizer(str(run)).decode
     for path in shown:
         t = load_file(path)
-        t["kl"], cards, left = t["logprobs"] - t["ref_logprobs"], [], 8000 // share
+        t["kl"] = t["logprobs"] - t["ref_logprobs"]
+        cards, left = [], 8000 // share  # tokens
         for row, ids in enumerate(t["response_ids"][:32]):
             prompt = t["prompt_ids"][row][t["prompt_mask"][row] == 1]
             real = t["response_mask"][row].nonzero()[0]

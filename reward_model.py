@@ -234,8 +234,8 @@ def main(args: Args) -> None:
     @torch.no_grad()
     def score_all(texts: list[list[int]]) -> np.ndarray:
         """Raw scores of many texts that end with EOS, each process scoring its share (D10)."""
-        scores, numbers = torch.zeros(len(texts), device=device), range(len(texts))
-        size = 2 * micro_batch_size
+        scores = torch.zeros(len(texts), device=device)
+        size, numbers = 2 * micro_batch_size, range(len(texts))
         for part in distributed.micro_batches(numbers, size, lambda i: len(texts[i])):
             some = [texts[i] for i in part] or [[eos_id]]
             ids, mask = encoding.pad(some, pad_id, "right", device)  # [B, T]

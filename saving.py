@@ -25,7 +25,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 
     All processes call it; the main one writes.
     """
-    part, weights = folder / "model.part", None
+    part = folder / "model.part"
+    weights = None
     if distributed.is_sharded(model):
         weights = distributed.whole_weights(weights_of(model, "model")[1])
     if not distributed.is_main():
@@ -98,7 +99,8 @@ class Checkpoints(NamedTuple):
 
         All processes call it; of sharded models each writes its part, else the main one all.
         """
-        final, main = self.out / "checkpoint" / f"{step:06d}", distributed.is_main()
+        main = distributed.is_main()
+        final = self.out / "checkpoint" / f"{step:06d}"
         part = final.with_name(final.name + ".part")
         # interrupted right after it was saved
         if distributed.from_main(main and final.exists() and not damage(final)):
@@ -154,10 +156,9 @@ class Checkpoints(NamedTuple):
             if utils.digests.get(source, digest) != digest:
                 fix = "bring that back, or pass --overwrite"
                 utils.stop(f"{source}: is not what the run began with; {fix}")
-        whole, moments = self.optimizer.state_dict(), defaultdict(dict)
         if self.is_sharded():
-            flat, groups = {}, self.optimizer.param_groups
-            like = [p for group in groups for p in group["params"]]
+            flat = {}
+            like = [p for group in self.optimizer.param_groups for p in group["params"]]
             for name in distributed.names_in_shards(folder / "shards"):
                 if name.startswith("optimizer."):
                     _, index, what = name.split(".")
@@ -168,10 +169,11 @@ class Checkpoints(NamedTuple):
             for name, model in self.models.items():
                 load_weights(model, folder, name)
             flat = safetensors.torch.load_file(folder / "optimizer.safetensors")
+        moments = defaultdict(dict)
         for key, value in flat.items():
             *_, index, name = key.split(".")
             moments[int(index)][name] = value
-        self.optimizer.load_state_dict(whole | {"state": dict(moments)})
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": dict(moments)})
         return state
 
 

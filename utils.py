@@ -115,9 +115,14 @@ def stage() -> Iterator[None]:
 # ---- processes
 
 
-GOES_WITH = {"cpu_offload": "fsdp", "kl_horizon": "kl_target"}
-GOES_WITH |= {"lora_alpha": "lora_rank", "lora_target": "lora_rank"}
-GOES_WITH |= {"ptx_coef": "ptx_dataset", "ptx_dataset": "ptx_coef"}
+GOES_WITH = {
+    "cpu_offload": "fsdp",
+    "kl_horizon": "kl_target",
+    "lora_alpha": "lora_rank",
+    "lora_target": "lora_rank",
+    "ptx_coef": "ptx_dataset",
+    "ptx_dataset": "ptx_coef",
+}
 remote_code = False  # whether code that comes with a model may run; `start_process` sets it
 
 
@@ -643,7 +648,8 @@ def last_token_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     EOS is, where reward_model.py has taken it for padding (its configuration names no pad token).
     """
     pad_id = model.config.get_text_config().pad_token_id
-    hidden, last = hidden_states(model, ids), (mask * (ids != pad_id)).cumsum(1).argmax(1)
+    last = (mask * (ids != pad_id)).cumsum(1).argmax(1)
+    hidden = hidden_states(model, ids)
     return head_outputs(model, hidden[torch.arange(len(ids), device=ids.device), last])
 
 
@@ -721,7 +727,8 @@ def call_reward_function(
     training is at an update.
     """
     where, code = (f"update {update}: {where}", 1) if update else (where, 2)
-    texts, row = [p.text for p in prompts], prompts[0].row
+    texts = [p.text for p in prompts]
+    row = prompts[0].row
     columns = {k: [p.row.get(k) for p in prompts] for k in row if k != "prompt"}
     columns |= {"prompts": texts, "completions": [*completions]}  # it may change its lists
     if "completion_ids" in inspect.signature(function).parameters:
@@ -737,7 +744,8 @@ def call_reward_function(
         what = f"raised {first_line(error)} for {len(texts)} prompts, {texts[0][:60]!r} first"
         stop(f"{where}: {what}; call it with these, by keyword, to see where", code)
     scores = [sum(x) if isinstance(x, list) else x for x in numbers]
-    of_tokens, fits = [], len(scores) == len(texts) and all(abs(x) < 3e38 for x in scores)
+    fits = len(scores) == len(texts) and all(abs(x) < 3e38 for x in scores)
+    of_tokens = []
     for x, ids in zip(numbers, completion_ids, strict=False):
         fits = fits and (not isinstance(x, list) or len(x) in (1, len(ids)))
         of_tokens.append(x if isinstance(x, list) and len(x) == len(ids) else [])

@@ -39,7 +39,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import card
 import distributed
-from card import fenced
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -249,8 +248,8 @@ def check_output(args: Any, stage: str) -> None:
     if not args.resume and not args.overwrite:
         stop(f"{out}: already holds a run; pass --resume or --overwrite")
     if args.resume:
-        given = json.loads(json.dumps(vars(args)))  # with lists, as args.json has them
-        for name, value in given.items():
+        # with lists, as args.json has them
+        for name, value in json.loads(json.dumps(vars(args))).items():
             was = before.get(name, value)
             if name not in FREE_ON_RESUME.split() and value != was:
                 stop(f"{flag(name)}: was {was!r} in {out}; pass that run's flags")
@@ -834,7 +833,7 @@ class Logger:
         write_text(path, "".join(text.splitlines(keepends=True)[:start]))
         self.file = path.open("a", buffering=1)
         self.board = SummaryWriter(str(out), purge_step=start + 1)
-        self.board.add_text("args", fenced(json.dumps(vars(args), indent=2)), 0)
+        self.board.add_text("args", card.fenced(json.dumps(vars(args), indent=2)), 0)
         if unit == "update":
             layout = {k: {x: ["Multiline", [x + "$"]] for x in v} for k, v in PAGES.items()}
             self.board.add_custom_scalars(layout)
@@ -870,7 +869,7 @@ class Logger:
         for b, a in zip(before[:20], after[:20], strict=True):
             sample = {"prompt": b["prompt"], score_line("before", b): b["response"].strip()}
             samples.append(sample | {score_line("after", a): a["response"].strip()})
-        page = [f"**{caption}**\n\n{fenced(text)}" for s in samples for caption, text in s.items()]
+        page = [f"**{k}**\n\n{card.fenced(text)}" for s in samples for k, text in s.items()]
         self.board.add_text("samples", "\n\n".join(page), update)
         if self.run:
             import wandb

@@ -29,6 +29,7 @@ from conftest import (
     target_logits,
 )
 
+import card
 import distributed
 import encoding
 import saving
@@ -559,7 +560,7 @@ def test_a_reward_function_that_gives_no_scores(error_of):
 def test_a_code_block_cannot_be_left():
     """A text that holds fences is shown in a longer one, which nothing within can close."""
     for text in ("x", "```\nx\n```", "`" * 30, "```` a `` b", ""):
-        first, *within, last = utils.fenced(text).split("\n")
+        first, *within, last = card.fenced(text).split("\n")
         assert "\n".join(within) == text
         assert first == last == "`" * len(first)
         assert "`" * len(first) not in text

@@ -19,7 +19,6 @@ B sequences, T tokens, N of them to learn from, H hidden size, V vocabulary. `D8
 points to docs/details.md.
 """
 
-import functools
 import itertools
 import math
 import time
@@ -169,10 +168,6 @@ def main(args: Args) -> None:
     encoding.show_example(tokenizer, train_data[0], *([i for i, _ in run] for _, run in runs))
     logger = utils.Logger(out, args, "step", start, num_steps, shown="loss grad_norm")
 
-    micro_batches = functools.partial(  # this process's, as many as the others'
-        distributed.micro_batches, size=micro_batch_size, length=length
-    )
-
     def cross_entropy(hidden: Tensor, tokens: Tensor) -> Tensor:
         """Of some of the N tokens, in nats: [n], from the hidden states [n, H] before them."""
         return F.cross_entropy(utils.logits_of(model, hidden), tokens, reduction="none")
@@ -194,7 +189,7 @@ def main(args: Args) -> None:
     def evaluate() -> float:
         """Cross-entropy per completion token of the held-out rows, in nats."""
         totals = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
-        for rows in micro_batches(eval_rows):
+        for rows in distributed.micro_batches(eval_rows, micro_batch_size, length):
             totals[0] += sum_of_losses(model, rows).double()
             totals[1] += count_targets(rows)
         nats, tokens = distributed.sum_all(totals).tolist()
@@ -216,7 +211,8 @@ def main(args: Args) -> None:
         batch = [train_rows[i] for i in indices]
         num_tokens = count_targets(batch)  # over all processes: each knows the whole batch
         loss = torch.zeros((), device=device)
-        for rows in distributed.sums_in_last(micro_batches(batch), [model]):
+        micro_batches = distributed.micro_batches(batch, micro_batch_size, length)
+        for rows in distributed.sums_in_last(micro_batches, [model]):
             # a sum over tokens by the whole batch's count, never a mean of means (D9, B12, B22)
             micro_loss = sum_of_losses(model, rows) / num_tokens
             micro_loss.backward()

@@ -167,7 +167,8 @@ class Interruption:
 
 def launch() -> str | None:
     """What names this torchrun, also when it starts its processes again; None without one."""
-    name, file = (os.environ.get(f"TORCHELASTIC_{x}", "") for x in ("RUN_ID", "ERROR_FILE"))
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
     return f"{name} {file.split('/attempt_')[0]}" if name else None  # a folder of a random name
 
 

@@ -74,8 +74,8 @@ def value_on(base: Any, args: Any, start: str) -> Any:
     same = start != args.model and name != str(folder) and has_head(folder)
     if same and name != args.model:
         other = utils.load_model(transformers.AutoModel, name, torch.device("cpu"))
-        bodies = (base.base_model, utils.freeze(other, args.dtype))
-        own, others = ([p.cpu() for p in body.parameters()] for body in bodies)
+        own = [p.cpu() for p in base.base_model.parameters()]
+        others = [*utils.freeze(other, args.dtype).parameters()]
         same = len(own) == len(others) and all(map(torch.equal, own, others))
     if not same and args.value_model not in (None, args.model):
         utils.stop(f"--value-model: {start} has no adapter of {args.model}; leave it out")

@@ -491,9 +491,13 @@ def main(args: Args) -> None:
     encoding.show_example(tokenizer, train_prompts[0].row, train_prompts[0].ids)
     update = done = state.pop("step")
     # `model.generate` of the saved policy samples as is done here (B11)
-    special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": pad_id}
     policy.generation_config = transformers.GenerationConfig(
-        do_sample=True, max_new_tokens=R, eos_token_id=stop_ids, **sampling, **special
+        **sampling,
+        do_sample=True,
+        max_new_tokens=R,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=stop_ids,
+        pad_token_id=pad_id,
     )
     shown = "objective/scores objective/kl response/length"
     logger = utils.Logger(out, args, "update", update, num_updates, shown)

@@ -753,7 +753,7 @@ def main(args: Args) -> None:
         utils.write_text(out / "samples.jsonl", text)
         summary = {"updates": num_updates, "episodes": num_updates * args.batch_size}
         summary |= {"seconds": seconds, "eval": result}
-        utils.write_summary(out, args, policy, summary)
+        saving.write_summary(out, args, policy, summary)
     logger.close()
     by, old, new = result["win_rate_by"], result["reference"], result["policy"]
     utils.say(

@@ -316,7 +316,7 @@ def main(args: Args) -> None:
     saving.save_model(model, tokenizer, out)
     if distributed.is_main():
         summary = result | {"accuracy_interval": [low, high], "pairs": pairs, "seconds": seconds}
-        utils.write_summary(out, args, model, summary)
+        saving.write_summary(out, args, model, summary)
     logger.close()
     utils.say(
         f"reward_model: accuracy {result['accuracy']:.3f} (95% interval {low:.3f} to {high:.3f}) "

@@ -1,4 +1,4 @@
-"""What a run leaves on the disk: models, checkpoints for --resume, rollouts.
+"""What a run leaves on the disk: models, checkpoints for --resume, rollouts, the summary.
 
 Each is written beside its place and gets its name once it is whole and on the disk. Tensors are in
 safetensors files only.
@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+import card
 import distributed
 import utils
 
@@ -215,3 +216,9 @@ def save_rollout(out: Path, tensors: dict[str, Tensor], numbers: dict[str, Any])
         part = path.with_name(path.name + ".part")
         safetensors.torch.save_file(whole, part, {k: str(v) for k, v in numbers.items()})
         utils.move(part, path)
+
+
+def write_summary(out: Path, args: Any, model: Any, summary: dict[str, Any]) -> None:
+    """Write the model card, README.md, and then summary.json."""
+    utils.write_text(out / "README.md", card.model_card(args, model, summary))
+    utils.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")

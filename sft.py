@@ -241,7 +241,7 @@ def main(args: Args) -> None:
     perplexity = math.exp(min(eval_loss, 700))  # above it overflows
     if distributed.is_main():
         summary = {"eval_loss": eval_loss, "perplexity": perplexity, "seconds": seconds}
-        utils.write_summary(out, args, model, summary)
+        saving.write_summary(out, args, model, summary)
     result = f"held-out loss {eval_loss:.3f} nats per token, perplexity {perplexity:.4g}"
     logger.close()
     utils.say(f"sft: {result}; {seconds:.0f} s; model in {out}")

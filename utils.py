@@ -16,6 +16,7 @@ import shutil
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -742,7 +743,10 @@ def call_reward_function(
         numbers = [[float(x) for x in s] if np.ndim(s) else float(s) for s in returned]
     except (Exception, SystemExit, asyncio.CancelledError) as error:
         what = f"raised {first_line(error)} for {len(texts)} prompts, {texts[0][:60]!r} first"
-        stop(f"{where}: {what}; call it with these, by keyword, to see where", code)
+        frames = traceback.walk_tb(error.__traceback__)  # of its file: see `load_function`
+        lines = [n for frame, n in frames if frame.f_globals["__name__"].startswith("from_")]
+        fix = f"see its line {lines[-1]}" if lines else "take **columns, return a list of numbers"
+        stop(f"{where}: {what}; {fix}", code)
     scores = [sum(x) if isinstance(x, list) else x for x in numbers]
     fits = len(scores) == len(texts) and all(abs(x) < 3e38 for x in scores)
     of_tokens = []
@@ -767,12 +771,6 @@ def short_names(names: list[str]) -> list[str]:
 
 
 # ---- results and logging
-
-
-def write_summary(out: Path, args: Any, model: Any, summary: dict[str, Any]) -> None:
-    """Write the model card, README.md, and then summary.json."""
-    write_text(out / "README.md", card.model_card(args, model, summary))
-    write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def check_finite(where: str, quantities: dict[str, Any]) -> None:

@@ -476,6 +476,8 @@ def nan(prompts, completions, **columns): return [float("nan")] * len(prompts)
 def text(prompts, completions, **columns): return ["good"] * len(prompts)
 def none(prompts, completions, **columns): pass
 def narrow(prompts, completions): return [1.0] * len(prompts)
+def calls(prompts, completions, **columns):
+    return [__import__("json").loads(text + "{") for text in prompts]
 """
 
 
@@ -490,11 +492,14 @@ def test_a_dashboard_that_is_not_installed(name, refused, monkeypatch):
     ("spec", "what"),
     [
         ("functions.py:raises", "no luck"),
+        ("functions.py:raises", "see its line 4"),
+        ("functions.py:calls", "see its line 11"),  # where its own file raised it or called on
         ("functions.py:one", "1 values"),
         ("functions.py:nan", "nan"),
         ("functions.py:text", "ValueError"),
         ("functions.py:none", "TypeError"),
         ("functions.py:narrow", "fruit"),
+        ("functions.py:narrow", "take **columns"),
         ("functions.py:missing", "missing"),
         ("functions.py:value", "value"),
         ("functions.py", "FILE.py:FUNCTION"),

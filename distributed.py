@@ -43,8 +43,8 @@ def choose_device(device: str) -> torch.device:
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, dtype=torch.float64, device=device).item()  # which mps lacks
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"{device} cannot be used ({str(error).splitlines()[0]})") from None
     return torch.device(device)
 

@@ -45,6 +45,13 @@ def test_the_readme_is_short():
     assert (ROOT / "README.md").stat().st_size <= 14_336
 
 
+@pytest.mark.parametrize("name", [*PAGES, "experiments/README.md"])
+def test_commands_can_be_pasted(name):
+    """Into zsh too, the shell of macOS, which takes `#` for a word and `>` after it for a file."""
+    for block in re.findall(r"^```bash\n(.*?)^```", read(name), re.M | re.S):
+        assert block.startswith("#!") or "#" not in block
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name):
     """Within the project, to files and to headings."""

@@ -74,6 +74,8 @@ def wait_for(path: Path, seconds: float = 60) -> None:
 
 def workers(agent: int) -> dict[int, int]:
     """Process ids of a torchrun's workers, by rank."""
+    if not Path("/proc/self").exists():
+        pytest.skip("no /proc, where they are listed")
     found = {}
     for child in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
         facts = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")

@@ -229,6 +229,20 @@ def test_cpus_that_multiply_in_bfloat16(flags, monkeypatch):
     assert not distributed.multiplies_bfloat16(torch.device("meta"))
 
 
+def test_a_device_without_float64_is_refused(monkeypatch):
+    """As mps is, at once: losses are summed in it."""
+    whole = torch.zeros
+
+    def zeros(*size, dtype=None, **kwargs):
+        if dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64")
+        return whole(*size, dtype=dtype, **kwargs)
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(ValueError, match=r"cannot be used \(Cannot convert"):
+        distributed.choose_device("cpu")
+
+
 def test_auto_never_is_an_emulated_bfloat16(tmp_path):
     """On the machine of this test: bfloat16 only where its CPU lists the instructions."""
     args = SimpleNamespace(device="cpu", seed=1, dtype="auto", trust_remote_code=False)

@@ -101,6 +101,8 @@ def test_b23_ids_that_the_tokenizer_does_not_know(models, tmp_path):
         ("train[:-1%]", range(40)),
         ("train", range(38)),
         ("validation", range(38, 40)),
+        ("validation[-1:]", range(39, 40)),
+        ("validation[:50%]", range(38, 39)),
     ],
 )
 def test_b24_slices_count_the_files_own_rows(tmp_path, split, wanted):
@@ -414,6 +416,20 @@ def test_b31_a_long_response_is_cut_before_its_end(
     assert all(ids[n - 1] == eos for ids, n in seen)
 
 
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_b31_the_answer_is_cut_not_the_prompt(kind):
+    """By token ids and by text alike; as many are left as leave room for the end."""
+    tokenizer = chatty() if kind == "chat" else make_tokenizer(bos="<bos>")
+    rows = [dataset.Row({"prompt": [USER] if kind == "chat" else "Q: two figs?"}, "f:1")]
+    prompts, text = encoding.encode_prompts(tokenizer, rows, 99), " Yes, two figs." * 9
+    end = tokenizer("<|end|><eos>" if kind == "chat" else "<eos>", add_special_tokens=False)
+    answer = tokenizer(text, add_special_tokens=False)["input_ids"]
+    expected = (prompts[0].ids + answer)[: 30 - len(end["input_ids"])] + end["input_ids"]
+    for given in (answer, text):
+        assert encoding.as_judged((tokenizer, 30), prompts, [given]) == ([expected], [True])
+    assert len(expected) == 30 and len(prompts[0].ids) < 20
+
+
 def test_b35_logits_are_not_rounded_to_bfloat16(tokenizer):
     """At logits of 14: log-probabilities within 0.01 of float64's, a floor of 2e-5 in approxkl."""
     model = make_model(tokenizer, hidden_size=64)
@@ -609,12 +625,15 @@ def test_several_data_sets(tmp_path, capsys, error_of):
     args = flags_of(*names)
     train, held_out = dataset.load_splits(args, dataset.SFT_FORMATS)
     assert (len(train), len(held_out)) == (36 + 96, 8)
-    args.dataset_weights = (0.5, 0.5)
-    train, held_out = dataset.load_splits(args, dataset.SFT_FORMATS)
-    assert len({row["text"] for row in train}) == 72
-    assert sum(row["text"].startswith("a") for row in train) == 36
-    assert len(held_out) == 8
-    assert "36 of 96 training rows" in capsys.readouterr().out
+    rows_of_b = [row["text"] for row in train[36:]]
+    for args.dataset_weights, taken in (((0.5, 0.5), 36), ((1, 1), 36), ((1, 2), 72)):
+        train, held_out = dataset.load_splits(args, dataset.SFT_FORMATS)
+        texts = [row["text"] for row in train]
+        assert len({*texts}) == len(texts) == 36 + taken
+        assert sum(text.startswith("a") for text in texts) == 36
+        assert {*texts[36:]} < {*rows_of_b} and texts[36:] != rows_of_b[:taken]  # from all over
+        assert len(held_out) == 8
+        assert f"{taken} of 96 training rows" in capsys.readouterr().out
     for args.dataset_weights in ((1.0,), (1.0, float("nan")), (1.0, float("inf"))):
         assert "--dataset-weights" in error_of(dataset.load_splits, args, dataset.SFT_FORMATS)
     (tmp_path / "b" / "train.jsonl").write_text('{"other": 1}\n')

@@ -51,7 +51,8 @@ def chain(sft, reward_model, ppo, models, base, tmp_path_factory) -> SimpleNames
         return made[-1][1]
 
     learned = sft(folder / "sft", **LORA, save_every=4)
-    judge = reward_model(folder / "rm", model=str(models.sft), **LORA, save_every=4)
+    flags = {"model": str(models.sft), "normalize_std": True, "save_every": 4}
+    judge = reward_model(folder / "rm", **LORA, **flags)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lora, "adapt", recorded)
         flags = {"reward_model": str(judge), "save_rollouts": 1, "save_every": 1}
@@ -135,6 +136,8 @@ def test_outputs_are_merged_and_adapters_are_folders_of_peft(chain, models, base
     for out, start in ((chain.sft, base.plain), (chain.ppo, models.sft)):
         merged, adapter = plain_lm(out), str(out / "adapter")
         adapted = peft.PeftModel.from_pretrained(plain_lm(start), adapter)
+        config = adapted.peft_config["default"]
+        assert (config.r, config.lora_alpha) == (4, 16)
         a, b, c = (m(input_ids=IDS).logits for m in (merged, adapted, plain_lm(start)))
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
         assert (a - c).abs().max() > 0.05
@@ -143,7 +146,9 @@ def test_outputs_are_merged_and_adapters_are_folders_of_peft(chain, models, base
     assert merged.config.pad_token_id == utils.load_tokenizer(base.plain).pad_token_id
     again = utils.load_classifier(str(chain.reward_model / "adapter"), CPU)
     assert torch.equal(merged.score.weight, again.score.weight)
-    assert again.config.reward_mean == merged.config.reward_mean  # B18
+    for name in ("reward_mean", "reward_std"):  # B18
+        assert getattr(again.config, name) == getattr(merged.config, name)
+    assert merged.config.reward_std != 1
     assert again.config.pad_token_id is None  # the base's, which may be EOS (B20)
     torch.testing.assert_close(values(merged), values(again), rtol=0, atol=1e-5)
 

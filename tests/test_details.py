@@ -148,8 +148,13 @@ def test_d08_the_loss_is_on_the_completion_and_its_eos(chain, data):
 
 
 def test_d10_the_head_starts_small_and_random(reward_model, tmp_path):
-    """From a normal distribution of deviation 1/sqrt(H + 1)."""
-    head = weights_of(reward_model(tmp_path / "out", learning_rate=1e-12))["score.weight"]
+    """From a normal distribution of deviation 1/sqrt(H + 1), another one with another seed."""
+    head, other = (
+        weights_of(reward_model(tmp_path / str(seed), learning_rate=1e-12, seed=seed))
+        for seed in (1, 2)
+    )
+    head, other = head["score.weight"], other["score.weight"]
+    assert (head - other).abs().max() > 0.1
     assert head.shape == (1, 32)
     assert head.std().item() == pytest.approx(1 / math.sqrt(33), rel=0.3)
     assert abs(head.mean().item()) < 3 / math.sqrt(33 * 32)
@@ -234,7 +239,7 @@ def test_d12_the_reward_model_sees_each_pair_once(reward_model, tmp_path):
 
 @pytest.mark.parametrize("std", [False, True])
 def test_d13_the_mean_score_of_the_demonstrations_is_zero(reward_model, data, std, tmp_path):
-    """By a plain forward pass of the model as saved (B18); unit variance by choice."""
+    """By plain forward passes of the saved model, the margin too (B18); unit variance by choice."""
     out = reward_model(tmp_path / "out", normalize_std=std)
     pairs = [(row["prompt"], row["completion"]) for row in rows_of(data.sft, "train")]
     scores, config = plain_scores(out, sequences_of(out, pairs)), plain_classifier(out).config
@@ -242,6 +247,9 @@ def test_d13_the_mean_score_of_the_demonstrations_is_zero(reward_model, data, st
     assert config.reward_mean != 0
     assert (config.reward_std != 1) == std
     assert not std or scores.std() == pytest.approx(1, abs=1e-3)
+    chosen, rejected = scores_by_side(out, rows_of(data.preferences))
+    margin = summary_of(out)["mean_margin"]
+    assert margin == pytest.approx(np.mean(chosen - rejected), abs=1e-4)
 
 
 def test_d13_demonstrations_that_are_too_long_are_counted(reward_model, data, capsys, tmp_path):
@@ -273,6 +281,16 @@ def test_d14_accuracy_comes_with_interval_and_length(chain, data):
         if 0 < p < 1:
             assert abs(share - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / 12), abs=1e-6)
     assert low < share <= high
+
+
+def test_equal_scores_are_half_right(reward_model, models, tmp_path):
+    """D14: those of a model that says 0 to everything, at a rate that is 0 in float32."""
+    model = plain_classifier(models.reward_model)
+    model.model.norm.weight.data.zero_()
+    folder = save_pair(tmp_path / "model", model, utils.load_tokenizer(str(models.reward_model)))
+    summary = summary_of(reward_model(tmp_path / "out", model=folder, learning_rate=1e-50))
+    assert (summary["accuracy"], summary["mean_margin"]) == (0.5, 0)
+    assert summary["score_length_correlation"] == 0
 
 
 def test_d15_values_start_from_the_reward_model(runs, models, ppo, rewards, tmp_path):

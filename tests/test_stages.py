@@ -464,10 +464,11 @@ def test_reward_model_leaves_out_long_pairs(reward_model, tmp_path, capsys):
     """B19: cut, they would have no EOS. --normalize-with none leaves the scores as they are."""
     rows = preference_rows()[:24]
     rows[6]["rejected"] = " No," + " figs" * 100
+    rows[7]["chosen"] = " Yes," + " figs" * 100
     folder = write_data(tmp_path / "data", rows, 4)
     out = reward_model(tmp_path / "out", dataset=folder, normalize_with="none")
-    assert "1 of 20 rows are left out, the first" in capsys.readouterr().out
-    assert len(metrics_of(out)) == 2  # 19 pairs in sixteens
+    assert "2 of 20 rows are left out, the first" in capsys.readouterr().out
+    assert len(metrics_of(out)) == 2  # 18 pairs in sixteens
     config = plain_classifier(out).config
     assert (config.reward_mean, config.reward_std) == (0.0, 1.0)
 

@@ -19,10 +19,12 @@ from conftest import (
     plain_lm,
     plain_logprobs,
     plain_scores,
+    preference_rows,
     rollouts_of,
     rows_of,
     save_pair,
     sequences_of,
+    sft_rows,
     summary_of,
     weights_of,
     write_data,
@@ -128,6 +130,50 @@ def test_d09_a_batch_is_a_mean_over_its_tokens(sft, base, data, tmp_path):
     _, indices = next(dataset.batches(len(rows), 12, 1, 1, 0))
     expected = eval_loss_of(Path(base.plain), [rows[i] for i in indices])
     assert metrics_of(out)[0]["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def plain_loss(model, out: Path, batch: list[dict]) -> torch.Tensor:
+    """A mean over completion tokens, or over pairs, in plain transformers, one row at a time."""
+    losses, functions = [], torch.nn.functional
+    for row in batch:
+        texts = [row[side] for side in ("completion", "chosen", "rejected") if side in row]
+        prompt, *sequences = sequences_of(out, [(row["prompt"], text) for text in ("", *texts)])
+        first, *other = (model(input_ids=torch.tensor([ids])).logits[0] for ids in sequences)
+        if other:
+            losses.append(-functions.logsigmoid(first - other[0]))
+        else:
+            start = len(prompt) - 1  # without its EOS
+            tokens = torch.tensor(sequences[0][start:])
+            losses.append(functions.cross_entropy(first[start - 1 : -1], tokens, reduction="none"))
+    return torch.cat(losses).mean()
+
+
+@pytest.mark.parametrize("name", ["sft", "reward_model"])
+def test_two_epochs_redone_by_hand(request, name, models, tmp_path):
+    """D6, D9, D11, D29: rates, losses, gradient norms and weights of 20 rows in eights."""
+    rows = {"sft": sft_rows, "reward_model": preference_rows}[name]()[:22]
+    folder, start = write_data(tmp_path / "data", rows, 2), getattr(models, name)
+    flags = {"normalize_with": "none"} if name == "reward_model" else {}
+    flags |= {"model": str(start), "dataset": folder, "learning_rate": 1e-2, "epochs": 2}
+    flags |= {"batch_size": 8, "micro_batch_size": 4, "warmup_ratio": 0.25}
+    out = request.getfixturevalue(name)(tmp_path / "out", **flags)
+    model = (plain_lm if name == "sft" else plain_classifier)(start)
+    rows, parameters = rows_of(folder, "train"), [*model.parameters()]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0)
+    falling = [0.5 * (1 + math.cos(math.pi * done / 4)) for done in range(4)]
+    steps = dataset.batches(len(rows), 8, 2, 1, 0)
+    for row, (_, indices), part in zip(metrics_of(out), steps, [0.5, 1, *falling], strict=True):
+        loss = plain_loss(model, out, [rows[i] for i in indices])
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        expected = {"loss": loss.item(), "lr": 1e-2 * part, "grad_norm": norm.item()}
+        assert {k: row[k] for k in expected} == pytest.approx(expected, rel=1e-3)
+        optimizer.param_groups[0]["lr"] = expected["lr"]
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = weights_of(out)
+    for key, weight in model.named_parameters():
+        torch.testing.assert_close(weights[key], weight.detach(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["sft", "reward_model", "ppo"])

@@ -430,11 +430,23 @@ def test_d33_entropy_bonus(redone):
         assert logged[name] == pytest.approx(expected[name], rel=1e-4), name
 
 
-def test_d25_mini_batches_take_more_steps(ppo, tmp_path):
-    """Four mini-batches in two epochs are eight steps, counted in the optimizer's own state."""
-    out = ppo(tmp_path / "out", num_mini_batches=4, micro_batch_size=2, save_every=1)
+def check_checkpoint(out: Path, update: int, expected: tuple) -> None:
+    """The weights of both models in it are those that `redone` ends with."""
+    for name, model in zip(("model", "value_model"), expected[1:], strict=True):
+        weights = load_file(out / "checkpoint" / f"{update:06d}" / f"{name}.safetensors")
+        for key, weight in model.named_parameters():
+            torch.testing.assert_close(weights[key], weight.detach(), rtol=0, atol=1e-4)
+
+
+def test_d25_mini_batches_take_more_steps(ppo, models, tmp_path):
+    """Four in two epochs are eight steps, over rows in another order each, by their own tokens."""
+    flags = {"num_mini_batches": 4, "micro_batch_size": 2, "save_every": 1, "save_rollouts": 1}
+    out = ppo(tmp_path / "out", **flags, total_episodes=24)
     state = load_file(out / "checkpoint" / "000001" / "optimizer.safetensors")
     assert {v.item() for k, v in state.items() if k.endswith(".step")} == {8.0}
+    expected = recomputed.redone(out, models, updates=2)
+    assert metrics_of(out)[1]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=1e-4)
+    check_checkpoint(out, 2, expected)
 
 
 def test_d26_the_ratio_starts_at_one(runs):
@@ -551,15 +563,12 @@ ONE_BATCH |= {"micro_batch_size": 2, "kl_coef": 0.3}  # before the rate falls
 
 
 def test_d38_a_rate_of_the_value_function(ppo, models, tmp_path):
-    """It takes larger steps, or smaller, than the policy: the weights of both after a batch."""
-    flags = ONE_BATCH | {"learning_rate": 1e-3, "value_learning_rate": 5e-3}
-    out = ppo(tmp_path / "out", **flags)
-    _, *expected = recomputed.redone(out, models)
-    for name, model in zip(("model", "value_model"), expected, strict=True):
-        weights = load_file(out / "checkpoint" / "000001" / f"{name}.safetensors")
-        for key, weight in model.named_parameters():
-            torch.testing.assert_close(weights[key], weight.detach(), rtol=0, atol=1e-4)
-    assert [row["lr"] for row in metrics_of(out)] == [1e-3, 0.5e-3]
+    """It takes larger steps, or smaller, than the policy, and they fall as well (D6)."""
+    flags = ONE_BATCH | {"learning_rate": 1e-3, "value_learning_rate": 5e-3, "total_episodes": 32}
+    out = ppo(tmp_path / "out", **flags, keep_checkpoints=3)
+    for update in (1, 3):
+        check_checkpoint(out, update, recomputed.redone(out, models, update))
+    assert [row["lr"] for row in metrics_of(out)] == [1e-3, 0.75e-3, 0.5e-3, 0.25e-3]
 
 
 def test_d39_the_ratio_may_rise_further_than_it_falls(ppo, models, tmp_path):

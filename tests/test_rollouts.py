@@ -20,6 +20,7 @@ from conftest import (
 )
 from safetensors.torch import load_model
 
+import ppo_rlhf
 import utils
 
 RAW = {"whiten_advantages": False}
@@ -287,51 +288,58 @@ def test_rollouts_follow_from_the_models_and_the_flags(runs, models, name):
     check_metrics(runs(name))
 
 
-def redone(out: Path, models) -> tuple[dict[str, float], torch.nn.Module, torch.nn.Module]:
-    """The first batch's metrics, policy and values, by autograd on plain models, unpadded."""
-    rollout, args = rollouts_of(out)[0], args_of(out)
+def redone(out: Path, models, updates: int = 1) -> tuple[dict[str, float], torch.nn.Module, ...]:
+    """Update `updates` by autograd on plain models, unpadded: metrics, policy and values then."""
+    args, size = args_of(out), 8
     eps, eps_high, eps_v = (args[f"cliprange{name}"] for name in ("", "_high", "_value"))
     policy, value_model = plain_lm(models.sft), plain_classifier(models.reward_model)
-    parameters = [*policy.parameters(), *value_model.parameters()]
-    groups = [{"params": [*policy.parameters()], "lr": args["learning_rate"]}]
-    groups += [{"params": [*value_model.parameters()], "lr": args["value_learning_rate"]}]
+    trained, mean = (policy, value_model), value_model.config.reward_mean
+    parameters = [p for model in trained for p in model.parameters()]
+    groups = [{"params": [*model.parameters()]} for model in trained]
     optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)
-    n, offsets, tokens, grad_norms = int(rollout.real.sum()), {}, {}, []
-    for _ in range(args["num_ppo_epochs"]):
-        for i in range(8):
-            prompt, response, real = rollout.prompt(i), rollout.response(i), rollout.real[i]
-            names = ("logprobs", "values", "advantages", "returns")
-            old_logprobs, old_values, advantages, returns = (
-                torch.tensor(rollout.a[name][i][real]).float() for name in names
-            )
-            ids, span = torch.tensor([prompt + response]), slice(len(prompt) - 1, -1)
-            distribution = (policy(ids).logits[0, span] / args["temperature"]).log_softmax(-1)
-            entropy = -(distribution.exp() * distribution).sum(-1)
-            log_ratio = distribution[torch.arange(len(response)), response] - old_logprobs
-            ratio = log_ratio.exp()
-            clipped = ratio.clamp(1 - eps, 1 + eps_high) * advantages
-            policy_loss = -torch.min(ratio * advantages, clipped)
-            head = value_model.score(value_model.base_model(ids).last_hidden_state)[0, span, 0]
-            # old values less the head's first output are the normalization
-            values = head + offsets.setdefault(i, old_values - head.detach())
-            near = old_values + (values - old_values).clamp(-eps_v, eps_v)
-            squares, near_squares = (values - returns) ** 2, (near - returns) ** 2
-            value_loss = 0.5 * torch.max(squares, near_squares)
-            losses = policy_loss + args["vf_coef"] * value_loss - args["entropy_coef"] * entropy
-            (losses.sum() / n).backward()
-            for name, x in {
-                "policy/approxkl_avg": 0.5 * log_ratio**2,
-                "policy/clipfrac_avg": (clipped < ratio * advantages).float(),
-                "policy/entropy_avg": entropy,
-                "loss/policy_avg": policy_loss,
-                "loss/value_avg": value_loss,
-                "val/clipfrac_avg": (near_squares > squares).float(),
-                "val/ratio": ratio,
-            }.items():
-                tokens.setdefault(name, []).append(x.detach().double())
-        grad_norms.append(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
-        optimizer.step()
-        optimizer.zero_grad()
+    for update, rollout in enumerate(rollouts_of(out)[:updates], 1):
+        tokens, grad_norms = {}, []
+        left = 1 - (update - 1) / (args["total_episodes"] // size)
+        for group, name in zip(optimizer.param_groups, ("", "value_"), strict=True):
+            group["lr"] = args[f"{name}learning_rate"] * left
+        shuffle = utils.generator("cpu", args["seed"], ppo_rlhf.SHUFFLING, update, 0)
+        passes = range(args["num_ppo_epochs"])
+        orders = [torch.randperm(size, generator=shuffle) for _ in passes]  # the batch's
+        for rows in (part for order in orders for part in order.chunk(args["num_mini_batches"])):
+            n = int(rollout.real[rows].sum())
+            for i in rows.tolist():
+                prompt, response, real = rollout.prompt(i), rollout.response(i), rollout.real[i]
+                names = ("logprobs", "values", "advantages", "returns")
+                old_logprobs, old_values, advantages, returns = (
+                    torch.tensor(rollout.a[name][i][real]).float() for name in names
+                )
+                ids, span = torch.tensor([prompt + response]), slice(len(prompt) - 1, -1)
+                distribution = (policy(ids).logits[0, span] / args["temperature"]).log_softmax(-1)
+                entropy = -(distribution.exp() * distribution).sum(-1)
+                log_ratio = distribution[torch.arange(len(response)), response] - old_logprobs
+                ratio = log_ratio.exp()
+                clipped = ratio.clamp(1 - eps, 1 + eps_high) * advantages
+                policy_loss = -torch.min(ratio * advantages, clipped)
+                head = value_model.score(value_model.base_model(ids).last_hidden_state)[0, span, 0]
+                values = head - mean
+                near = old_values + (values - old_values).clamp(-eps_v, eps_v)
+                squares, near_squares = (values - returns) ** 2, (near - returns) ** 2
+                value_loss = 0.5 * torch.max(squares, near_squares)
+                losses = policy_loss + args["vf_coef"] * value_loss - args["entropy_coef"] * entropy
+                (losses.sum() / n).backward()
+                for name, x in {
+                    "policy/approxkl_avg": 0.5 * log_ratio**2,
+                    "policy/clipfrac_avg": (clipped < ratio * advantages).float(),
+                    "policy/entropy_avg": entropy,
+                    "loss/policy_avg": policy_loss,
+                    "loss/value_avg": value_loss,
+                    "val/clipfrac_avg": (near_squares > squares).float(),
+                    "val/ratio": ratio,
+                }.items():
+                    tokens.setdefault(name, []).append(x.detach().double())
+            grad_norms.append(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+            optimizer.step()
+            optimizer.zero_grad()
     metrics = {name: torch.cat(x).mean().item() for name, x in tokens.items()}
     metrics["val/ratio_var"] = torch.cat(tokens["val/ratio"]).var(correction=0).item()
     metrics["grad_norm"] = torch.stack(grad_norms).mean().item()

@@ -45,6 +45,7 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import ppo_rlhf
 import utils
 
 PPO_METRICS = set(
@@ -581,12 +582,31 @@ def test_reward_functions_get_texts_and_columns(ppo, tmp_path):
     assert all(s["policy_judge"] == -len(s["policy"]) for s in samples_of(out))
 
 
-def test_ptx_pulls_the_policy_to_the_demonstrations(ppo, data, rewards, tmp_path):
-    """D31: with nothing else to learn from, the language-model loss falls."""
+def test_ptx_pulls_the_policy_to_the_demonstrations(ppo, models, data, rewards, tmp_path):
+    """D31: with nothing else to learn from, it is AdamW on random ones, whatever is sampled."""
     flags = {"reward_fn": f"{rewards}:nothing", "kl_coef": 0.0, "missing_eos_penalty": 0.0}
     flags |= {"vf_coef": 0.0, "whiten_advantages": False, "eval_every": 0, "learning_rate": 1e-2}
-    flags |= {"total_episodes": 80, "ptx_coef": 1.0, "ptx_dataset": data.sft}
-    losses = [row["loss/ptx_avg"] for row in metrics_of(ppo(tmp_path / "out", **flags))]
+    flags |= {"total_episodes": 80, "ptx_coef": 0.5, "ptx_dataset": data.sft, "temperature": 0.5}
+    out = ppo(tmp_path / "out", **flags, num_mini_batches=2, micro_batch_size=2)
+    model, tokenizer, losses = plain_lm(models.sft), utils.load_tokenizer(str(models.sft)), []
+    optimizer = torch.optim.AdamW(model.parameters(), eps=1e-5, weight_decay=0.0)
+    pairs = [(row["prompt"], row["completion"] + "<eos>") for row in rows_of(data.sft, "train")]
+    pairs = [[tokenizer(text)["input_ids"] for text in pair] for pair in pairs]
+    for row in metrics_of(out):
+        rng, steps = utils.generator("cpu", 1, ppo_rlhf.PTX, row["update"], 0), []
+        for _ in range(4):  # two passes of two mini-batches, with as many texts
+            some = [pairs[i] for i in torch.randint(len(pairs), (4,), generator=rng)]
+            logits = [model(torch.tensor([a + b])).logits[0, len(a) - 1 : -1] for a, b in some]
+            loss = F.cross_entropy(torch.cat(logits), torch.tensor(sum((b for _, b in some), [])))
+            (0.5 * loss).backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            steps.append((loss.item(), norm.item()))
+            optimizer.param_groups[0]["lr"] = row["lr"]
+            optimizer.step()
+            optimizer.zero_grad()
+        logged = [row["loss/ptx_avg"], row["grad_norm"]]
+        assert logged == pytest.approx(np.mean(steps, 0), rel=1e-3)
+        losses.append(logged[0])
     assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
 
 

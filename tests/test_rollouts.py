@@ -40,6 +40,7 @@ FLAGS = {  # every way in which rewards, advantages and returns are made
     "batch_mean-raw": RAW | {"advantage": "batch_mean", "whiten_rewards": True},
     "rloo": RAW | {"advantage": "rloo", "samples_per_prompt": 4},
     "grpo": RAW | {"advantage": "grpo", "samples_per_prompt": 4, "kl_estimator": "k3"},
+    "grpo-whitened": {"advantage": "grpo", "samples_per_prompt": 2},
 }
 
 
@@ -216,7 +217,7 @@ def check_values(out: Path, models) -> None:
             states = [rollout.prompt(i) + rollout.response(i)[:t] for t in range(length)]
             with torch.no_grad():
                 raw = [value_model(torch.tensor([ids])).logits.item() for ids in states]
-            expected = np.array(raw) - model.config.reward_mean
+            expected = (np.array(raw) - model.config.reward_mean) / model.config.reward_std
             np.testing.assert_allclose(rollout.a["values"][i, :length], expected, atol=1e-4)
 
 
@@ -257,7 +258,7 @@ def check_metrics(out: Path) -> None:
     assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
     assert abs(rows[-1]["objective/kl"]) > 0.01
     for row, rollout in zip(rows, rollouts_of(out), strict=True):
-        a = rollout.a
+        a, seconds = rollout.a, sum(row[f"time/{part}"] for part in ("rollout", "score", "train"))
         non_score = -rollout.number("kl_coef") * token_kl(rollout).sum(1).mean()
         ended = [rollout.response(i)[-1] in stop_ids for i in range(8)]
         expected = {
@@ -270,6 +271,8 @@ def check_metrics(out: Path) -> None:
             "response/length": rollout.lengths.mean(),
             "response/eos_rate": np.mean(ended),
             "val/num_eos_tokens": sum(ended),
+            "eps": 8 / seconds,
+            "tokens_per_second": (a["prompt_mask"].sum() + a["response_mask"].sum()) / seconds,
         }
         if rollout.meta["advantage"] == "gae":  # D37
             returns, errors = a["returns"][rollout.real], (a["returns"] - a["values"])[rollout.real]

@@ -516,12 +516,15 @@ def test_without_gae_there_is_no_value_network(ppo, advantage, tmp_path):
     assert all(row["loss/value_avg"] == row["val/clipfrac_avg"] == 0 for row in metrics_of(out))
 
 
-def test_ppo_prompts_are_permutations_of_the_data(ppo, tmp_path):
-    """D7: over an epoch of prompts each is sampled once."""
+@pytest.mark.parametrize("samples", [1, 2])
+def test_ppo_prompts_are_permutations_of_the_data(ppo, samples, tmp_path):
+    """D7: over an epoch of prompts each is sampled once, or as often as --samples-per-prompt."""
     folder = write_data(tmp_path / "data", prompt_rows()[:16], 4)
-    out = ppo(tmp_path / "out", dataset=folder, total_episodes=24, save_rollouts=1)
+    flags = {"total_episodes": 24 * samples, "samples_per_prompt": samples, "save_rollouts": 1}
+    out = ppo(tmp_path / "out", dataset=folder, **flags)
     tokenizer = utils.load_tokenizer(str(out))
-    seen = [tokenizer.decode(r.prompt(i)) for r in rollouts_of(out) for i in range(8)]
+    rows = range(0, 8, samples)
+    seen = [tokenizer.decode(r.prompt(i)) for r in rollouts_of(out) for i in rows]
     train = [row["prompt"] for row in rows_of(folder, "train")]
     assert sorted(seen[:12]) == sorted(seen[12:]) == sorted(train)
     assert seen[:12] != seen[12:]

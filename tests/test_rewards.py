@@ -7,6 +7,7 @@ import asyncio
 import json
 import math
 import pickle
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import test_rollouts as recomputed
 import tyro
 from conftest import (
     metrics_of,
+    plain_classifier,
     plain_scores,
     rollouts_of,
     samples_of,
@@ -59,9 +61,9 @@ def functions(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def second(reward_model, tmp_path_factory) -> Path:
-    """Another reward model."""
+    """Another reward model, whose scores have unit variance."""
     out = tmp_path_factory.mktemp("models") / "second"
-    return reward_model(out, seed=2, epochs=2)
+    return reward_model(out, seed=2, epochs=2, normalize_std=True)
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +122,26 @@ def check_scores(out: Path, models, ensemble: str) -> None:
 def test_models_and_functions_together(together, models, second):
     """Scores of all, weighted in the order of the flags; the values start from the first model."""
     both = SimpleNamespace(second=second, reward_model=models.reward_model, sft=models.sft)
+    assert abs(plain_classifier(second).config.reward_std - 1) > 0.05
     check_scores(together("sum"), both, "sum")
     recomputed.check_values(together("sum"), SimpleNamespace(reward_model=second))
     recomputed.check_logprobs(together("sum"), models)
     recomputed.check_metrics(together("sum"))
+
+
+def test_responses_cut_for_any_reward_model_are_counted(ppo, models, tmp_path):
+    """B31: also where the other one, asked later, has room for them."""
+    short = shutil.copytree(models.reward_model, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 24}
+    (short / "config.json").write_text(json.dumps(config))
+    flags = {"reward_model": (str(short), str(models.reward_model)), "save_rollouts": 1}
+    out = ppo(tmp_path / "out", value_model=str(models.reward_model), **flags)
+    eos = utils.load_tokenizer(str(out)).eos_token_id
+    for rollout, row in zip(rollouts_of(out), metrics_of(out), strict=True):
+        texts = [rollout.prompt(i) + rollout.response(i) for i in range(8)]
+        cut = [len(ids) + (ids[-1] != eos) > 24 for ids in texts]
+        assert 0 < sum(cut) < 8
+        assert row["response/cut_rate"] == sum(cut) / 8
 
 
 def test_numbers_per_token_are_rewards_of_these_tokens(together):

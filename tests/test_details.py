@@ -22,6 +22,7 @@ from conftest import (
     preference_rows,
     rollouts_of,
     rows_of,
+    samples_of,
     save_pair,
     sequences_of,
     sft_rows,
@@ -110,7 +111,7 @@ def test_d06_optimizer_and_schedule(request, name, monkeypatch, tmp_path):
 
 
 def test_d07_random_numbers_depend_on_seed_and_update(ppo, tmp_path):
-    """The same seed gives the same responses; no update draws the numbers of another one."""
+    """The same seed gives the same responses; only evaluations draw the numbers of another."""
     flags = {"learning_rate": 1e-12, "save_rollouts": 1}
     flags["dataset"] = write_data(tmp_path / "data", [{"prompt": "Q: two ripe plums?\nA:"}] * 24, 2)
     seeds = {"a": 1, "b": 1, "c": 2}
@@ -121,6 +122,8 @@ def test_d07_random_numbers_depend_on_seed_and_update(ppo, tmp_path):
     assert torch.equal(a1, b1)
     assert not torch.equal(a1, a2)
     assert not torch.equal(a1, c1)
+    assert all(sample["policy"] == sample["reference"] for sample in samples_of(outs[0]))
+    assert summary_of(outs[0])["eval"]["win_rate"] == 0.5
 
 
 def test_d09_a_batch_is_a_mean_over_its_tokens(sft, base, data, tmp_path):
@@ -449,12 +452,22 @@ def test_d25_mini_batches_take_more_steps(ppo, models, tmp_path):
     check_checkpoint(out, 2, expected)
 
 
-def test_d26_the_ratio_starts_at_one(runs):
-    """Old log-probabilities are computed as training does, whatever changes sampling."""
+def test_d26_the_ratio_starts_at_one(runs, ppo, monkeypatch, tmp_path):
+    """As old log-probabilities are made as in training; one that is not is seen in the metric."""
     for name in ("default", "cold", "hot"):
         rows = metrics_of(runs(name))
         assert all(row["val/ratio_start_error"] < 1e-5 for row in rows)
         assert abs(rows[-1]["objective/kl"]) > 0.01  # the policy is no longer the reference
+    in_chunks = utils.in_chunks
+
+    def bent(*given):  # in training passes the first token is more probable by a factor of e
+        outputs = in_chunks(*given)  # [N, 2], log-probabilities and entropies
+        is_first = torch.arange(outputs.numel()).view_as(outputs) == 0
+        return outputs + is_first if torch.is_grad_enabled() else outputs
+
+    monkeypatch.setattr(utils, "in_chunks", bent)
+    (row,) = metrics_of(ppo(tmp_path / "out", total_episodes=8))
+    assert row["val/ratio_start_error"] == pytest.approx(math.e - 1, rel=1e-4)
 
 
 @pytest.mark.parametrize(("target", "sign"), [(1e-6, 1), (1e6, -1)])
@@ -609,16 +622,16 @@ def judge(prompts, completions, **columns):
 """
 
 
-@pytest.mark.parametrize(("later", "best"), [((4, 2), 1), ((6, 2), 3), ((4, 6), 4)])
+@pytest.mark.parametrize(("later", "best"), [((-6, -8), 1), ((-4, -8), 3), ((-6, -4), 4)])
 def test_d42_the_best_policy_is_kept(ppo, error_of, later, best, tmp_path):
     """By the judge's mean, be it of the first, a later or the last evaluation, and on --resume."""
     (tmp_path / "judge.py").write_text(JUDGE)
     means, out = tmp_path / "means.json", tmp_path / "out"
     flags = {"eval_reward_fn": f"{tmp_path / 'judge.py'}:judge", "keep_best": True}
     flags |= {"total_episodes": 32, "eval_every": 1, "save_every": 1, "keep_checkpoints": 9}
-    means.write_text("[9, 5, 3]")  # of the reference, which is no candidate, and two updates
+    means.write_text("[-1, -5, -7]")  # of the reference, which is no candidate, and two updates
     assert "update 3" in error_of(ppo, out, code=1, **flags)
-    means.write_text(str([9, *later]))  # of the reference, update 3 and the end
+    means.write_text(str([-1, *later]))  # of the reference, update 3 and the end
     ppo(out, **flags, resume=True)
     last = out if best == 4 else out / "checkpoint" / f"{best:06d}"
     kept, expected = weights_of(out / "best"), weights_of(last)

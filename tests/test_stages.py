@@ -28,8 +28,10 @@ from conftest import (
     plain_classifier,
     plain_lm,
     plain_logprobs,
+    plain_scores,
     preference_rows,
     prompt_rows,
+    read_jsonl,
     rollouts_of,
     rows_of,
     samples_of,
@@ -41,6 +43,7 @@ from conftest import (
     write_jsonl,
 )
 from rich.cells import cell_len
+from safetensors.torch import load_model
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -168,6 +171,52 @@ def test_samples_agree_with_the_summary(chain, data):
     assert evaluation["reference"]["kl"] == pytest.approx(0, abs=1e-5)
     page = html.unescape(assert_board_has_metrics(chain.ppo, "update")["samples"])
     assert all(s[name].strip() in page for s in samples for name in ("prompt", "reference"))
+
+
+JUDGE = """
+import json, pathlib
+def judge(prompts, completions, completion_ids, **columns):
+    with open(pathlib.Path(__file__).with_name("seen.jsonl"), "a") as file:
+        file.writelines(json.dumps(ids) + "\\n" for ids in completion_ids)
+    return [len(text) for text in completions]
+"""
+
+
+def test_evaluations_follow_from_the_responses(ppo, models, data, tmp_path):
+    """Of the start, after the first of two updates and of the end, by plain models and texts."""
+    (tmp_path / "judge.py").write_text(JUDGE)
+    flags = {"eval_reward_fn": f"{tmp_path / 'judge.py'}:judge", "eval_prompts": 12}
+    flags |= {"stop_token": ".", "temperature": 0.7, "learning_rate": 1e-2}
+    out = ppo(tmp_path / "out", **flags, eval_every=1, save_every=1)
+    summary, (row, _) = summary_of(out)["eval"], metrics_of(out)
+    logged = [summary["reference"] | {"win_rate": 0.5}]
+    logged += [{k[5:]: x for k, x in row.items() if k.startswith("eval/")}]
+    logged += [summary["policy"] | {"win_rate": summary["win_rate"]}]
+    reference, middle, end = plain_lm(models.sft), plain_lm(out), plain_lm(out)
+    load_model(middle, out / "checkpoint" / "000001" / "model.safetensors")
+    tokenizer, seen = utils.load_tokenizer(str(out)), read_jsonl(tmp_path / "seen.jsonl")
+    prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows_of(data.prompts)]
+    eos, lengths = tokenizer.eos_token_id, [len(tokenizer.decode(x, True)) for x in seen]
+    ends = {eos, tokenizer.convert_tokens_to_ids(".")}
+    assert {ids[-1] for ids in seen} > ends and len(seen) == 3 * 12
+    for i, (model, got) in enumerate(zip((reference, middle, end), logged, strict=True)):
+        part = slice(12 * i, 12 * i + 12)
+        pairs = [*zip(prompts, seen[part], strict=True)]
+        judged = [p + r + [eos] * (r[-1] != eos) for p, r in pairs]
+        new, old = (
+            np.array([plain_logprobs(m, *x, 0.7).sum() for x in pairs]) for m in (model, reference)
+        )
+        wins = [(b > a) + 0.5 * (b == a) for a, b in zip(lengths[:12], lengths[part], strict=True)]
+        expected = {
+            "score": plain_scores(models.reward_model, judged).mean(),
+            "judge": np.mean(lengths[part]),
+            "kl": (new - old).mean(),
+            "length": np.mean([len(r) for _, r in pairs]),
+            "eos_rate": np.mean([r[-1] in ends for _, r in pairs]),
+            "win_rate": np.mean(wins),
+        }
+        assert got == pytest.approx(expected, abs=1e-4)
+    assert logged[1]["win_rate"] != 0.5 and abs(logged[1]["kl"]) > 0.01
 
 
 def test_samples_on_the_terminal(ppo, monkeypatch, capsys, tmp_path):

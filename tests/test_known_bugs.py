@@ -289,5 +289,5 @@ def test_b22_ppo_has_full_batches_only(ppo, error_of, tmp_path):
     """Episodes that do not fill a batch are not sampled, and batches divide evenly."""
     assert len(metrics_of(ppo(tmp_path / "out", total_episodes=23))) == 2
     out = tmp_path / "uneven"
-    assert "--num-mini-batches" in error_of(ppo, out, batch_size=8, num_mini_batches=3)
+    assert "multiple of 6" in error_of(ppo, out, batch_size=8, num_mini_batches=3)
     assert "--batch-size" in error_of(ppo, out, batch_size=8, micro_batch_size=3)

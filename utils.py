@@ -223,8 +223,7 @@ def micro_batch_size(args: Any, world: int, mini_batches: int = 1) -> int:
     """`--micro-batch-size`, or a process's share of a mini-batch where that is smaller."""
     size = max(1, min(args.micro_batch_size, args.batch_size // (world * mini_batches)))
     if args.batch_size % (multiple := size * world * mini_batches):
-        into = f"into micro- and mini-batches; pass a multiple of {multiple}"
-        stop(f"--batch-size: {args.batch_size} does not divide {into}")
+        stop(f"--batch-size: mini- and micro-batches divide it; pass a multiple of {multiple}")
     return size
 
 

@@ -223,7 +223,8 @@ def micro_batch_size(args: Any, world: int, mini_batches: int = 1) -> int:
     """`--micro-batch-size`, or a process's share of a mini-batch where that is smaller."""
     size = max(1, min(args.micro_batch_size, args.batch_size // (world * mini_batches)))
     if args.batch_size % (multiple := size * world * mini_batches):
-        stop(f"--batch-size: mini- and micro-batches divide it; pass a multiple of {multiple}")
+        what = "processes x mini- x micro-batch must divide it"
+        stop(f"--batch-size: {what}; pass a multiple of {multiple}")
     return size
 
 
@@ -744,8 +745,8 @@ def call_reward_function(
     except (Exception, SystemExit, asyncio.CancelledError) as error:
         what = f"raised {first_line(error)} for {len(texts)} prompts, {texts[0][:60]!r} first"
         frames = traceback.walk_tb(error.__traceback__)  # of its file: see `load_function`
-        lines = [n for frame, n in frames if frame.f_globals["__name__"].startswith("from_")]
-        fix = f"see its line {lines[-1]}" if lines else "take **columns, return a list of numbers"
+        lines = [n for f, n in frames if f.f_globals.get("__name__", "").startswith("from_")]
+        fix = f"see its line {lines[-1]}" if lines else "it must take **columns, return numbers"
         stop(f"{where}: {what}; {fix}", code)
     scores = [sum(x) if isinstance(x, list) else x for x in numbers]
     fits = len(scores) == len(texts) and all(abs(x) < 3e38 for x in scores)

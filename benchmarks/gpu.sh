@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1
 python=${PYTHON:-python3}
 case ${1:-} in
-1) parts="tests:110 embedded:150 resume:120 ceilings:20 rollout:165" ;;
+1) parts="tests:110 embedded:150 resume:120 ceilings:30 rollout:155" ;;
 2) parts="W6:135 W6-trl:155 memory:80 W6-compile:170" ;;
 3) parts="W5:220 W5-trl:310 vllm:240" ;;  # vLLM, where it is installed, starts slowly
 *) echo "usage: benchmarks/gpu.sh 1|2|3 [--dry-run]" >&2 && exit 2 ;;

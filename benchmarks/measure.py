@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -59,8 +60,10 @@ def machine(threads: int) -> dict:
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     words = {word for line in lines if line.startswith("flags") for word in line.split()}
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    commit = ""
+    if shutil.which("git"):
+        git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {
         "commit": commit,  # empty outside a clone
         "processor": next(names, platform.processor()),

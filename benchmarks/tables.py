@@ -601,17 +601,20 @@ def lab_why_ppo() -> str:
     points = span([row["judge"] for row in at_episodes], ".2f")
     kls = span([row["kl"] for row in at_episodes], ".1f")
     effects = {row["name"]: row for row in result("lab.json")["effects"]}
-    differ = [change(effects[row["method"]], "difference") for row in at_episodes]
+    differ = [
+        f"`{row['method']}` by {change(effects[row['method']], 'difference')}"
+        for row in at_episodes
+    ]
     more = span([row["judge"] for row in at_time], ".2f")
     return (
         f"On short replies with one score each, a value function buys nothing: {gae['judge']:.2f}"
         f" points with it, {points} without, at the same episodes and about the same KL"
-        f" ({gae['kl']:.1f} nats, {kls}), of {gae['runs']} seeds; of 5, as above, they differ from"
-        f" it by {', '.join(differ[:-1])} and {differ[-1]}. Without it a run takes {times} of the"
-        f" time; memory is libraries here ({memory} GB, {gae['peak_memory_gb']:.2f} with it), but"
-        f" at scale half of"
-        f" what is trained is gone ([memory](results.md#memory-which-model-fits-which-gpu)); given"
-        f" the same time, the methods without it end at {more}."
+        f" ({gae['kl']:.1f} nats, {kls}), of {gae['runs']} seeds; of 5, as above,"
+        f" {', '.join(differ[:-1])} and {differ[-1]} differ from it. Without it a run takes {times}"
+        f" of the time; memory is libraries here ({memory} GB, {gae['peak_memory_gb']:.2f} with"
+        f" it), but at scale half of what is trained is gone"
+        f" ([memory](results.md#memory-which-model-fits-which-gpu)); given the same time, the"
+        f" methods without it end at {more}."
         f" A value function that is wrong costs far more than a right one gains, and it is the part"
         f" with the most ways to be wrong. PPO's clipped steps are what all four share; its value"
         f" function is worth having where credit within a response matters: long responses, rewards"

@@ -86,9 +86,10 @@ def main(args: Args) -> None:
     report = json.loads(path.read_text()) if path.exists() else {}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     here = machine(args.threads) | versions
-    if report.get("machine", here) != here and set(args.parts) < set(PARTS):
-        sys.exit(f"{path} is of another machine or commit; pass another --out, or all parts")
-    report["machine"] = here
+    if report.get("machine") != here:
+        if report and set(args.parts) < set(PARTS):
+            sys.exit(f"{path} is of another machine or commit; pass another --out, or all parts")
+        report = {"machine": here}
     for part in args.parts:
         if part.startswith("W"):
             for dtype in ("bfloat16",) if part == "W4" else ("float32", "bfloat16"):
@@ -271,11 +272,11 @@ def compare(args: Args, name: str, dtype: str) -> dict[str, Any]:
     ours["tokens_per_second"] = statistics.median(row["tokens_per_second"] for row in our_rows)
     ours["response_length"] = statistics.mean(row["response/length"] for row in our_rows)
     ours["train_gflops"] = train_gflop(flags, our_rows) / ours["train"]
-    medians["speedup"] = theirs["update"] / ours["update"]
-    medians["speedup_by_turn"] = [
+    by_turn = medians["speedup_by_turn"] = [
         statistics.median(map(update_seconds, b)) / statistics.median(map(update_seconds, a))
         for a, b in zip(*turns.values(), strict=True)
     ]
+    medians["speedup"] = statistics.median(by_turn)
     shown = {flag: str(value) for flag, value in flags.items() if flag not in PLACES}
     rates = {dtype: statistics.median(each[dtype] for each in ceilings) for dtype in ceilings[0]}
     return {"flags": shown, "medians": medians, "ceiling": rates, "seconds": seconds}

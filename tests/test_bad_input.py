@@ -389,10 +389,11 @@ NOT_0 = "total_episodes num_mini_batches num_ppo_epochs samples_per_prompt respo
 NOT_0 += "kl_horizon eval_prompts temperature cliprange cliprange_value kl_target reward_clip "
 NOT_0 += "target_kl top_p value_learning_rate cliprange_high"
 MAY_BE_0 = "top_k critic_warmup_updates save_rollouts missing_eos_penalty kl_coef vf_coef "
-MAY_BE_0 += "entropy_coef ptx_coef value_lam"
+MAY_BE_0 += "entropy_coef value_lam"
 PPO = [
     *each(NOT_0, 0),
     *each(MAY_BE_0, -1),
+    {"ptx_coef": -1.0, "ptx_dataset": "data/support/sft"},
     *each("kl_coef temperature gamma top_p reward_clip", NAN),
     *each("temperature cliprange missing_eos_penalty", INF),
     *each("gamma lam value_lam top_p", 1.5),
@@ -478,6 +479,8 @@ def none(prompts, completions, **columns): pass
 def narrow(prompts, completions): return [1.0] * len(prompts)
 def calls(prompts, completions, **columns):
     return [__import__("json").loads(text + "{") for text in prompts]
+def runs(prompts, completions, **columns):
+    exec("1 / 0", {})
 """
 
 
@@ -494,6 +497,7 @@ def test_a_dashboard_that_is_not_installed(name, refused, monkeypatch):
         ("functions.py:raises", "no luck"),
         ("functions.py:raises", "see its line 4"),
         ("functions.py:calls", "see its line 11"),  # where its own file raised it or called on
+        ("functions.py:runs", "see its line 13"),
         ("functions.py:one", "1 values"),
         ("functions.py:nan", "nan"),
         ("functions.py:text", "ValueError"),

@@ -244,7 +244,7 @@ def test_a_device_without_float64_is_refused(monkeypatch):
 
 
 def test_auto_never_is_an_emulated_bfloat16(tmp_path):
-    """On the machine of this test: bfloat16 only where its CPU lists the instructions."""
+    """On the machine of this test: bfloat16 only where Linux lists the CPU's instructions."""
     args = SimpleNamespace(device="cpu", seed=1, dtype="auto", trust_remote_code=False)
     args.resume, args.output_dir = False, str(tmp_path)
     utils.start_process(args)

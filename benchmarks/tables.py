@@ -609,7 +609,8 @@ def lab_why_ppo() -> str:
     return (
         f"On short replies with one score each, a value function buys nothing: {gae['judge']:.2f}"
         f" points with it, {points} without, at the same episodes and about the same KL"
-        f" ({gae['kl']:.1f} nats, {kls}), of {gae['runs']} seeds; of 5, as above,"
+        f" ({gae['kl']:.1f} nats, {kls}), of {gae['runs']} seeds; of"
+        f" {effects['rloo']['seeds']}, as above,"
         f" {', '.join(differ[:-1])} and {differ[-1]} differ from it. Without it a run takes {times}"
         f" of the time; memory is libraries here ({memory} GB, {gae['peak_memory_gb']:.2f} with"
         f" it), but at scale half of what is trained is gone"

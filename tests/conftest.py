@@ -422,6 +422,22 @@ def rows_of(folder: str, split: str = "validation") -> list[dict]:
     return read_jsonl(Path(folder) / f"{split}.jsonl")
 
 
+def plain_loss(model, out: Path, batch: list[dict]) -> torch.Tensor:
+    """A mean over completion tokens, or over pairs, in plain transformers, one row at a time."""
+    losses, functions = [], torch.nn.functional
+    for row in batch:
+        texts = [row[side] for side in ("completion", "chosen", "rejected") if side in row]
+        prompt, *sequences = sequences_of(out, [(row["prompt"], text) for text in ("", *texts)])
+        first, *other = (model(input_ids=torch.tensor([ids])).logits[0] for ids in sequences)
+        if other:
+            losses.append(-functions.logsigmoid(first - other[0]))
+        else:
+            start = len(prompt) - 1  # without its EOS
+            tokens = torch.tensor(sequences[0][start:])
+            losses.append(functions.cross_entropy(first[start - 1 : -1], tokens, reduction="none"))
+    return torch.cat(losses).mean()
+
+
 def eval_loss_of(folder: Path, rows: list[dict]) -> float:
     """Cross-entropy per completion token, one row at a time, in plain transformers."""
     model, tokenizer = plain_lm(folder), transformers.AutoTokenizer.from_pretrained(folder)

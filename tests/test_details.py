@@ -18,6 +18,7 @@ from conftest import (
     plain_classifier,
     plain_lm,
     plain_logprobs,
+    plain_loss,
     plain_scores,
     preference_rows,
     rollouts_of,
@@ -133,22 +134,6 @@ def test_d09_a_batch_is_a_mean_over_its_tokens(sft, base, data, tmp_path):
     _, indices = next(dataset.batches(len(rows), 12, 1, 1, 0))
     expected = eval_loss_of(Path(base.plain), [rows[i] for i in indices])
     assert metrics_of(out)[0]["loss"] == pytest.approx(expected, abs=1e-5)
-
-
-def plain_loss(model, out: Path, batch: list[dict]) -> torch.Tensor:
-    """A mean over completion tokens, or over pairs, in plain transformers, one row at a time."""
-    losses, functions = [], torch.nn.functional
-    for row in batch:
-        texts = [row[side] for side in ("completion", "chosen", "rejected") if side in row]
-        prompt, *sequences = sequences_of(out, [(row["prompt"], text) for text in ("", *texts)])
-        first, *other = (model(input_ids=torch.tensor([ids])).logits[0] for ids in sequences)
-        if other:
-            losses.append(-functions.logsigmoid(first - other[0]))
-        else:
-            start = len(prompt) - 1  # without its EOS
-            tokens = torch.tensor(sequences[0][start:])
-            losses.append(functions.cross_entropy(first[start - 1 : -1], tokens, reduction="none"))
-    return torch.cat(losses).mean()
 
 
 @pytest.mark.parametrize("name", ["sft", "reward_model"])

@@ -28,6 +28,7 @@ from conftest import (
     plain_classifier,
     plain_lm,
     plain_logprobs,
+    plain_loss,
     plain_scores,
     preference_rows,
     prompt_rows,
@@ -640,19 +641,15 @@ def test_ptx_pulls_the_policy_to_the_demonstrations(ppo, models, data, rewards, 
     flags |= {"vf_coef": 0.0, "whiten_advantages": False, "eval_every": 0, "learning_rate": 1e-2}
     flags |= {"total_episodes": 80, "ptx_coef": 0.5, "ptx_dataset": data.sft, "temperature": 0.5}
     out = ppo(tmp_path / "out", **flags, num_mini_batches=2, micro_batch_size=2)
-    model, tokenizer = plain_lm(models.sft), utils.load_tokenizer(str(models.sft))
+    model, texts, rows = plain_lm(models.sft), rows_of(data.sft, "train"), metrics_of(out)
     optimizer = torch.optim.AdamW(model.parameters(), eps=1e-5, weight_decay=0.0)
-    pairs = [(row["prompt"], row["completion"] + "<eos>") for row in rows_of(data.sft, "train")]
-    pairs = [[tokenizer(text)["input_ids"] for text in pair] for pair in pairs]
-    rows = metrics_of(out)
     losses = [row["loss/ptx_avg"] for row in rows]
     assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
     for row in rows[:3]:  # rounding grows with every step
         rng, steps = utils.generator("cpu", 1, ppo_rlhf.PTX, row["update"], 0), []
         for _ in range(4):  # two passes of two mini-batches, with as many texts
-            some = [pairs[i] for i in torch.randint(len(pairs), (4,), generator=rng)]
-            logits = [model(torch.tensor([a + b])).logits[0, len(a) - 1 : -1] for a, b in some]
-            loss = F.cross_entropy(torch.cat(logits), torch.tensor(sum((b for _, b in some), [])))
+            drawn = torch.randint(len(texts), (4,), generator=rng)
+            loss = plain_loss(model, out, [texts[i] for i in drawn])
             (0.5 * loss).backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             steps.append((loss.item(), norm.item()))

@@ -570,7 +570,10 @@ def main(args: Args) -> None:
                 lastvaluelam = delta + args.gamma * args.value_lam * lastvaluelam  # D40
                 returns[:, t] = lastvaluelam + values[:, t]  # B15
         else:  # one number per response: the sum of its rewards against a baseline
-            episode_rewards = rewards.sum(1)  # [B]
+            # of rewards, the sums of equal scores could differ by rounding
+            episode_rewards = scores + non_score_rewards.sum(1)  # [B]
+            if args.whiten_rewards:
+                episode_rewards = rewards.sum(1)
             grouped_rewards = episode_rewards.view(-1, args.samples_per_prompt)
             grouped_rewards = grouped_rewards - grouped_rewards[:, :1]  # of equal ones exactly 0
             if args.advantage == "batch_mean":  # D34
@@ -772,8 +775,11 @@ def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[s
         return {k: sum(x) / len(x) if None not in x else None for k, x in columns.items()}
 
     by = "score" if before[0]["judge"] is None else "judge"
-    pairs = [(b[by], a[by]) for b, a in zip(before, after, strict=True)]
-    wins = sum((new > old) + 0.5 * (new == old) for old, new in pairs)
+    wins = 0.0
+    for old, new in zip(before, after, strict=True):
+        # equal responses' scores may differ by rounding
+        tie = new["response"] == old["response"] or new[by] == old[by]
+        wins += 0.5 if tie else new[by] > old[by]
     result = {"prompts": len(before), "reference": means(before), "policy": means(after)}
     return result | {"win_rate": wins / len(before), "win_rate_by": by}
 

@@ -527,10 +527,14 @@ def test_d35_responses_to_one_prompt_are_compared(runs, advantage):
     recomputed.check_rewards(runs(advantage))
 
 
-def test_d35_equal_responses_teach_nothing(ppo, tmp_path):
+@pytest.mark.parametrize("per_token", [False, True])
+def test_d35_equal_responses_teach_nothing(ppo, per_token, tmp_path):
     """Where groups of equal rewards are all there is, rounding is not made into advantages."""
+    score = "[0.7] * (len(ids) - 1) + [-len(p) / 8 - 0.7 * (len(ids) - 1)]"
     (tmp_path / "f.py").write_text(
-        "def f(prompts, completions, **columns):\n    return [-0.1 * len(p) for p in prompts]\n"
+        "def f(prompts, completions, completion_ids, **columns):\n"
+        f"    return [{score if per_token else '-0.1 * len(p)'}"
+        " for p, ids in zip(prompts, completion_ids)]\n"
     )
     flags = {"reward_fn": f"{tmp_path / 'f.py'}:f", "advantage": "grpo", "samples_per_prompt": 3}
     flags |= {"batch_size": 12, "micro_batch_size": 4, "total_episodes": 12, "save_rollouts": 1}

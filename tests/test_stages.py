@@ -143,6 +143,18 @@ def test_summaries_have_the_documented_keys_and_the_first_stages_learn(chain):
         assert summary["eval"][name]["judge"] is None
 
 
+def test_the_same_response_is_a_tie():
+    """Also where its two scores differ by rounding."""
+
+    def results(scores):
+        rest = {"judge": None, "kl": 0.0, "length": 1, "eos_rate": 1.0}
+        return [{"response": text, "score": x} | rest for text, x in scores.items()]
+
+    before = results({"a": 1.0, "b": 1.0, "c": 1.0, "d": 1.0, "e": 1.0})
+    after = results({"a": 1.1, "f": 1.0, "g": 1.1, "h": 1.1, "i": 0.9})
+    assert ppo_rlhf.compare(before, after)["win_rate"] == (0.5 + 0.5 + 1 + 1 + 0) / 5
+
+
 def test_metrics_have_the_documented_names(chain):
     """One line a step or update, finite, and the same in TensorBoard, which has the flags too."""
     rows = metrics_of(chain.ppo)
@@ -166,7 +178,8 @@ def test_samples_agree_with_the_summary(chain, data):
     old, new = ([s[f"{name}_score"] for s in samples] for name in ("reference", "policy"))
     assert evaluation["reference"]["score"] == pytest.approx(np.mean(old))
     assert evaluation["policy"]["score"] == pytest.approx(np.mean(new))
-    wins = [(b > a) + 0.5 * (b == a) for a, b in zip(old, new, strict=True)]
+    equal = [s["reference"] == s["policy"] for s in samples]
+    wins = [0.5 if x or a == b else b > a for x, a, b in zip(equal, old, new, strict=True)]
     assert evaluation["win_rate"] == pytest.approx(np.mean(wins))
     assert (evaluation["prompts"], evaluation["win_rate_by"]) == (4, "score")
     assert evaluation["reference"]["kl"] == pytest.approx(0, abs=1e-5)

@@ -134,6 +134,8 @@ def test_the_same_generator_gives_the_same_tokens(model):
     torch.rand(17)
     assert torch.equal(a, decode(model)[0])
     assert not torch.equal(a, decode(model, seed=6)[0])
+    short, long = (decode(model, length=n, stops=[never(model)])[0] for n in (4, 9))
+    assert torch.equal(short, long[:, :4])  # and not on how long a response may be
 
 
 def test_keys_and_values_are_written_in_place(model, monkeypatch):

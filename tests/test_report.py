@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import metrics_of, samples_of, write_jsonl
+from conftest import metrics_of, samples_of, summary_of, write_jsonl
 from safetensors.numpy import load_file, save_file
 
 import report
@@ -80,7 +80,10 @@ def test_all_stages_side_by_side(chain, tmp_path):
             assert f"<h3>{name}</h3>" in own(page)
     kl = shown(page, "objective/kl")["traces"]
     assert kl[0]["y"] == [row["objective/kl"] for row in metrics_of(chain.ppo)]
-    assert [shown(page, "eval/score")["traces"][0]["x"][i] for i in (0, -1)] == [0, 2]
+    score, final = shown(page, "eval/score")["traces"][0], summary_of(chain.ppo)["eval"]
+    assert [score["x"][i] for i in (0, -1)] == [0, 2]
+    expected = [final[who]["score"] for who in ("reference", "policy")]
+    assert [score["y"][i] for i in (0, -1)] == pytest.approx(expected, rel=1e-3)
     assert shown(page, "policy/clipfrac_avg")["band"] == [0, 0.3]
     assert "share of tokens whose policy loss is the clipped one" in own(page)
     for text, count in (("the policy's learning rate", 1), ("real tokens trained on", 2)):
@@ -122,7 +125,8 @@ def test_characters_of_several_tokens_are_shown(chain, tmp_path):
 def test_several_runs_share_charts_and_big_ones_fit(tmp_path):
     """10,000 updates keep their extremes; samples are cut to what fits; the page says so."""
     rows = [{"update": n, "objective/scores": n % 7, "loss": 0.1 * n} for n in range(1, 10_001)]
-    rows[5000]["objective/scores"], rows[0]["loss"] = 99, float("nan")
+    rows[5000]["objective/scores"], rows[7000]["objective/scores"] = 99, -99
+    rows[0]["loss"] = float("nan")
     samples = [sample("x" * 20_000, 0, n / 10) for n in range(400)]
     make_run(tmp_path / "runs" / "a", rows, samples)
     make_run(tmp_path / "runs" / "b", rows[:3])
@@ -130,7 +134,7 @@ def test_several_runs_share_charts_and_big_ones_fit(tmp_path):
     assert len(page.encode()) < 6e6
     long, short = shown(page, "objective/scores")["traces"]
     assert (long["name"], short["name"], len(short["x"])) == ("a", "b", 3)
-    assert len(long["x"]) <= 1010 and max(long["y"]) == 99
+    assert len(long["x"]) <= 1010 and (min(long["y"]), max(long["y"])) == (-99, 99)
     assert shown(page, "loss")["traces"][1]["y"][0] is None
     assert re.search(r"a: ppo_rlhf, about \d+ of 10000 points", page)
     kept = own(page).count("<article>")

@@ -105,16 +105,20 @@ def test_the_reference_is_the_base_and_the_kl_starts_at_0(chain, models):
 
 
 def test_the_value_function_starts_from_the_adapter_of_the_reward_model(chain, models, tmp_path):
-    """Of the same base, by name or by weights; from a whole reward model at 0; else refused."""
+    """Of the same base, by name or by weights; from a whole reward model, or on another, at 0."""
     base = utils.freeze(utils.load_causal_lm(str(models.sft), CPU), "float32")
     expected = values(utils.load_classifier(str(chain.reward_model), CPU))
     moved = shutil.copytree(models.sft, tmp_path / "moved")
+    judge = shutil.copytree(chain.reward_model, tmp_path / "judge")
+    file = judge / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_dropout": 0.5}))  # off (D4)
     for name in (models.sft, moved):
-        model = lora.value_on(base, args_for(name), str(chain.reward_model))
+        model = lora.value_on(base, args_for(name), str(judge))
         torch.testing.assert_close(values(model), expected, rtol=0, atol=1e-4)
         assert model.config.reward_mean != 0
-    for start in (models.reward_model, models.sft):
-        model = lora.value_on(base, args_for(models.sft), str(start))
+    base.lm_head.weight.mul_(1.01)  # another model of the same shapes
+    for name, start in ((models.sft, models.reward_model), (models.sft,) * 2, (moved, judge)):
+        model = lora.value_on(base, args_for(name), str(start))
         assert not values(model).any() and not hasattr(model.config, "reward_mean")
 
 
@@ -133,6 +137,7 @@ def test_outputs_are_merged_and_adapters_are_folders_of_peft(chain, models, base
     """Merged in float32; transformers and peft load them as their own."""
     loaded = utils.load_causal_lm(str(chain.ppo), CPU)
     torch.testing.assert_close(logits(loaded), logits(chain.made[0][1]), rtol=0, atol=1e-4)
+    assert loaded.generation_config.max_new_tokens == 10  # as without adapters
     for out, start in ((chain.sft, base.plain), (chain.ppo, models.sft)):
         merged, adapter = plain_lm(out), str(out / "adapter")
         adapted = peft.PeftModel.from_pretrained(plain_lm(start), adapter)

@@ -192,6 +192,15 @@ def test_models_are_loaded_in_float32_and_without_dropout(base, tmp_path):
         assert not any(m.training for m in loaded.modules())
 
 
+def test_a_frozen_head_is_not_rounded(models):
+    """To bfloat16, as the products before it are: close scores would be equal."""
+    model = utils.load_classifier(str(models.reward_model), CPU)
+    head = model.score.weight.clone()
+    utils.freeze(model, "bfloat16")
+    assert torch.equal(model.score.weight, head)
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+
+
 def test_tokenizers_are_the_same_or_not(tokenizer):
     """B5: ids may be passed on only where they mean the same."""
     assert encoding.same_tokenizer(tokenizer, make_tokenizer())
@@ -500,6 +509,15 @@ def test_a_checkpoint_restores_everything(tokenizer, tmp_path, tied):
         assert torch.equal(a, b), name
 
 
+def test_a_checkpoint_is_never_ahead_of_its_records(model, tmp_path, monkeypatch):
+    """Its metrics are on the disk before it gets its name."""
+    saver, done = checkpoints(tmp_path, model), []
+    monkeypatch.setattr(utils, "sync", lambda path: done.append(path.name))
+    monkeypatch.setattr(utils, "move", lambda part, path: done.append(part.name))
+    saver.save(7, {})
+    assert done == ["metrics.jsonl", "000007.part"]
+
+
 def test_only_the_newest_whole_checkpoint_counts(model, tmp_path):
     """Older ones go once a newer one is whole; a half-written one is passed over."""
     left = {8: [8], 90: [90, 8], 100: [100, 90], 1000000: [1000000, 100]}
@@ -531,6 +549,9 @@ def test_load_function(tmp_path):
         "    return [Weight().value * len(c) for c in completions]\n"
     )
     assert utils.load_function(f"{path}:f", "--reward-fn")(["a"], ["bc"]) == [4.0]
+    (other := tmp_path / "other" / path.name).parent.mkdir()  # another file of the same name
+    other.write_text(path.read_text().replace("2.0", "3.0"))
+    assert utils.load_function(f"{other}:f", "--reward-fn")(["a"], ["bc"]) == [6.0]
 
 
 ASKED = [{"prompt": "p", "answer": 1, "kind": "x"}, {"prompt": "q", "answer": 2, "kind": None}]

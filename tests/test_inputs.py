@@ -1,6 +1,7 @@
 """B23 to B40: inputs that people have, each read right or refused out loud."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,6 +90,8 @@ def test_b23_ids_that_the_tokenizer_does_not_know(models, tmp_path):
         logits = utils.logits_of(model, utils.hidden_states(model, prompt)[:, -1])
     assert (logits.softmax(-1)[:, known:] == 0).all()
     assert logits.log_softmax(-1)[:, :known].isfinite().all()
+    gaps = SimpleNamespace(get_vocab=lambda: {"a": 0, "b": known + 2})  # more ids than tokens
+    assert utils.load_causal_lm(folder, CPU, gaps).known_tokens == known + 3
 
 
 @pytest.mark.parametrize(
@@ -186,6 +189,10 @@ def test_b27_a_trained_head_is_kept(models, reward_model, tmp_path, capsys):
     assert "has a trained head, which is kept" in capsys.readouterr().out
     after = utils.load_classifier(str(out), CPU, trained=True)
     assert torch.allclose(before.score.weight, after.score.weight, atol=1e-3)
+    out = reward_model(tmp_path / "raw", model=str(models.reward_model), normalize_with="none")
+    config = utils.load_classifier(str(out), CPU).config
+    assert before.config.reward_mean != 0  # its shift, which is no part of the head, is not
+    assert (config.reward_mean, config.reward_std) == (0.0, 1.0)
 
 
 def test_b28_the_models_own_ends(models):
@@ -425,8 +432,11 @@ def test_b31_the_answer_is_cut_not_the_prompt(kind):
     end = tokenizer("<|end|><eos>" if kind == "chat" else "<eos>", add_special_tokens=False)
     answer = tokenizer(text, add_special_tokens=False)["input_ids"]
     expected = (prompts[0].ids + answer)[: 30 - len(end["input_ids"])] + end["input_ids"]
+    whole = prompts[0].ids + answer + end["input_ids"]
     for given in (answer, text):
         assert encoding.as_judged((tokenizer, 30), prompts, [given]) == ([expected], [True])
+        reader = (tokenizer, len(whole))  # where it just fits
+        assert encoding.as_judged(reader, prompts, [given]) == ([whole], [False])
     assert len(expected) == 30 and len(prompts[0].ids) < 20
 
 
@@ -527,6 +537,16 @@ def test_d44_every_turn_of_the_assistant_is_learned(marked):
     assert taught(tokenizer, TALK) == "Yes.<|end|>No.<|end|><eos>"
     [(_, last)] = encoding.encode_demonstrations(tokenizer, [row], 500, all_turns=False)
     assert sum(last) < sum(learned)
+
+
+def test_d44_only_the_last_turn(sft, base, tmp_path, capsys):
+    """With --last-turn-only; what the first example shows behind every other arrow is learned."""
+    folder = write_data(tmp_path / "data", [{"messages": TALK}] * 20, 2)
+    for last, turns in ((False, ["'Yes.<|end|>'", "'No.<|end|>'"]), (True, ["'No.<|end|>'"])):
+        out = tmp_path / str(last)
+        sft(out, model=base.chat, dataset=folder, last_turn_only=last, epochs=1)
+        shown = re.search("^first example: (.*)$", capsys.readouterr().out, re.M)[1]
+        assert shown.split(" -> ")[1::2] == turns
 
 
 def test_d44_two_messages_of_the_assistant_stay_two():

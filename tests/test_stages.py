@@ -24,6 +24,8 @@ from conftest import (
     as_chat,
     assert_same_run,
     eval_loss_of,
+    make_model,
+    make_tokenizer,
     metrics_of,
     plain_classifier,
     plain_lm,
@@ -247,6 +249,17 @@ def test_samples_on_the_terminal(ppo, monkeypatch, capsys, tmp_path):
         assert "".join(part.split()).startswith("".join(wanted.split()))
 
 
+def test_times_are_those_of_the_steps(ppo, monkeypatch, tmp_path):
+    """Rollout, scores and training, by a clock that is read between them; whole batches count."""
+    clock = iter([10.0, 11.0, 13.0, 17.0])
+    monkeypatch.setattr(utils, "now", lambda device: next(clock))
+    out = ppo(tmp_path / "out", total_episodes=15)  # of which one batch of 8 is used
+    [row] = metrics_of(out)
+    assert [row[f"time/{part}"] for part in ("rollout", "score", "train")] == [1, 2, 4]
+    assert row["eps"] == pytest.approx(8 / 7)
+    assert (summary_of(out)["updates"], summary_of(out)["episodes"]) == (1, 8)
+
+
 @pytest.fixture
 def logger(tmp_path):
     flags, shown = SimpleNamespace(track=False), "objective/scores objective/kl response/length"
@@ -263,6 +276,14 @@ def test_the_bar_shows_whole_numbers_in_80_columns(logger):
     line = utils.progress.format_meter(**state)
     assert line.startswith("ppo_rlhf: 9999/10000 |") and len(line) <= 80
     assert line.endswith("[1:06:40<00:00, scores=-1.235, kl=12.35, length=17.88]")
+
+
+def test_a_line_is_in_the_file_once_it_is_logged(logger, tmp_path):
+    """A process that is killed takes none along."""
+    numbers = {"objective/scores": 1.0, "objective/kl": 2.0, "response/length": 3.0}
+    for update in (1, 2):
+        logger.log(update, numbers)
+        assert metrics_of(tmp_path / "ppo_rlhf")[-1] == {"update": update} | numbers
 
 
 def test_the_bar_is_drawn_with_the_numbers_of_its_update(logger, monkeypatch):
@@ -503,13 +524,22 @@ def test_an_implicit_prompt_is_the_same_preference(reward_model, base, data, cha
     assert same_weights(a, reward_model(tmp_path / "b", dataset=explicit, **flags))
 
 
+def short_model(folder: Path, length: int) -> str:
+    """A model with a context of `length` tokens."""
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer, max_position_embeddings=length)
+    return save_pair(folder / "short_model", model, tokenizer)
+
+
 def test_sft_cuts_long_completions(sft, tmp_path, capsys):
-    """At --max-length a completion loses its end, EOS included; the run says how many do."""
+    """At --max-length, or the model's, a completion loses its end, EOS included; it is said."""
     rows = [{"prompt": "Q:", "completion": " two ripe figs" * n} for n in (1, 30)] * 4
     folder = write_data(tmp_path / "data", rows, 2)
     out = sft(tmp_path / "out", dataset=folder, max_length=20, epochs=2)
     assert "of 6 completions are cut" in capsys.readouterr().out
     assert all(math.isfinite(row["loss"]) for row in metrics_of(out))
+    sft(tmp_path / "short", model=short_model(tmp_path, 20), dataset=folder, max_length=500)
+    assert "of 6 completions are cut" in capsys.readouterr().out
 
 
 def test_sft_makes_a_tiny_model(sft, data, tmp_path):
@@ -535,6 +565,18 @@ def test_reward_model_leaves_out_long_pairs(reward_model, tmp_path, capsys):
     assert len(metrics_of(out)) == 2  # 18 pairs in sixteens
     config = plain_classifier(out).config
     assert (config.reward_mean, config.reward_std) == (0.0, 1.0)
+    flags = {"model": short_model(tmp_path, 64), "max_length": 500, "normalize_with": "none"}
+    reward_model(tmp_path / "short", dataset=folder, **flags)
+    assert "2 of 20 rows are left out, the first" in capsys.readouterr().out
+
+
+def test_a_tie_is_half_right(reward_model, monkeypatch, tmp_path):
+    """A reward model that gives one score to all is right about half of the pairs."""
+    score = lambda model, ids, mask: torch.ones(len(ids))  # noqa: E731
+    monkeypatch.setattr(utils, "last_token_scores", score)
+    summary = summary_of(reward_model(tmp_path / "out"))
+    assert (summary["accuracy"], summary["mean_margin"]) == (0.5, 0.0)
+    assert summary["score_length_correlation"] == 0.0
 
 
 def test_wilson_interval():

@@ -556,6 +556,12 @@ def test_the_model_stays_where_it_is(refused, name, chain, tmp_path):
     refused(name, "--output-dir", model=str(tmp_path / "out" / "best"), overwrite=True)
     rows = write_jsonl(tmp_path / "out" / "rows.jsonl", [{"prompt": "Q"}])
     refused(name, "--output-dir", dataset=(str(rows),), overwrite=True)
+    others = "value_model reward_model reward_fn eval_reward_fn ptx_dataset"
+    others = {"ppo": others, "reward_model": "normalize_with"}.get(name, "").split()
+    for source in others:
+        flags = {source: str(tmp_path / "out" / "best")}
+        flags |= {"ptx_coef": 1.0} if source == "ptx_dataset" else {}
+        refused(name, f"is or holds {utils.flag(source)}, ", **flags, overwrite=True)
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 

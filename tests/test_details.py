@@ -459,8 +459,10 @@ def test_d26_the_ratio_starts_at_one(runs, ppo, monkeypatch, tmp_path):
 def test_d27_kl_coef_is_steered_to_a_target(ppo, target, sign, tmp_path):
     """Up where the KL is above the target, down below: by the clipped error times B / horizon."""
     flags = {"total_episodes": 40, "kl_target": target, "kl_horizon": 80, "kl_coef": 0.1}
-    rows = metrics_of(ppo(tmp_path / "out", **flags, learning_rate=1e-2))
+    out = ppo(tmp_path / "out", **flags, learning_rate=1e-2, save_rollouts=1)
+    rows = metrics_of(out)
     coefficients = [row["objective/kl_coef"] for row in rows]
+    assert [rollout.number("kl_coef") for rollout in rollouts_of(out)] == coefficients
     assert coefficients[0] == 0.1
     for row, now, after in zip(rows, coefficients, coefficients[1:], strict=False):
         error = min(max(row["objective/kl"] / target - 1, -0.2), 0.2)

@@ -99,6 +99,8 @@ def test_it_samples_as_in_training(talk, chain, monkeypatch, tmp_path):
     config.save_pretrained(folder)
     talk(PIPED, model=folder)
     assert asked[-1] == (10, 0.0, 0, 1.0)
+    talk(PIPED, model=folder, top_k=5)  # which asks for samples
+    assert asked[-1] == (10, 1.0, 5, 1.0)
 
 
 def test_it_stops_where_the_policy_was_trained_to(talk, chain, tmp_path):

@@ -533,6 +533,16 @@ def test_only_the_newest_whole_checkpoint_counts(model, tmp_path):
     assert checkpoints(tmp_path, model).load()["step"] == 110
 
 
+def test_a_model_that_is_half_replaced_is_none(model, tokenizer, tmp_path, monkeypatch):
+    """As in best/: a new model's files beside an old config.json would be loaded."""
+    saving.save_model(model, tokenizer, tmp_path)
+    assert (tmp_path / "config.json").is_file()
+    monkeypatch.setattr(utils, "move", lambda part, path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        saving.save_model(model, tokenizer, tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
 # ---- reward functions, samples
 
 

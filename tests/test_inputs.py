@@ -17,6 +17,7 @@ from conftest import (
     make_model,
     make_tokenizer,
     metrics_of,
+    rows_of,
     save_pair,
     write_data,
     write_jsonl,
@@ -397,6 +398,15 @@ def test_b31_prompts_have_room_in_every_model(models, base):
     kept = encoding.encode_prompts(tokenizer, rows, 99, (judge, len(ids)))
     assert [prompt.row.place for prompt in kept] == [f"f:{n}" for n in range(19)]
     assert all(encoding.answer_end(judge, prompt) == [judge.eos_token_id] for prompt in kept)
+
+
+def test_b31_prompt_and_response_fit_into_the_value_model(models, refused, data, tmp_path):
+    """Which may have a shorter context than the policy."""
+    tokenizer = utils.load_tokenizer(str(models.sft))
+    longest = max(len(tokenizer(row["prompt"])["input_ids"]) for row in rows_of(data.prompts))
+    folder = shutil.copytree(models.reward_model, tmp_path / "short")
+    short = change_config(folder, max_position_embeddings=longest + 5)  # of a response's 10
+    refused("ppo", "leave the response no room", value_model=short)
 
 
 @pytest.mark.parametrize("other", [True, False])

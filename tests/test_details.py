@@ -212,6 +212,7 @@ def test_d11_the_loss_is_bradley_terry(reward_model, data, tmp_path):
     assert row["accuracy"] == pytest.approx(np.mean(margins > 0))
     assert row["margin"] == pytest.approx(margins.mean(), abs=1e-5)
     assert abs(margins).max() > 0.1
+    assert not {"prefix_loss", "lm_loss"} & row.keys()  # of the embedded task only, if not asked
 
 
 def run_with_more_losses(reward_model, data, out: Path, **coefs: float) -> tuple[dict, dict]:

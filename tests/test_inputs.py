@@ -121,6 +121,9 @@ def test_b24_other_names_of_the_evaluation_split(tmp_path, error_of):
     assert len(load(tmp_path, "train")) == 3
     assert len(load(tmp_path, "validation")) == 3
     assert "no split tset; pass test, train" in error_of(load, tmp_path, "tset")
+    (own := tmp_path / "validation.jsonl").write_text('{"text": "own"}\n')
+    assert [row["text"] for row in load(tmp_path, "validation")] == ["own"]  # beside `test`
+    own.unlink()
     (tmp_path / "test.jsonl").rename(tmp_path / "validation_matched.jsonl")
     args = flags_of(tmp_path, evaluation="validation_matched")  # so nothing of train is held out
     assert list(map(len, dataset.load_splits(args, dataset.SFT_FORMATS))) == [3, 3]

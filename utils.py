@@ -6,6 +6,7 @@ Shapes: B sequences, R response tokens, T tokens, H hidden size, V vocabulary, n
 
 import asyncio
 import contextlib
+import copy
 import functools
 import hashlib
 import importlib.util
@@ -725,14 +726,13 @@ def call_reward_function(
 
     The columns are the data set's others, and `completion_ids` where the function names it. It may
     be async. Numbers for the tokens of a response are an entry of the second list, elsewhere empty,
-    and their sum is the score. Stop if it raises or returns anything else: with code 2, or 1 once
-    training is at an update.
+    and their sum is the score. Stop if it raises or returns anything else: code 2, in training 1.
     """
     where, code = (f"update {update}: {where}", 1) if update else (where, 2)
     texts = [p.text for p in prompts]
     row = prompts[0].row
-    columns = {k: [p.row.get(k) for p in prompts] for k in row if k != "prompt"}
-    columns |= {"prompts": texts, "completions": [*completions]}  # it may change its lists
+    columns = {k: [copy.deepcopy(p.row.get(k)) for p in prompts] for k in row if k != "prompt"}
+    columns |= {"prompts": [*texts], "completions": [*completions]}  # it may change its lists
     if "completion_ids" in inspect.signature(function).parameters:
         columns["completion_ids"] = [[*ids] for ids in completion_ids]
     try:
@@ -749,7 +749,7 @@ def call_reward_function(
         fix = f"see its line {lines[-1]}" if lines else "it must take **columns, return numbers"
         stop(f"{where}: {what}; {fix}", code)
     scores = [sum(x) if isinstance(x, list) else x for x in numbers]
-    fits = len(scores) == len(texts) and all(abs(x) < 3e38 for x in scores)
+    fits = len(scores) == len(texts) and all(abs(x) < 1e19 for x in scores)
     of_tokens = []
     for x, ids in zip(numbers, completion_ids, strict=False):
         fits = fits and (not isinstance(x, list) or len(x) in (1, len(ids)))

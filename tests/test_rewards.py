@@ -202,12 +202,12 @@ def test_a_number_per_response_or_per_token(array):
     "returned",
     [
         *([1, 2], [1, 2, [3, 4]], [1, [], 3], [[1, math.nan], [1], 2], [1, 2, [[1], [2], 3]]),
-        *({0: 0.5, 1: 0.7, 2: 0.9}, {1.0, 2.0, 3.0}, "123"),
+        *({0: 0.5, 1: 0.7, 2: 0.9}, {1.0, 2.0, 3.0}, "123", [1, 2, 1e20]),
     ],
     ids=str,
 )
 def test_what_is_neither(returned, error_of):
-    """The wrong count of responses or of tokens, a NaN among them, lists of lists, no list."""
+    """The wrong count of responses or of tokens, a NaN or what float32 cannot square, no list."""
     line = error_of(called, returned, update=3, code=1)
     assert line.startswith("error: update 3: f.py:f: ")
 
@@ -248,13 +248,17 @@ def test_an_async_function_that_fails(error_of):
 def test_a_function_may_change_its_lists():
     """Those of the run stay: another function, judge and samples come after it."""
 
-    def changes(prompts, completions, completion_ids):
-        completions.clear()
-        return [float(ids.pop()) for ids in completion_ids]
+    def changes(prompts, completions, completion_ids, chat):
+        prompts.clear()
+        for turns in chat:
+            turns.append(completions.pop())
+        return [float(ids.pop() + len(chat[i])) for i, ids in enumerate(completion_ids)]
 
     texts, ids = [*"abc"], [[*x] for x in IDS]
-    scores, _ = utils.call_reward_function(changes, "f", ASKED, texts, ids)
-    assert (scores, texts, ids) == ([6.0, 7.0, 10.0], [*"abc"], IDS)
+    asked = [encoding.Prompt([1], "p", {"prompt": "p", "chat": ["Hi"]})] * 3  # of one row
+    scores, _ = utils.call_reward_function(changes, "f", asked, texts, ids)
+    assert (scores, texts, ids) == ([8.0, 9.0, 12.0], [*"abc"], IDS)
+    assert asked[0].row["chat"] == ["Hi"]
 
 
 def test_columns_beside_the_prompt_arrive_as_they_are(tmp_path):

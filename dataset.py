@@ -182,7 +182,8 @@ def renamings(dataset: str, rows: list[Row], flags: tuple[str, ...]) -> list[tup
     found = columns_of(rows)
     pairs = [pair.partition("=")[::2] for pair in flags]
     for pair, (column, sources) in zip(flags, pairs, strict=True):
-        if pair.find("=") < 1 or not {*filter(None, sources.split("+"))} <= {*found}:
+        named = {*filter(None, sources.split("+"))}
+        if pair.find("=") < 1 or (rows and not named <= {*found}):
             what = f"{pair}: {dataset} has {','.join(found)}"
             stop(f"--columns: {what}; pass prompt=question")
         if [name for name, _ in pairs].count(column) > 1:
@@ -249,7 +250,7 @@ def known_layout(row: Row, formats: Formats) -> None:
     prompt_only = formats is PROMPT_FORMATS and bool(row.get("prompt"))
     for column in {*(["prompt"] if prompt_only else CHATS)} & {*row}:
         value = row[column]
-        if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
+        if isinstance(value, str) and re.match(r"\s*(\[\s*)?\{", value):
             value = parsed_chat(value)
         if isinstance(value, dict) and {"role", "from"} & {*value}:
             value = [value]
@@ -309,6 +310,8 @@ def parsed_chat(text: str) -> Any:
     for parse, source in ((json.loads, text), (ast.literal_eval, text), (ast.literal_eval, spaced)):
         with contextlib.suppress(Exception):
             value = parse(source)
+            if isinstance(value, dict):  # one message; other objects are texts
+                return value if {*value} in ({"role", "content"}, {"from", "value"}) else text
             if all({"role", "from"} & message.keys() for message in value):
                 return value
     return text

@@ -63,6 +63,7 @@ def test_data_that_are_not_there(refused, name, tmp_path):
     for nothing in ("", "\n \r\n", "\ufeff"):
         (tmp_path / "data" / "train.jsonl").write_text(nothing, encoding="utf-8")
         refused(name, "holds no rows", dataset=folder)
+        refused(name, "holds no rows", dataset=folder, columns=("prompt=question",))
     (tmp_path / "data" / "train.jsonl").unlink()
     refused(name, "no split train", dataset=folder)
 

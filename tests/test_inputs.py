@@ -277,7 +277,10 @@ def test_b32_called_by_keyword():
 @pytest.mark.parametrize("write", [json.dumps, repr])
 def test_b33_a_chat_kept_as_text(tmp_path, write):
     assert read(tmp_path, [{"messages": write([USER, GOOD])}])[0]["messages"] == [USER, GOOD]
-    for text in ("[{not a chat}]", '[{"a": 1, "b": 2}]'):  # a prompt may hold data
+    pair = {"prompt": [USER], "chosen": write(GOOD), "rejected": write(BAD)}  # a message each
+    assert read(tmp_path, [pair], PAIRS)[0]["chosen"] == [GOOD]
+    data = '{"role": "user", "content": "Hi", "id": 1}'  # a prompt may hold some
+    for text in ("[{not a chat}]", '[{"a": 1, "b": 2}]', data):
         assert dataset.parsed_chat(text) == text
 
 

@@ -209,7 +209,7 @@ def show_rollouts(run: Path, name: str, share: int) -> str:
     if not (shown := paths[:: -(-len(paths) // 4) or 1]):
         return ""
     page = f"<h2>{name}: {len(shown)} of {len(paths)} rollouts</h2>"
-    if not (run / "tokenizer.json").is_file():
+    if not all((run / file).is_file() for file in ("tokenizer.json", "config.json")):
         return page + "no tokenizer yet"
     decode = utils.load_tokenizer(str(run)).decode
     for path in shown:

@@ -166,6 +166,7 @@ def test_what_is_damaged_is_left_out_or_named(base, tmp_path, capsys):
     assert "damaged lines of metrics.jsonl left out" in page
     (run / "rollouts").mkdir()
     (run / "rollouts" / "000001.safetensors").write_bytes(b"damaged")
+    (run / "tokenizer.json").write_text("{}")  # the model is still being written
     assert "no tokenizer yet" in page_of(run)
     whole = make_run(tmp_path / "whole", [{"update": 1}])
     shutil.copytree(base.plain, run, dirs_exist_ok=True)

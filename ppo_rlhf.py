@@ -16,8 +16,8 @@ On several GPUs each process takes its share of episodes; the batch is the same 
 them. Gradients, token counts, means and the whitening's mean and variance are over all of them.
 Each holds whole models or, with --fsdp, a part of each (docs/scaling.md).
 
-Left out: asynchronous rollouts. Variants, such as a KL loss, are diffs in experiments/. The
-decoding loop is generate.py. `D17` (a detail) and `B14` (others' bug) are in docs/details.md.
+Left out: asynchronous rollouts. Variants are diffs in experiments/. The decoding loop
+is generate.py. `D17` (a detail) and `B14` (others' bug) are in docs/details.md.
 
 Shapes: B sequences of this process, b of a micro-batch, P prompt and R response tokens, T = P + R
 (T' cut to a micro-batch's longest), N real response tokens of a micro-batch, H hidden size, V
@@ -300,7 +300,7 @@ def main(args: Args) -> None:
             response_ids, response_mask = generate.generate(  # [B, R], [B, R] D16
                 model, prompt_ids, prompt_mask, uniform, stop_ids, pad_id=pad_id, **sampling
             )
-        # all padding moves to the right, where causal attention needs no mask to leave it out
+        # padding moves to the right, where causal attention needs no mask for it
         mask = torch.cat([prompt_mask, response_mask], 1)  # [B, T]
         order = mask.argsort(dim=1, descending=True, stable=True)  # of columns, real tokens first
         ids = torch.cat([prompt_ids, response_ids], 1).gather(1, order)
@@ -373,7 +373,8 @@ def main(args: Args) -> None:
             with utils.autocast(device, args.dtype):
                 raw = utils.last_token_scores(model, ids, mask)  # [b] D10
             scores[part.to(device)] = utils.normalize_scores(model, raw)  # D13
-        return scores, torch.tensor(shortened, device=device)
+        first = [sequences.index(s) for s in sequences]  # equal ones score the same
+        return scores[first], torch.tensor(shortened, device=device)
 
     @torch.no_grad()
     def score_responses(prompts: list[encoding.Prompt], batch: Batch) -> Scores:
@@ -437,7 +438,7 @@ def main(args: Args) -> None:
         return distributed.gather(results)
 
     def keep_best(result: dict[str, Any]) -> None:
-        """Keep the policy of the best evaluation so far in best/ (D42)."""
+        """Keep the best evaluation's policy in best/ (D42)."""
         mean = result["policy"][result["win_rate_by"]]
         if args.keep_best and mean > state["best"]:
             saving.save_model(policy, tokenizer, out / "best")
@@ -550,10 +551,11 @@ def main(args: Args) -> None:
         elif args.kl_estimator == "k3":
             token_kl = torch.expm1(-ref_log_ratio) + ref_log_ratio
         non_score_rewards = -kl_coef * token_kl  # [B, R]
-        # the score, less what functions gave to single tokens, goes to the last real token, EOS or
-        # where the response was cut off (D17)
-        rewards = non_score_rewards + scored.token_rewards  # [B, R]
-        at_end = scores - scored.token_rewards.sum(1)  # [B]
+        # the score, less what functions gave to tokens, goes to the last real token, EOS or where
+        # the response was cut off (D17); where only sums count, all of it: equal ones stay equal
+        token_rewards = scored.token_rewards * (args.advantage == "gae")  # [B, R]
+        rewards = non_score_rewards + token_rewards  # [B, R]
+        at_end = scores - token_rewards.sum(1)  # [B]
         rewards = rewards.scatter_add(1, last[:, None], at_end[:, None])
         if args.whiten_rewards:
             rewards = utils.whiten(rewards, response_mask, shift_mean=False)  # D20
@@ -570,10 +572,7 @@ def main(args: Args) -> None:
                 lastvaluelam = delta + args.gamma * args.value_lam * lastvaluelam  # D40
                 returns[:, t] = lastvaluelam + values[:, t]  # B15
         else:  # one number per response: the sum of its rewards against a baseline
-            # of rewards, the sums of equal scores could differ by rounding
-            episode_rewards = scores + non_score_rewards.sum(1)  # [B]
-            if args.whiten_rewards:
-                episode_rewards = rewards.sum(1)
+            episode_rewards = rewards.sum(1)  # [B]
             grouped_rewards = episode_rewards.view(-1, args.samples_per_prompt)
             grouped_rewards = grouped_rewards - grouped_rewards[:, :1]  # of equal ones exactly 0
             if args.advantage == "batch_mean":  # D34
@@ -593,14 +592,14 @@ def main(args: Args) -> None:
             advantages = utils.whiten(advantages, response_mask)
         rollout = {"scores": scores, "logprobs": logprobs, "ref_logprobs": ref_logprobs}
         rollout |= {"values": values, "rewards": rewards, "returns": returns}
-        rollout |= {"advantages": advantages, "token_rewards": scored.token_rewards}
+        rollout |= {"advantages": advantages, "token_rewards": token_rewards}
 
         # 6. PPO update
         if signal := interruption.came():  # the models are still the last update's
             utils.leave(signal, checkpoints, update - 1, state)
         left = 1 - (update - 1) / num_updates
         for group, rate in zip(optimizer.param_groups, rates, strict=False):
-            group["lr"] = rate * left  # D6, D38
+            group["lr"] = rate * left
         policy_weights.requires_grad_(update > args.critic_warmup_updates)  # D32
         shuffle = utils.generator("cpu", args.seed, SHUFFLING, update, 0)
         ptx_rng = utils.generator("cpu", args.seed, PTX, update, 0)
@@ -777,7 +776,7 @@ def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[s
     by = "score" if before[0]["judge"] is None else "judge"
     wins = 0.0
     for old, new in zip(before, after, strict=True):
-        # equal responses' scores may differ by rounding
+        # equal ones' may differ by rounding
         tie = new["response"] == old["response"] or new[by] == old[by]
         wins += 0.5 if tie else new[by] > old[by]
     result = {"prompts": len(before), "reference": means(before), "policy": means(after)}

@@ -530,17 +530,21 @@ def test_d35_responses_to_one_prompt_are_compared(runs, advantage):
     recomputed.check_rewards(runs(advantage))
 
 
-@pytest.mark.parametrize("per_token", [False, True])
-def test_d35_equal_responses_teach_nothing(ppo, per_token, tmp_path):
+A_SCORE = "-0.1 * len(p)"
+FOR_TOKENS = "[0.7] * (len(ids) - 1) + [-len(p) / 8 - 0.7 * (len(ids) - 1)]"
+
+
+@pytest.mark.parametrize("score", [A_SCORE, FOR_TOKENS, None])
+def test_d35_equal_responses_teach_nothing(ppo, score, tmp_path):
     """Where groups of equal rewards are all there is, rounding is not made into advantages."""
-    score = "[0.7] * (len(ids) - 1) + [-len(p) / 8 - 0.7 * (len(ids) - 1)]"
     (tmp_path / "f.py").write_text(
         "def f(prompts, completions, completion_ids, **columns):\n"
-        f"    return [{score if per_token else '-0.1 * len(p)'}"
-        " for p, ids in zip(prompts, completion_ids)]\n"
+        f"    return [{score} for p, ids in zip(prompts, completion_ids)]\n"
     )
-    flags = {"reward_fn": f"{tmp_path / 'f.py'}:f", "advantage": "grpo", "samples_per_prompt": 3}
-    flags |= {"batch_size": 12, "micro_batch_size": 4, "total_episodes": 12, "save_rollouts": 1}
+    # or a reward model's scores, in micro-batches that divide a prompt's responses
+    rewards = {"reward_fn": f"{tmp_path / 'f.py'}:f"} if score else {"top_k": 1}
+    flags = rewards | {"advantage": "grpo", "samples_per_prompt": 4, "dtype": "float32"}
+    flags |= {"batch_size": 12, "micro_batch_size": 6, "total_episodes": 12, "save_rollouts": 1}
     out = ppo(tmp_path / "out", kl_coef=0, missing_eos_penalty=0, **flags)
     assert np.ptp(rollouts_of(out)[0].a["scores"]) > 0
     assert not rollouts_of(out)[0].a["advantages"].any()

@@ -16,8 +16,8 @@ On several GPUs each process takes its share of episodes; the batch is the same 
 them. Gradients, token counts, means and the whitening's mean and variance are over all of them.
 Each holds whole models or, with --fsdp, a part of each (docs/scaling.md).
 
-Left out: asynchronous rollouts. Variants are diffs in experiments/. The decoding loop
-is generate.py. `D17` (a detail) and `B14` (others' bug) are in docs/details.md.
+Left out: asynchronous rollouts. Variants, such as a KL loss, are diffs in experiments/. The
+decoding loop is generate.py. `D17` (a detail) and `B14` (others' bug) are in docs/details.md.
 
 Shapes: B sequences of this process, b of a micro-batch, P prompt and R response tokens, T = P + R
 (T' cut to a micro-batch's longest), N real response tokens of a micro-batch, H hidden size, V
@@ -552,7 +552,7 @@ def main(args: Args) -> None:
             token_kl = torch.expm1(-ref_log_ratio) + ref_log_ratio
         non_score_rewards = -kl_coef * token_kl  # [B, R]
         # the score, less what functions gave to tokens, goes to the last real token, EOS or where
-        # the response was cut off (D17); where only sums count, all of it: equal ones stay equal
+        # the response was cut off (D17); without GAE it goes there whole, so equal ones stay equal
         token_rewards = scored.token_rewards * (args.advantage == "gae")  # [B, R]
         rewards = non_score_rewards + token_rewards  # [B, R]
         at_end = scores - token_rewards.sum(1)  # [B]
@@ -599,7 +599,7 @@ def main(args: Args) -> None:
             utils.leave(signal, checkpoints, update - 1, state)
         left = 1 - (update - 1) / num_updates
         for group, rate in zip(optimizer.param_groups, rates, strict=False):
-            group["lr"] = rate * left
+            group["lr"] = rate * left  # D6, D38
         policy_weights.requires_grad_(update > args.critic_warmup_updates)  # D32
         shuffle = utils.generator("cpu", args.seed, SHUFFLING, update, 0)
         ptx_rng = utils.generator("cpu", args.seed, PTX, update, 0)
@@ -776,7 +776,7 @@ def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[s
     by = "score" if before[0]["judge"] is None else "judge"
     wins = 0.0
     for old, new in zip(before, after, strict=True):
-        # equal ones' may differ by rounding
+        # scores of equal ones may differ by rounding
         tie = new["response"] == old["response"] or new[by] == old[by]
         wins += 0.5 if tie else new[by] > old[by]
     result = {"prompts": len(before), "reference": means(before), "policy": means(after)}

@@ -373,8 +373,9 @@ def main(args: Args) -> None:
             with utils.autocast(device, args.dtype):
                 raw = utils.last_token_scores(model, ids, mask)  # [b] D10
             scores[part.to(device)] = utils.normalize_scores(model, raw)  # D13
-        first = [sequences.index(s) for s in sequences]  # equal ones score the same
-        return scores[first], torch.tensor(shortened, device=device)
+        if args.samples_per_prompt > 1:  # equal ones score the same
+            scores = scores[[sequences.index(s) for s in sequences]]
+        return scores, torch.tensor(shortened, device=device)
 
     @torch.no_grad()
     def score_responses(prompts: list[encoding.Prompt], batch: Batch) -> Scores:

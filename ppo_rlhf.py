@@ -553,7 +553,7 @@ def main(args: Args) -> None:
             token_kl = torch.expm1(-ref_log_ratio) + ref_log_ratio
         non_score_rewards = -kl_coef * token_kl  # [B, R]
         # the score, less what functions gave to tokens, goes to the last real token, EOS or where
-        # the response was cut off (D17); without GAE it goes there whole, so equal ones stay equal
+        # the response was cut off (D17); without GAE it goes there whole: ties stay ties
         token_rewards = scored.token_rewards * (args.advantage == "gae")  # [B, R]
         rewards = non_score_rewards + token_rewards  # [B, R]
         at_end = scores - token_rewards.sum(1)  # [B]

@@ -397,6 +397,7 @@ def main(args: Args) -> None:
             by_name[names[i]] = torch.tensor(scores, device=device)
             for row, x in zip(token_rewards, per_token, strict=True):
                 row[: len(x)] += weights[i] * torch.tensor(x, device=device)
+        token_rewards *= args.advantage == "gae"  # else only sums count, and ties stay ties
         weighted = torch.stack([w * x for w, x in zip(weights, by_name.values(), strict=True)])
         of_models, of_functions = weighted[:M], weighted[M:].sum(0)  # [M, B], [B]
         if args.ensemble == "sum":
@@ -552,11 +553,10 @@ def main(args: Args) -> None:
         elif args.kl_estimator == "k3":
             token_kl = torch.expm1(-ref_log_ratio) + ref_log_ratio
         non_score_rewards = -kl_coef * token_kl  # [B, R]
-        # the score, less what functions gave to tokens, goes to the last real token, EOS or where
-        # the response was cut off (D17); without GAE it goes there whole: ties stay ties
-        token_rewards = scored.token_rewards * (args.advantage == "gae")  # [B, R]
-        rewards = non_score_rewards + token_rewards  # [B, R]
-        at_end = scores - token_rewards.sum(1)  # [B]
+        # the score, less what functions gave to single tokens, goes to the last real token, EOS or
+        # where the response was cut off (D17)
+        rewards = non_score_rewards + scored.token_rewards  # [B, R]
+        at_end = scores - scored.token_rewards.sum(1)  # [B]
         rewards = rewards.scatter_add(1, last[:, None], at_end[:, None])
         if args.whiten_rewards:
             rewards = utils.whiten(rewards, response_mask, shift_mean=False)  # D20
@@ -593,7 +593,7 @@ def main(args: Args) -> None:
             advantages = utils.whiten(advantages, response_mask)
         rollout = {"scores": scores, "logprobs": logprobs, "ref_logprobs": ref_logprobs}
         rollout |= {"values": values, "rewards": rewards, "returns": returns}
-        rollout |= {"advantages": advantages, "token_rewards": token_rewards}
+        rollout |= {"advantages": advantages, "token_rewards": scored.token_rewards}
 
         # 6. PPO update
         if signal := interruption.came():  # the models are still the last update's

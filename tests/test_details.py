@@ -541,10 +541,12 @@ def test_d35_equal_responses_teach_nothing(ppo, score, tmp_path):
         "def f(prompts, completions, completion_ids, **columns):\n"
         f"    return [{score} for p, ids in zip(prompts, completion_ids)]\n"
     )
-    # or a reward model's scores, in micro-batches that divide a prompt's responses
-    rewards = {"reward_fn": f"{tmp_path / 'f.py'}:f"} if score else {"top_k": 1}
-    flags = rewards | {"advantage": "grpo", "samples_per_prompt": 4, "dtype": "float32"}
-    flags |= {"batch_size": 12, "micro_batch_size": 6, "total_episodes": 12, "save_rollouts": 1}
+    # of three equal numbers the mean may be another
+    flags = {"samples_per_prompt": 3, "reward_fn": f"{tmp_path / 'f.py'}:f"}
+    if score is None:  # a reward model, in micro-batches that divide a prompt's equal responses
+        flags = {"samples_per_prompt": 4, "top_k": 1}
+    flags |= {"batch_size": 12, "micro_batch_size": 4 if score else 6, "total_episodes": 12}
+    flags |= {"advantage": "grpo", "dtype": "float32", "save_rollouts": 1}
     out = ppo(tmp_path / "out", kl_coef=0, missing_eos_penalty=0, **flags)
     assert np.ptp(rollouts_of(out)[0].a["scores"]) > 0
     assert not rollouts_of(out)[0].a["advantages"].any()

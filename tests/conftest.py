@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 CACHE = tempfile.mkdtemp(prefix="ppo-rlhf-tests-")
 os.environ |= {
@@ -425,6 +426,13 @@ def rollouts_of(out) -> list[Rollout]:
 
 def rows_of(folder: str, split: str = "validation") -> list[dict]:
     return read_jsonl(Path(folder) / f"{split}.jsonl")
+
+
+def change_config(folder: Path, file: str = "config.json", **changes: Any) -> str:
+    """Change entries of a model's configuration; the folder, as a flag takes it."""
+    path = Path(folder) / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return str(folder)
 
 
 def plain_loss(model, out: Path, batch: list[dict]) -> torch.Tensor:

@@ -1,13 +1,13 @@
 """generate.py as a command: lines in, answers out."""
 
 import io
-import json
 import shutil
 import sys
 
 import pytest
 import torch
 from conftest import (
+    change_config,
     command,
     error_line,
     make_model,
@@ -157,13 +157,10 @@ def test_two_models_and_scores(talk, chain):
 def test_a_score_is_of_the_whole_answer(talk, chain, tmp_path):
     """A reward model of a small context reads a shorter answer, and no prompt that fills it."""
     judge = shutil.copytree(chain.reward_model, tmp_path / "judge")
-    config = json.loads((judge / "config.json").read_text())
     tokenizer = utils.load_tokenizer(str(chain.ppo))
     prompt = len(tokenizer(PROMPTS[0])["input_ids"])
     for room in (3, 1):  # the last of them is for EOS
-        (judge / "config.json").write_text(
-            json.dumps(config | {"max_position_embeddings": prompt + room})
-        )
+        change_config(judge, max_position_embeddings=prompt + room)
         flags = {"model": str(chain.ppo), "score": str(judge), "temperature": 0}
         out, err = talk(PIPED.splitlines(keepends=True)[0], **flags)
         if room == 1:

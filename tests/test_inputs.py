@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +13,7 @@ import transformers
 from conftest import (
     CHAT_TEMPLATE,
     ROOT,
+    change_config,
     make_model,
     make_tokenizer,
     metrics_of,
@@ -60,12 +60,6 @@ def chatty(template=None):
     tokenizer = make_tokenizer(chat=True)
     tokenizer.chat_template = template or tokenizer.chat_template
     return tokenizer
-
-
-def change_config(folder, **changes) -> str:
-    path = Path(folder) / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    return str(folder)
 
 
 def only(row, *names):

@@ -9,7 +9,16 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import MODULES, ROOT, STAGES, assert_same_run, metrics_of, plain_logprobs, rollouts_of
+from conftest import (
+    MODULES,
+    ROOT,
+    STAGES,
+    assert_same_run,
+    change_config,
+    metrics_of,
+    plain_logprobs,
+    rollouts_of,
+)
 from test_distributed import DRIVER, launch
 from test_resume import FLAGS, assert_same_records, flags_of, in_step, killed_again_and_again
 
@@ -110,8 +119,7 @@ def test_the_value_function_starts_from_the_adapter_of_the_reward_model(chain, m
     expected = values(utils.load_classifier(str(chain.reward_model), CPU))
     moved = shutil.copytree(models.sft, tmp_path / "moved")
     judge = shutil.copytree(chain.reward_model, tmp_path / "judge")
-    file = judge / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_dropout": 0.5}))  # off (D4)
+    change_config(judge / "adapter", "adapter_config.json", lora_dropout=0.5)  # off (D4)
     for name in (models.sft, moved):
         model = lora.value_on(base, args_for(name), str(judge))
         torch.testing.assert_close(values(model), expected, rtol=0, atol=1e-4)

@@ -19,6 +19,7 @@ from conftest import (
     STAGES,
     args_of,
     assert_same_run,
+    change_config,
     make_model,
     metrics_of,
     save_pair,
@@ -403,10 +404,8 @@ def test_what_is_read_may_not_change(sft, base, data, source, error_of, tmp_path
 def test_a_reward_model_with_another_shift_is_another(models, tmp_path):
     """Of the same weights: its scores would move by the difference."""
     folder, digests = shutil.copytree(models.reward_model, tmp_path / "judge"), []
-    file = folder / "config.json"
     for mean in (1.0, 2.0, 1.0):
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"reward_mean": mean}))
-        utils.load_classifier(str(folder), torch.device("cpu"))
+        utils.load_classifier(change_config(folder, reward_mean=mean), torch.device("cpu"))
         digests.append({**utils.digests})
     assert digests[0] == digests[2] != digests[1]
 

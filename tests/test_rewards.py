@@ -16,6 +16,7 @@ import pytest
 import test_rollouts as recomputed
 import tyro
 from conftest import (
+    change_config,
     metrics_of,
     plain_classifier,
     plain_scores,
@@ -132,8 +133,7 @@ def test_models_and_functions_together(together, models, second):
 def test_responses_cut_for_any_reward_model_are_counted(ppo, models, tmp_path):
     """B31: also where the other one, asked later, has room for them."""
     short = shutil.copytree(models.reward_model, tmp_path / "short")
-    config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 24}
-    (short / "config.json").write_text(json.dumps(config))
+    change_config(short, max_position_embeddings=24)
     flags = {"reward_model": (str(short), str(models.reward_model)), "save_rollouts": 1}
     out = ppo(tmp_path / "out", value_model=str(models.reward_model), **flags)
     eos = utils.load_tokenizer(str(out)).eos_token_id

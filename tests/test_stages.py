@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -23,9 +24,8 @@ from conftest import (
     args_of,
     as_chat,
     assert_same_run,
+    change_config,
     eval_loss_of,
-    make_model,
-    make_tokenizer,
     metrics_of,
     plain_classifier,
     plain_lm,
@@ -524,21 +524,16 @@ def test_an_implicit_prompt_is_the_same_preference(reward_model, base, data, cha
     assert same_weights(a, reward_model(tmp_path / "b", dataset=explicit, **flags))
 
 
-def short_model(folder: Path, length: int) -> str:
-    """A model with a context of `length` tokens."""
-    tokenizer = make_tokenizer()
-    model = make_model(tokenizer, max_position_embeddings=length)
-    return save_pair(folder / "short_model", model, tokenizer)
-
-
-def test_sft_cuts_long_completions(sft, tmp_path, capsys):
+def test_sft_cuts_long_completions(sft, base, tmp_path, capsys):
     """At --max-length, or the model's, a completion loses its end, EOS included; it is said."""
     rows = [{"prompt": "Q:", "completion": " two ripe figs" * n} for n in (1, 30)] * 4
     folder = write_data(tmp_path / "data", rows, 2)
     out = sft(tmp_path / "out", dataset=folder, max_length=20, epochs=2)
     assert "of 6 completions are cut" in capsys.readouterr().out
     assert all(math.isfinite(row["loss"]) for row in metrics_of(out))
-    sft(tmp_path / "short", model=short_model(tmp_path, 20), dataset=folder, max_length=500)
+    model = shutil.copytree(base.plain, tmp_path / "model")
+    model = change_config(model, max_position_embeddings=20)
+    sft(tmp_path / "short", model=model, dataset=folder, max_length=500)
     assert "of 6 completions are cut" in capsys.readouterr().out
 
 
@@ -554,7 +549,7 @@ def test_sft_makes_a_tiny_model(sft, data, tmp_path):
     assert summary_of(out)["eval_loss"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_reward_model_leaves_out_long_pairs(reward_model, tmp_path, capsys):
+def test_reward_model_leaves_out_long_pairs(reward_model, base, tmp_path, capsys):
     """B19: cut, they would have no EOS. --normalize-with none leaves the scores as they are."""
     rows = preference_rows()[:24]
     rows[6]["rejected"] = " No," + " figs" * 100
@@ -565,8 +560,10 @@ def test_reward_model_leaves_out_long_pairs(reward_model, tmp_path, capsys):
     assert len(metrics_of(out)) == 2  # 18 pairs in sixteens
     config = plain_classifier(out).config
     assert (config.reward_mean, config.reward_std) == (0.0, 1.0)
-    flags = {"model": short_model(tmp_path, 64), "max_length": 500, "normalize_with": "none"}
-    reward_model(tmp_path / "short", dataset=folder, **flags)
+    model = shutil.copytree(base.plain, tmp_path / "model")
+    model = change_config(model, max_position_embeddings=64)
+    flags = {"dataset": folder, "max_length": 500, "normalize_with": "none"}
+    reward_model(tmp_path / "short", model=model, **flags)
     assert "2 of 20 rows are left out, the first" in capsys.readouterr().out
 
 

@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 
+.DELETE_ON_ERROR:  # a .venv that could not be made whole
 .PHONY: demo test test-slow test-newest gpu lint clean
 
 demo: .venv/demo.done

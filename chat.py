@@ -47,8 +47,13 @@ class Args:
 @torch.no_grad()
 def main(args: Args) -> None:
     utils.check_numbers(args, "temperature top_k", "top_p")
-    device = utils.start_process(args).device
+    args, process = utils.start_process(args)
+    device = process.device
     typed = sys.stdin.isatty()
+    with contextlib.suppress(AttributeError, ImportError):
+        sys.stdin.reconfigure(errors="replace")  # a file of another encoding
+        if typed:
+            import readline  # noqa: F401  # arrow keys
     speakers = []
     for name in filter(None, (args.model, args.compare)):
         tokenizer = utils.load_tokenizer(name)

@@ -58,6 +58,12 @@ class Unusable(Exception):
     """What is wrong with a row; how to fix it."""
 
 
+def is_default(args: Any) -> bool:
+    """Whether `--dataset` is the embedded task, however its path is written."""
+    given, own = ([Path(x).resolve() for x in a.dataset] for a in (args, type(args)))
+    return given == own
+
+
 def usable(function: Callable, rows: list[Row], *more: list) -> list[Any]:
     """function(row, *more) of each row, but for those for which it raises Unusable.
 

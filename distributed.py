@@ -57,6 +57,14 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return has.get("avx512_bf16", False) or has.get("amx_bf16", False)
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a GPU can still allocate; none: not known."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
 def join(device: torch.device) -> Process:
     """Join the processes of torchrun, if any."""
     rank, world = place()
@@ -144,14 +152,23 @@ def micro_batches(rows: list[Any], size: int, length: Callable[[Any], int]) -> l
     return [mine[i:j] for i, j in zip(bounds, bounds[1:], strict=False)]
 
 
+handlers: list[tuple[int, Any]] = []  # of signals, before an Interruption
+
+
+def give_back_signals() -> None:
+    """Let signals do what they did before the run: a notebook goes on after it."""
+    while handlers:
+        signal.signal(*handlers.pop())
+
+
 class Interruption:
     """SIGTERM or Ctrl-C: noted when it comes, acted on where the loop asks; a second ends it."""
 
     def __init__(self, device: torch.device):
         self.device, self.owner = device, os.getpid()
         self.signal, self.time = 0, 0.0  # the first one and when it came
-        signal.signal(signal.SIGTERM, self.note)
-        signal.signal(signal.SIGINT, self.note)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            handlers.append((number, signal.signal(number, self.note)))
 
     def note(self, number: int, frame: Any) -> None:
         # Ctrl-C comes to all, but does not end forked workers; torchrun sends it again at once
@@ -227,6 +244,11 @@ def gathers_once(function: Callable) -> Callable:
     return whole
 
 
+def load_device(args: Any, device: torch.device) -> torch.device:
+    """Where a model is loaded: with --fsdp, a GPU has room for shards only."""
+    return torch.device("cpu") if args.fsdp else device
+
+
 def replicated(model: Any) -> bool:
     return isinstance(vars(model).get("across"), DistributedDataParallel)
 
@@ -252,6 +274,10 @@ def replicate(model: Any) -> None:
         with warnings.catch_warnings(action="ignore"):  # broadcast_buffers has another name in 2.13
             across = DistributedDataParallel(Pass(model), **how)
         across.register_comm_hook(None, sum_bucket)  # torch's own would be the mean
+        # after its first sum torch lays the buffers out anew, which changes the order of additions:
+        # now, or the first step after --resume would round otherwise
+        across(lambda model: sum(p.sum() for p in model.parameters() if p.requires_grad)).backward()
+        across.zero_grad()
         across.require_backward_grad_sync = False
         vars(model)["across"] = across  # no submodule: it holds the model
 
@@ -319,7 +345,8 @@ def save_shards(tensors: dict[str, Tensor], folder: Path) -> None:
         try:
             dcp.save(tensors, storage_writer=writer)
         except dcp.CheckpointException as error:  # which is no Exception: of a full disk
-            raise OSError(str(error).strip().splitlines()[-1]) from error
+            why = str(error).strip().splitlines()[-1]
+            raise OSError(why.removeprefix("OSError: ")) from error
 
 
 def load_shards(tensors: dict[str, Tensor], folder: Path) -> None:

@@ -237,7 +237,7 @@ def stop_token_ids(tokenizer: Any, stop_token: str, config: Any = None) -> list[
 
 def rows_at_once(model: Any, prompt_length: int, response_length: int) -> int:
     """How many rows fit into three quarters of a GPU's free memory, roughly; on a CPU any."""
-    free, config = utils.free_memory(model.device), model.config.get_text_config()
+    free, config = distributed.free_memory(model.device), model.config.get_text_config()
     if free is None:
         return 2**30
     heads, sizes = map(torch.tensor, get_head_shapes(config))  # of keys and values, by layer

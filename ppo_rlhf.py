@@ -229,7 +229,7 @@ class Scores(NamedTuple):
 @utils.stage()
 def main(args: Args) -> None:
     started = time.time()
-    process = utils.start_process(args)
+    args, process = utils.start_process(args)
     device = process.device
     check_flags(args, process.world)
     micro_batch_size = utils.micro_batch_size(args, process.world, args.num_mini_batches)
@@ -239,7 +239,7 @@ def main(args: Args) -> None:
     tokenizer = utils.load_tokenizer(args.model)
     pad_id = tokenizer.pad_token_id
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    at = utils.load_device(args, device)
+    at = distributed.load_device(args, device)
     reference = utils.load_causal_lm(args.model, at, tokenizer)
     generate.check(reference, args.model)
     utils.freeze(reference, args.dtype)
@@ -272,7 +272,7 @@ def main(args: Args) -> None:
         utils.spread(value_model, args, device)
         if not encoding.same_tokenizer(tokenizer, utils.load_tokenizer(value_start)):
             utils.stop(f"--value-model: {value_start} has another tokenizer; pass another")
-    labeler = "data/support/gold.py:score" if args.dataset == Args.dataset else None
+    labeler = "data/support/gold.py:score" if dataset.is_default(args) else None
     if judge_file := args.eval_reward_fn or labeler:
         judge = utils.load_function(judge_file, "--eval-reward-fn")
 

@@ -85,6 +85,8 @@ def main(args: Args) -> None:
         found = sorted(path.parent.resolve() for path in folder.rglob("metrics.jsonl"))
         runs |= dict.fromkeys(found or utils.stop(f"{folder}: holds no run; pass a stage's folder"))
     out = args.out or args.folders[0] / "report.html"
+    if out.is_dir():
+        utils.stop(f"{out}: is a folder; pass --out FILE.html")
     try:
         for share in (2**n for n in range(16)):  # half as much until it fits
             text = page([*runs], share)

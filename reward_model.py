@@ -126,9 +126,9 @@ class Args:
 @utils.stage()
 def main(args: Args) -> None:
     started = time.time()
-    process = utils.start_process(args)
+    args, process = utils.start_process(args)
     device = process.device
-    embedded = args.dataset == Args.dataset
+    embedded = dataset.is_default(args)
     args.prefix_coef = 3.0 * embedded if args.prefix_coef is None else args.prefix_coef
     args.lm_coef = 1.0 * embedded if args.lm_coef is None else args.lm_coef
     may_be_0 = "warmup_ratio prefix_coef lm_coef"
@@ -144,7 +144,7 @@ def main(args: Args) -> None:
     formats = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]
     train_data, eval_data = dataset.load_splits(args, formats)
     tokenizer = utils.load_tokenizer(args.model)
-    model = utils.load_classifier(args.model, utils.load_device(args, device))
+    model = utils.load_classifier(args.model, distributed.load_device(args, device))
     if model.score.weight.any():
         utils.say(f"reward_model: {args.model} has a trained head, which is kept")  # B27
     else:

@@ -120,7 +120,7 @@ class Args:
 @utils.stage()
 def main(args: Args) -> None:
     started = time.time()
-    process = utils.start_process(args)
+    args, process = utils.start_process(args)
     device = process.device
     utils.check_numbers(args, may_be_0="warmup_ratio", at_most_1="warmup_ratio")
     micro_batch_size = utils.micro_batch_size(args, process.world)
@@ -134,7 +134,7 @@ def main(args: Args) -> None:
         model, tokenizer = build_tiny(train_data, device)
     else:
         tokenizer = utils.load_tokenizer(args.model)
-        model = utils.load_causal_lm(args.model, utils.load_device(args, device), tokenizer)
+        model = utils.load_causal_lm(args.model, distributed.load_device(args, device), tokenizer)
     if args.lora_rank:
         model = lora.adapt(model, args)
     max_length = min(args.max_length, utils.context_length(model))

@@ -45,10 +45,12 @@ import distributed
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 huggingface_hub.utils.enable_progress_bars()  # off by that too
+with contextlib.suppress(AttributeError):  # a notebook has none; some are latin-1
+    sys.stdout.reconfigure(errors="backslashreplace")
 
 # ---- errors
 
-progress: tqdm | None = None  # the stage's bar, which knows at which step or update it is
+progress: tqdm | None = None  # the stage's bar, which knows the step or update
 
 
 def visible(text: str) -> str:
@@ -109,6 +111,7 @@ def stage() -> Iterator[None]:
         stop(f"{where}: {first_line(error)}; {fix}", 1)
     finally:
         progress = None
+        distributed.give_back_signals()
         while locks:
             locks.pop().release()
 
@@ -127,12 +130,13 @@ GOES_WITH = {
 remote_code = False  # whether code that comes with a model may run; `start_process` sets it
 
 
-def start_process(args: Any) -> distributed.Process:
+def start_process(args: Any) -> tuple[Any, distributed.Process]:
     """Join the processes of torchrun, if any; choose device and precision; seed (D7).
 
-    `args` is a stage's dataclass; its dtype "auto" becomes the one that is chosen.
+    Returns a copy of `args`, a stage's dataclass, for the stage to complete: dtype is not "auto".
     """
     global remote_code
+    args = copy.copy(args)
     try:
         device = distributed.choose_device(args.device)
     except ValueError as error:
@@ -161,15 +165,7 @@ def start_process(args: Any) -> distributed.Process:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
     remote_code = args.trust_remote_code
     digests.clear()
-    return process
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that a GPU can still allocate; none: not known."""
-    if device.type != "cuda":
-        return None
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
+    return args, process
 
 
 def generator(device: torch.device | str, *numbers: int) -> torch.Generator:
@@ -313,6 +309,9 @@ def write_text(path: Path, text: str) -> None:
 def move(part: Path, path: Path) -> None:
     """Give a file or folder its name, once all that it holds is on the disk."""
     for written in [*part.rglob("*"), part]:
+        if ".safetensors" in written.name:  # made for its owner alone
+            with contextlib.suppress(OSError):
+                written.chmod(path.parent.stat().st_mode & 0o666)
         sync(written)
     os.replace(part, path)
     sync(path.parent)
@@ -321,7 +320,8 @@ def move(part: Path, path: Path) -> None:
 def sync(path: Path) -> None:
     """Wait until a file or a folder's names are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
+    with contextlib.suppress(OSError if path.is_dir() else ()):
+        os.fsync(descriptor)
     os.close(descriptor)
 
 
@@ -381,7 +381,7 @@ def from_pretrained(auto_class: Any, model: str, **kwargs: Any) -> Any:
     try:
         name = str(path) if local else model
         return auto_class.from_pretrained(name, trust_remote_code=remote_code, **kwargs)
-    except Exception as error:  # libraries raise anything here, from ImportError to SafetensorError
+    except Exception as error:  # libraries raise anything, from ImportError to SafetensorError
         why, fix = first_line(error), "check its kind, and its files: safetensors only"
         if "trust_remote_code" in str(error):
             why, fix = "it runs code of its own", "read that, then pass --trust-remote-code"
@@ -538,11 +538,6 @@ transformers.AttentionInterface.register("sdpa", attention)
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def load_device(args: Any, device: torch.device) -> torch.device:
-    """Where a model is loaded: with --fsdp, a GPU has room for shards only."""
-    return torch.device("cpu") if args.fsdp else device
-
-
 def spread(model: Any, args: Any, device: torch.device, trained: bool = True) -> None:
     """Let the processes of torchrun, if any, share the work on a model; with --fsdp the model.
 
@@ -582,8 +577,7 @@ def model_inputs(model: Any, ids: Tensor, mask: Tensor | None = None) -> dict[st
 def hidden_states(model: Any, ids: Tensor) -> Tensor:
     """What the model's head reads, [B, T, H], of ids [B, T] padded on the right."""
     inputs = model_inputs(model.base_model, ids)
-    # transformers would look for several sequences in a row of ours: in each pass the CPU would
-    # wait for the GPU
+    # transformers would look for several sequences in a row: the CPU would wait for the GPU
     search = "find_packed_sequence_indices"
     with mock.patch.object(masking_utils, search, lambda position_ids: None, create=True):
         return model.base_model(**inputs, use_cache=False).last_hidden_state
@@ -613,11 +607,11 @@ LOGITS_AT_A_TIME = 2**26  # 256 MB in float32; on a GPU as many more as have roo
 
 def logits_at_a_time(device: torch.device) -> int:
     """How many logits `in_chunks` makes at once: chunks are computed twice, and few rows slowly."""
-    free = free_memory(device)
+    free = distributed.free_memory(device)
     if free is None:
         return LOGITS_AT_A_TIME
     fit = free // 2 // (5 * 4)  # half; the backward pass holds five float32 tensors
-    power = 1 << fit.bit_length() >> 1  # rarely another, so that rounding is the same
+    power = 1 << fit.bit_length() >> 1  # rarely another, so rounding is the same
     return max(LOGITS_AT_A_TIME, min(power, 2**31 - 1))  # some kernels index with 32 bits
 
 
@@ -699,10 +693,11 @@ runner = asyncio.Runner()  # one loop for all: clients and locks belong to one
 def load_function(spec: str, where: str) -> Callable[..., list[float]]:
     """The function named by FILE.py:FUNCTION; `where` is the flag for it."""
     file, _, name = spec.rpartition(":")
-    module_name = f"from_{Path(file).resolve()}".replace(".", ":")  # a dot would name a package
+    path = Path(file).expanduser().resolve()
+    module_name = f"from_{path}".replace(".", ":")  # a dot would name a package
     try:
         if module_name not in sys.modules:  # dataclasses and pickle look their module up there
-            module_spec = importlib.util.spec_from_file_location(module_name, file)
+            module_spec = importlib.util.spec_from_file_location(module_name, path)
             module = importlib.util.module_from_spec(module_spec)
             sys.modules[module_name] = module
             module_spec.loader.exec_module(module)
@@ -809,14 +804,14 @@ class Logger:
         self.active, self.unit, self.shown = distributed.is_main(), unit, shown.split()
         progress = tqdm(
             desc=out.name,
-            unit=unit,
             initial=start,
             total=total,
             mininterval=0.2 if sys.stderr.isatty() else 10,  # seldom into a log file
             delay=0 if self.active else 1e9,  # others count without a bar
-            # within 80 columns, else the last number would be cut
+            # in 80 columns, or the last number would be cut
             bar_format="{desc}: {n}/{total} |{bar}| [{elapsed}<{remaining}{postfix}]",
         )
+        progress.unit = unit
         self.run = None  # of Weights & Biases
         if not self.active:
             return
@@ -843,12 +838,13 @@ class Logger:
         shown = {name.split("/")[-1]: f"{metrics[name]:,.4g}" for name in self.shown}
         progress.set_postfix(shown, refresh=False)
         progress.update()  # and draw
+        progress.n = step  # TQDM_DISABLE=1 too
         if not self.active:
             return
         self.file.write(json.dumps({self.unit: step, **metrics}) + "\n")
         for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
-        self.board.flush()  # a process that is killed takes along what its threads have not written
+        self.board.flush()  # a killed process takes along what its threads have not written
 
     def histograms(self, step: int, tensors: dict[str, Tensor]) -> None:
         """The main process's numbers as distributions, to TensorBoard."""

@@ -5,6 +5,7 @@ it. Models have 2 layers of width 32, the tokenizer is a byte-level BPE with abo
 stage takes about a second.
 """
 
+import copy
 import importlib
 import itertools
 import json
@@ -264,7 +265,10 @@ def stage(name: str, **defaults) -> Stage:
     def run(out: Path, **flags) -> Path:
         if "reward_fn" in flags:
             flags = {"reward_model": None} | flags
-        module.main(module.Args(**typed(defaults | flags), output_dir=str(out)))
+        args = module.Args(**typed(defaults | flags), output_dir=str(out))
+        before = copy.copy(args)
+        module.main(args)
+        assert args == before  # they may start another run, with one of them changed
         return out
 
     return run

@@ -9,6 +9,7 @@ import transformers
 from conftest import make_tokenizer, metrics_of, plain_lm, save_pair, summary_of, target_logits
 from emulated_gpu import GPU, emulate
 
+import distributed
 import encoding
 import generate
 import utils
@@ -157,7 +158,7 @@ def test_captured_steps_decode_the_same(family, dtype, monkeypatch, request):
 def test_memory_for_heads_of_several_sizes(tmp_path, monkeypatch):
     """A cache holds what each layer needs: Gemma 4 has wide heads in some."""
     model = utils.load_causal_lm(make_random("gemma4_text", tmp_path, **GEMMA4), CPU)
-    monkeypatch.setattr(utils, "free_memory", lambda device: 2**30)
+    monkeypatch.setattr(distributed, "free_memory", lambda device: 2**30)
     cache = transformers.DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=torch.tensor([PROMPTS[2]]), cache=cache)

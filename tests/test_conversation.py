@@ -73,6 +73,10 @@ def test_piped_prompts_are_answered_each_on_a_line(talk, chain):
     assert out.splitlines() == [greedy(chain.ppo, prompt)[0] for prompt in PROMPTS]
     one = PIPED.splitlines(keepends=True)[1]
     assert talk(one, model=str(chain.ppo), temperature=0)[0] == out.splitlines()[1] + "\n"
+    latin = io.TextIOWrapper(io.BytesIO("Très?\n".encode("latin-1") + one.encode()), "utf-8")
+    answers = talk(latin, model=str(chain.ppo), temperature=0)[0].splitlines()
+    assert len(answers) == 2
+    assert answers[1] == out.splitlines()[1]
     from_windows = one.replace("\n", "\r\n")
     assert talk(from_windows, model=str(chain.ppo), temperature=0)[0] == out.splitlines()[1] + "\n"
 

@@ -10,10 +10,11 @@ import pandas
 import pytest
 import tokenizers
 import torch
-from conftest import make_tokenizer, write_jsonl
+from conftest import ROOT, make_tokenizer, write_jsonl
 
 import dataset
 import encoding
+import ppo_rlhf
 
 CPU = torch.device("cpu")
 ROWS = [{"prompt": f"Say {i}:", "completion": f" No {i}.", "extra": i} for i in range(40)]
@@ -75,6 +76,16 @@ def test_a_single_file(tmp_path, kind):
     assert held_out == rows[38:]
     assert all(row.place.startswith(str(path)) for row in held_out)
     assert [re.findall(r"\d+", row.place)[-1] for row in held_out] == lines
+
+
+def test_the_embedded_task_is_known_however_its_path_is_written(monkeypatch):
+    """Its own flags and labeler hold for it, and for nothing else."""
+    monkeypatch.chdir(ROOT)
+    prompts = "data/support/prompts"
+    for path in (prompts, prompts + "/", "./" + prompts, str(ROOT / prompts)):
+        assert dataset.is_default(ppo_rlhf.Args(dataset=(path,)))
+    for paths in ((), (prompts, prompts), ("prompts",), ("data/support/sft",)):
+        assert not dataset.is_default(ppo_rlhf.Args(dataset=paths))
 
 
 def test_a_hub_id_with_a_dot_is_no_missing_file(error_of):

@@ -1,7 +1,9 @@
 """Two and four processes of torchrun on the CPU (gloo) against one: the same, one set of files."""
 
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -102,6 +104,7 @@ def flags(models, base, rewards, tmp_path_factory) -> dict[str, tuple[str, dict]
 
 def run_all(folder, flags, processes: int, **more) -> None:
     """The runs by several processes; the late ones find a folder that the main one has made."""
+    folder.mkdir(exist_ok=True)
     runs = [
         (kind, f | more | {"output_dir": str(folder / name)}) for name, (kind, f) in flags.items()
     ]
@@ -213,6 +216,19 @@ def test_four_processes_do_what_one_does(one, flags, tmp_path, fsdp):
         assert_same_results(one, tmp_path, name)
 
 
+def test_three_processes_continue_exactly(flags, tmp_path):
+    """Of three a sum depends on its order, which torch changes after the first one of a process."""
+    learn = flags["sft"][1] | {"batch_size": 12, "epochs": 2, "save_every": 1}
+    run_all(tmp_path / "whole", {"sft": ("sft", learn)}, 3)
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    out = tmp_path / "again/sft"
+    for path in (out / "summary.json", *utils.checkpoints(out)[:1]):
+        utils.discard(path)
+    assert [int(path.name) for path in utils.checkpoints(out)] == [4]
+    run_all(tmp_path / "again", {"sft": ("sft", learn)}, 3, resume=True)
+    assert_same_run(tmp_path / "whole/sft", out)
+
+
 def test_two_processes_leave_one_set_of_files(two):
     """One line an update, one event file, one checkpoint; samples in the order of the prompts."""
     out = two / "ppo"
@@ -260,9 +276,12 @@ def test_critic_warmup_counts_no_policy_steps(one, two):
     assert {*steps[0].values()} == {2.0, 4.0}
 
 
-def test_a_process_that_fails_says_in_which_step(error_of, monkeypatch, tmp_path):
-    """Any of them may run out of memory, not only the one that shows a progress bar."""
+@pytest.mark.parametrize("disable", [False, True])
+def test_a_process_that_fails_says_in_which_step(error_of, monkeypatch, tmp_path, disable):
+    """Any of them may run out of memory, not only the one that shows a progress bar; nor need any,
+    as with TQDM_DISABLE=1."""
     monkeypatch.setattr(distributed, "is_main", lambda: False)
+    monkeypatch.setattr(utils, "tqdm", functools.partial(utils.tqdm, disable=disable))
 
     def fail():
         with utils.stage():

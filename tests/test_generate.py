@@ -12,6 +12,7 @@ import torch
 from conftest import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import distributed
 import encoding
 import generate
 import utils
@@ -100,7 +101,7 @@ def test_rows_in_parts_are_as_the_whole(model, monkeypatch, free):
         return one(model, prompt_ids, *given)
 
     monkeypatch.setattr(generate, "decode", recorded)
-    monkeypatch.setattr(utils, "free_memory", lambda device: free)
+    monkeypatch.setattr(distributed, "free_memory", lambda device: free)
     assert all(map(torch.equal, decode(model, **long), whole))
     assert sum(sizes) == len(PROMPTS) * 4
     assert max(sizes) - min(sizes) <= 1

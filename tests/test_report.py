@@ -170,12 +170,14 @@ def test_what_is_damaged_is_left_out_or_named(base, tmp_path, capsys):
     assert "no tokenizer yet" in page_of(run)
     whole = make_run(tmp_path / "whole", [{"update": 1}])
     shutil.copytree(base.plain, run, dirs_exist_ok=True)
-    for folder, out in [(base.plain, None), (run, None), (whole, whole / "args.json" / "x.html")]:
+    nowhere = whole / "args.json" / "x.html"
+    for folder, out in [(base.plain, None), (run, None), (whole, nowhere), (whole, whole)]:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             page_of(Path(folder), out=out)
         assert stopped.value.code == 2
         assert re.fullmatch(r"error: \S+: .*; .*\n", capsys.readouterr().err)
+    assert not [*tmp_path.glob("*.part")]
 
 
 # ---- in a browser

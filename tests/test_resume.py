@@ -1,6 +1,7 @@
 """Nothing is lost: kills, signals, numbers that are not finite, damage, full disks, two at once."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -227,14 +228,23 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
 
 
 def test_before_training_a_signal_is_pythons_own(ppo, monkeypatch, tmp_path):
-    """Nothing is there to be saved: Ctrl-C ends the script while it loads and evaluates."""
-    seen, load = [], utils.load_causal_lm
-    look = lambda *args: seen.append(signal.getsignal(signal.SIGINT)) or load(*args)  # noqa: E731
-    monkeypatch.setattr(utils, "load_causal_lm", look)
-    before = signal.getsignal(signal.SIGINT)
+    """Nothing is there to be saved: Ctrl-C ends the script while it loads and evaluates.
+
+    It is Python's own again after the run, however it ends: a notebook goes on.
+    """
+    seen, load, log = [], utils.load_causal_lm, utils.Logger.log
+    look = lambda *args: seen.append(signal.getsignal(signal.SIGINT))  # noqa: E731
+    monkeypatch.setattr(utils, "load_causal_lm", lambda *args: look() or load(*args))
+    monkeypatch.setattr(utils.Logger, "log", lambda *args: look() or log(*args))
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     ppo(tmp_path / "out", total_episodes=8)
-    assert seen == [before, before]
-    assert signal.getsignal(signal.SIGINT) != before
+    assert seen[:2] == [before[0]] * 2
+    assert seen[2] != before[0]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    monkeypatch.setattr(utils.Logger, "log", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit):
+        ppo(tmp_path / "again", total_episodes=16)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_worker_of_a_reward_function_ends_when_it_is_told_to(tmp_path):
@@ -471,6 +481,31 @@ def test_a_checkpoint_or_a_model_is_whole_or_none(
     assert (out / "config.json").exists() == (file == "summary.json")
     sft(out, **SFT, resume=True)
     assert_same_records(saved, out)
+
+
+def test_files_may_be_read_by_whom_the_umask_allows(ppo, tmp_path):
+    """Also weights, which safetensors writes for their owner alone."""
+    before = os.umask(0o027)
+    try:
+        out = ppo(tmp_path / "out", **FLAGS["ppo"], keep_best=True)
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()}
+    assert len([path for path in modes if path.suffix == ".safetensors"]) > 6
+    assert {*modes.values()} == {0o640}
+
+
+def test_a_disk_that_cannot_say_when_a_folder_is_written(tmp_path, monkeypatch):
+    """As some shared folders: a file's own error still counts."""
+
+    def refuse(descriptor):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    utils.sync(tmp_path)
+    (file := tmp_path / "x").write_text("x")
+    with pytest.raises(OSError, match="Invalid"):
+        utils.sync(file)
 
 
 @pytest.fixture

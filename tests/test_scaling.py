@@ -121,7 +121,7 @@ def test_the_first_start_does_not_resume_what_is_there(tmp_path, monkeypatch):
         facts = {"stage": "ppo_rlhf", "launch": launch}
         (tmp_path / "args.json").write_text(json.dumps(facts))
         args = Args(output_dir=str(tmp_path), overwrite=True, device="cpu")
-        utils.start_process(args)
+        args, _ = utils.start_process(args)
         assert (args.resume, args.overwrite) == (resumes, not resumes)
 
 

@@ -5,6 +5,7 @@ import functools
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import unicodedata
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from conftest import (
+    ROOT,
     STAGES,
     args_of,
     make_gpt2,
@@ -166,7 +168,7 @@ FREE = [(None, 2**26), (0, 2**26), (2e9, 2**26), (20e9, 2**28), (40e9, 2**29), (
 def test_chunks_of_logits_are_larger_where_a_gpu_has_room(free, expected, monkeypatch):
     """2^26 at least, below 2^31; five float32 tensors of them take half of what is free at most."""
     free = free and int(free)
-    monkeypatch.setattr(utils, "free_memory", lambda device: free)
+    monkeypatch.setattr(distributed, "free_memory", lambda device: free)
     assert utils.logits_at_a_time(CUDA) == expected
     assert expected == 2**26 or expected * 5 * 4 <= free / 2
 
@@ -256,11 +258,12 @@ def test_auto_never_is_an_emulated_bfloat16(tmp_path):
     """On the machine of this test: bfloat16 only where Linux lists the CPU's instructions."""
     args = SimpleNamespace(device="cpu", seed=1, dtype="auto", trust_remote_code=False)
     args.resume, args.output_dir = False, str(tmp_path)
-    utils.start_process(args)
+    chosen, _ = utils.start_process(args)
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     flags = {word for line in lines if line.startswith("flags") for word in line.split()}
-    assert args.dtype == ("bfloat16" if flags & {"avx512_bf16", "amx_bf16"} else "float32")
+    assert args.dtype == "auto"
+    assert chosen.dtype == ("bfloat16" if flags & {"avx512_bf16", "amx_bf16"} else "float32")
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -452,6 +455,14 @@ def test_an_error_is_one_line(error_of):
     assert utils.first_line(ValueError()) == "ValueError: no message"
 
 
+def test_a_terminal_without_unicode_is_no_error():
+    """Nor a locale of a cluster in latin-1: what it cannot show is spelled out."""
+    code = "import utils; utils.say('naïve 日本')"
+    env = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    stdout = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=env)
+    assert stdout.decode("latin-1") == "naïve \\u65e5\\u672c\n"
+
+
 def test_visible_keeps_what_is_text():
     """Line ends, tabs, accents, emoji, Hebrew; no control character, no change of direction."""
     text = "a\n\tb é 日本 🎉👩\u200d🚀 שלום x\xa0y\u3000z \u0645\u06cc\u200c\u062e 10\u202f%"
@@ -546,7 +557,7 @@ def test_a_model_that_is_half_replaced_is_none(model, tokenizer, tmp_path, monke
 # ---- reward functions, samples
 
 
-def test_load_function(tmp_path):
+def test_load_function(tmp_path, monkeypatch):
     """FILE.py:FUNCTION, with a file that may use what any module may use."""
     path = tmp_path / "rewards.py"
     path.write_text(
@@ -562,6 +573,8 @@ def test_load_function(tmp_path):
     (other := tmp_path / "other" / path.name).parent.mkdir()  # another file of the same name
     other.write_text(path.read_text().replace("2.0", "3.0"))
     assert utils.load_function(f"{other}:f", "--reward-fn")(["a"], ["bc"]) == [6.0]
+    monkeypatch.setenv("HOME", str(tmp_path))  # a shell leaves the ~ of --reward-fn=~/f.py:f
+    assert utils.load_function("~/rewards.py:f", "--reward-fn")(["a"], ["bc"]) == [4.0]
 
 
 ASKED = [{"prompt": "p", "answer": 1, "kind": "x"}, {"prompt": "q", "answer": 2, "kind": None}]

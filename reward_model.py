@@ -145,6 +145,7 @@ def main(args: Args) -> None:
     train_data, eval_data = dataset.load_splits(args, formats)
     tokenizer = utils.load_tokenizer(args.model)
     model = utils.load_classifier(args.model, distributed.load_device(args, device))
+    model.known_tokens = 1 + max(tokenizer.get_vocab().values())  # for the lm_loss (B23)
     if model.score.weight.any():
         utils.say(f"reward_model: {args.model} has a trained head, which is kept")  # B27
     else:

@@ -91,7 +91,7 @@ class Args:
 
     # ---- optimization
     total_episodes: int = 6400
-    """Responses to learn from."""
+    """Responses to learn from: whole batches."""
     batch_size: int = 128
     """Responses per update, counted over all processes."""
     micro_batch_size: int = 32
@@ -199,7 +199,7 @@ class Args:
     keep_checkpoints: int = 2
     """The newest to keep; --resume takes the one before a damaged one."""
     save_rollouts: int = 0
-    """Updates between files rollouts/000010.safetensors; 0 saves none."""
+    """Updates between rollouts/000010.safetensors; 0: none."""
     track: bool = False
     """Log to Weights & Biases as well (pip install wandb)."""
 

@@ -59,8 +59,8 @@ class Unusable(Exception):
 
 
 def is_default(args: Any) -> bool:
-    """Whether `--dataset` is the embedded task, however its path is written."""
-    given, own = ([Path(x).resolve() for x in a.dataset] for a in (args, type(args)))
+    """Whether `--dataset` is the embedded task, by any path to it."""
+    given, own = ([Path(x).expanduser().resolve() for x in a.dataset] for a in (args, type(args)))
     return given == own
 
 

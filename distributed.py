@@ -168,7 +168,7 @@ class Interruption:
         self.device, self.owner = device, os.getpid()
         self.signal, self.time = 0, 0.0  # the first one and when it came
         for number in (signal.SIGTERM, signal.SIGINT):
-            handlers.append((number, signal.signal(number, self.note)))
+            handlers.append((number, signal.signal(number, self.note) or signal.SIG_DFL))
 
     def note(self, number: int, frame: Any) -> None:
         # Ctrl-C comes to all, but does not end forked workers; torchrun sends it again at once

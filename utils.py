@@ -45,7 +45,7 @@ import distributed
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 huggingface_hub.utils.enable_progress_bars()  # off by that too
-with contextlib.suppress(AttributeError):  # a notebook has none; some are latin-1
+with contextlib.suppress(AttributeError):  # a notebook's cannot; some are latin-1
     sys.stdout.reconfigure(errors="backslashreplace")
 
 # ---- errors
@@ -311,7 +311,7 @@ def move(part: Path, path: Path) -> None:
     for written in [*part.rglob("*"), part]:
         if ".safetensors" in written.name:  # made for its owner alone
             with contextlib.suppress(OSError):
-                written.chmod(path.parent.stat().st_mode & 0o666)
+                written.chmod(part.parent.stat().st_mode & 0o666)
         sync(written)
     os.replace(part, path)
     sync(path.parent)

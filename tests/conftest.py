@@ -72,7 +72,7 @@ def deterministic():
 
 @pytest.fixture(autouse=True)
 def ctrl_c_ends_the_tests():
-    """A run leaves its handlers behind, as it may where its process ends with it."""
+    """An Interruption outside of a stage leaves its handlers, a stage its hook for threads."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     in_threads = threading.excepthook
     yield

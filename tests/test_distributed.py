@@ -278,8 +278,8 @@ def test_critic_warmup_counts_no_policy_steps(one, two):
 
 @pytest.mark.parametrize("disable", [False, True])
 def test_a_process_that_fails_says_in_which_step(error_of, monkeypatch, tmp_path, disable):
-    """Any of them may run out of memory, not only the one that shows a progress bar; nor need any,
-    as with TQDM_DISABLE=1."""
+    """Any of them may run out of memory, not only the one that shows a progress bar, and where
+    none is shown too (TQDM_DISABLE=1)."""
     monkeypatch.setattr(distributed, "is_main", lambda: False)
     monkeypatch.setattr(utils, "tqdm", functools.partial(utils.tqdm, disable=disable))
 

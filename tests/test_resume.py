@@ -485,6 +485,8 @@ def test_a_checkpoint_or_a_model_is_whole_or_none(
 
 def test_files_may_be_read_by_whom_the_umask_allows(ppo, tmp_path):
     """Also weights, which safetensors writes for their owner alone."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out").chmod(0o777)  # which says nothing of the files in it
     before = os.umask(0o027)
     try:
         out = ppo(tmp_path / "out", **FLAGS["ppo"], keep_best=True)

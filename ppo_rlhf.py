@@ -91,7 +91,7 @@ class Args:
 
     # ---- optimization
     total_episodes: int = 6400
-    """Responses to learn from: whole batches."""
+    """Responses in all, in whole batches."""
     batch_size: int = 128
     """Responses per update, counted over all processes."""
     micro_batch_size: int = 32

@@ -215,15 +215,10 @@ def test_d11_the_loss_is_bradley_terry(reward_model, data, tmp_path):
     assert not {"prefix_loss", "lm_loss"} & row.keys()  # of the embedded task only, if not asked
 
 
-def run_with_more_losses(
-    reward_model, data, out: Path, start: dict | None = None, **coefs: float
-) -> tuple[dict, dict]:
-    """The first step's metrics, and what plain forward passes say: three losses, gradient norm.
-
-    `start` is the flag for another model.
-    """
+def run_with_more_losses(reward_model, data, out: Path, **more) -> tuple[dict, dict]:
+    """The first step's metrics, and what plain forward passes say: three losses, gradient norm."""
     flags = {"learning_rate": 1e-12, "normalize_with": "none", "micro_batch_size": 4}
-    reward_model(out, **coefs, **flags, **(start or {}))
+    reward_model(out, **more, **flags)
     known = len(utils.load_tokenizer(str(out)))
     rows = rows_of(data.preferences, "train")
     _, indices = next(dataset.batches(len(rows), 16, 1, 1, 0))
@@ -239,13 +234,13 @@ def run_with_more_losses(
             a, b = (model.score(x).squeeze(-1) for x in (hidden, other))
             loss = loss - log_sigmoid(a[-1] - b[-1]) / 16
             both = enumerate(zip(chosen, rejected, strict=False))
-            i, end = next(i for i, (x, y) in both if x != y), min(len(a), len(b))
-            prefix_loss = prefix_loss - log_sigmoid(a[i:end] - b[i:end]).mean() / 16
+            start, end = next(i for i, (x, y) in both if x != y), min(len(a), len(b))
+            prefix_loss = prefix_loss - log_sigmoid(a[start:end] - b[start:end]).mean() / 16
             logits = hidden[:-1] @ model.get_input_embeddings().weight[:known].T  # B23
             nats = nats + cross_entropy(logits, torch.tensor(chosen[1:]), reduction="sum")
             tokens += len(chosen) - 1
         lm_loss = nats / tokens
-        whole = loss + coefs["prefix_coef"] * prefix_loss + coefs["lm_coef"] * lm_loss
+        whole = loss + more["prefix_coef"] * prefix_loss + more["lm_coef"] * lm_loss
         whole.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     expected = {"loss": loss, "prefix_loss": prefix_loss, "lm_loss": lm_loss, "grad_norm": norm}
@@ -266,12 +261,12 @@ def test_d46_the_language_model_loss_on_the_chosen_texts(
     base, reward_model, data, padded, tmp_path
 ):
     """Every token of them but the first, with the embeddings as output layer."""
-    coefs, start = {"prefix_coef": 0.0, "lm_coef": 0.5}, None
+    flags = {"prefix_coef": 0.0, "lm_coef": 0.5}
     if padded:
         model, tokenizer = plain_lm(base.plain), utils.load_tokenizer(base.plain)
         model.resize_token_embeddings(len(tokenizer) + 64)
-        start = {"model": save_pair(tmp_path / "padded", model, tokenizer)}
-    line, expected = run_with_more_losses(reward_model, data, tmp_path / "out", start, **coefs)
+        flags["model"] = save_pair(tmp_path / "padded", model, tokenizer)
+    line, expected = run_with_more_losses(reward_model, data, tmp_path / "out", **flags)
     for name in ("loss", "lm_loss", "grad_norm"):
         assert line[name] == pytest.approx(expected[name], rel=1e-4), name
     assert "prefix_loss" not in line

@@ -38,9 +38,13 @@ class Args:
     top_p: float | None = None
     """Sample from the most probable tokens that together reach this; 1.0: from all."""
     seed: int = 1
+    """Seed of sampling."""
     device: str = "auto"
+    """cpu, cuda, or auto, which is cuda where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of products; auto: bfloat16 where the device has it, else float32."""
     trust_remote_code: bool = False
+    """Run code that comes with a model; its author can do what you can."""
     resume = False  # start_process asks
 
 

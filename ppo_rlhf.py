@@ -473,6 +473,11 @@ def main(args: Args) -> None:
         return distributed.sum_all(total)
 
     # ---- the PPO loop
+    size = f"{policy.num_parameters() / 1e6:.1f}M parameters"
+    work = f"{len(train_prompts)} prompts, {num_updates} updates"
+    ends = " or ".join(tokenizer.convert_ids_to_tokens(stop_ids))
+    utils.say(f"ppo_rlhf: {size}, {work}, on {device} in {args.dtype}; responses end with {ends}")
+    encoding.show_example(tokenizer, train_prompts[0].row, train_prompts[0].ids)
     update = 0  # read above: before the first update a reward's error is wrong input
     before = evaluate(reference)
     out = utils.open_output(args, "ppo_rlhf")
@@ -487,11 +492,6 @@ def main(args: Args) -> None:
     state = {"step": 0, "kl_coef": args.kl_coef, "best": -float("inf")}
     if args.resume:
         state |= checkpoints.load()
-    size = f"{policy.num_parameters() / 1e6:.1f}M parameters"
-    work = f"{len(train_prompts)} prompts, {num_updates} updates"
-    ends = " or ".join(tokenizer.convert_ids_to_tokens(stop_ids))
-    utils.say(f"ppo_rlhf: {size}, {work}, on {device} in {args.dtype}; responses end with {ends}")
-    encoding.show_example(tokenizer, train_prompts[0].row, train_prompts[0].ids)
     update = done = state.pop("step")
     # `model.generate` of the saved policy samples as is done here (B11)
     policy.generation_config = transformers.GenerationConfig(

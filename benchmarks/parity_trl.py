@@ -1,4 +1,4 @@
-"""The same PPO by TRL 1.11.0 (the last release that has it) and by ppo_rlhf.py.
+"""The same PPO by TRL 1.11.0 (from 1.13.0 on TRL has none) and by ppo_rlhf.py.
 
 Compared are learning curves and their ends. Both start from the same SFT model and reward
 model of the embedded task and use the same prompts, hyperparameters and float32; each run is a

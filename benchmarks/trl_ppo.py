@@ -1,4 +1,4 @@
-"""PPO by TRL 1.11.0, the last release that has it, with the flags and the record of ppo_rlhf.py.
+"""PPO by TRL 1.11.0, with the flags and the record of ppo_rlhf.py.
 
 Not a benchmark by itself: parity_trl.py and throughput.py run it as a process of its own. Needs
 `pip install -r requirements-bench.txt`.

@@ -23,6 +23,7 @@ from test_distributed import DRIVER, launch
 from test_resume import FLAGS, assert_same_records, flags_of, in_step, killed_again_and_again
 
 import lora
+import saving
 import utils
 
 peft = pytest.importorskip("peft")
@@ -243,6 +244,20 @@ def test_two_processes_learn_what_one_does(sft, chain, models, base, data, tmp_p
     first, second = metrics_of(tmp_path / "ppo")
     assert first["objective/kl"] == second["objective/kl"] == 0
     assert first["loss/value_avg"] > 0 and second["val/ratio_start_error"] < 1e-4
+
+
+def test_a_base_that_is_gone_at_the_end_is_no_wrong_input(sft, base, monkeypatch, tmp_path):
+    """The run has failed, code 1; 2 would say that nothing was trained."""
+    folder, save_weights = shutil.copytree(base.plain, tmp_path / "base"), saving.save_weights
+
+    def saved_and_lost(*args):
+        save_weights(*args)
+        shutil.rmtree(folder)
+
+    monkeypatch.setattr(saving, "save_weights", saved_and_lost)
+    with pytest.raises(SystemExit) as stopped:
+        sft(tmp_path / "out", model=str(folder), save_every=0, **LORA)
+    assert stopped.value.code == 1
 
 
 def test_errors(refused, error_of, models, chain, monkeypatch):

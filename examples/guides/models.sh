@@ -10,7 +10,7 @@ policy=$model rate=1e-5 episodes=6400
 reward_model=$out/reward-model reward_flags="--learning-rate 2e-5"
 if [ "$model" = tiny ]; then
     policy=$out/policy rate=3e-4 episodes=640
-    reward_flags="--train-split train[:3000] --prefix-coef 0 --lm-coef 0"
+    reward_flags="--train-split train[:3000]"
     if [ ! -e "$policy/summary.json" ]; then
         python examples/guides/make_tiny_gpt2.py "$out/untrained"
         python sft.py --model "$out/untrained" --train-split "train[:2000]" --epochs 1 \
@@ -18,6 +18,6 @@ if [ "$model" = tiny ]; then
     fi
 fi
 if [ ! -e "$reward_model/summary.json" ]; then
-    python reward_model.py --model "$policy" $reward_flags --eval-every 0 \
-        --output-dir "$reward_model" --overwrite
+    python reward_model.py --model "$policy" $reward_flags --prefix-coef 0 --lm-coef 0 \
+        --eval-every 0 --output-dir "$reward_model" --overwrite
 fi

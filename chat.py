@@ -80,7 +80,7 @@ def main(args: Args) -> None:
     length = settings.pop("max_new_tokens")
 
     def answer(line: str, name: str, model: Any, tokenizer: Any, chat: list) -> None:
-        if line == "/reset":
+        if typed and line == "/reset":
             return chat.clear()
         messages = [*chat, {"role": "user", "content": line}]
         is_chat = tokenizer.chat_template and not args.text

@@ -433,7 +433,7 @@ def read_file(path: Path) -> list[Row]:
         delimiter = "," if kind == ".csv" else "\t"
         table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         try:
-            numbered = [(table.line_num, row) for row in table]
+            numbered = [(f":{table.line_num}", row) for row in table]
         except csv.Error as error:
             line = table.reader.line_num
             stop(f"{path}:{line}: {utils.first_line(error)}; quote as RFC 4180 says")
@@ -441,21 +441,21 @@ def read_file(path: Path) -> list[Row]:
         if len({*names}) < len(names):
             stop(f"{path}:1: names a column twice; rename one")
     elif kind == ".json" and text.lstrip().startswith("["):
-        numbered = [*enumerate(json.loads(text), 1)]
+        numbered = [(f" (row {i})", row) for i, row in enumerate(json.loads(text), 1)]
     else:
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
-                    numbered.append((number, json.loads(line)))
+                    numbered.append((f":{number}", json.loads(line)))
                 except (ValueError, RecursionError) as error:  # or a number of 5,000 digits
                     what = f"is not JSON ({utils.first_line(error)})"
                     stop(f"{path}:{number}: {what}; write one JSON object a line")
-    for number, row in numbered:
+    for place, row in numbered:
         if not isinstance(row, dict):
-            stop(f'{path}:{number}: is not a JSON object; write one a line, as {{"prompt": …}}')
+            stop(f'{path}{place}: is not a JSON object; write one a line, as {{"prompt": …}}')
         if None in row:
-            stop(f"{path}:{number}: has more fields than line 1; quote what holds a delimiter")
-    return [Row(row, f"{path}:{number}") for number, row in numbered]
+            stop(f"{path}{place}: has more fields than line 1; quote what holds a delimiter")
+    return [Row(row, f"{path}{place}") for place, row in numbered]
 
 
 def check_field(value: Any, column: str) -> None:

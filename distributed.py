@@ -98,7 +98,7 @@ def lost_others(error: Exception) -> bool:
     return kind and isinstance(error, RuntimeError) and dist.is_initialized()
 
 
-def leave() -> None:
+def depart() -> None:
     """Wait for all processes and part from them."""
     if dist.is_initialized():
         barrier()
@@ -111,16 +111,21 @@ def barrier() -> None:
         dist.barrier()
 
 
-def sum_all(x: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
-    """The sum of `x` over all processes; a new tensor, or `x` itself where there is one."""
+def reduce_all(x: Tensor, operation: Any) -> Tensor:
+    """`x` reduced over all processes; a new tensor, or `x` itself where there is one process."""
     if dist.is_initialized():
         dist.all_reduce(x := x.clone(), operation)
     return x
 
 
+def sum_all(x: Tensor) -> Tensor:
+    """The sum of `x` over all processes."""
+    return reduce_all(x, dist.ReduceOp.SUM)
+
+
 def max_all(x: Tensor) -> Tensor:
     """The largest `x` of all processes."""
-    return sum_all(x, dist.ReduceOp.MAX)
+    return reduce_all(x, dist.ReduceOp.MAX)
 
 
 def gather(rows: list[Any]) -> list[Any]:
@@ -221,7 +226,7 @@ def forward_pass(function: Callable) -> Callable:
 
 
 def gathers_once(function: Callable) -> Callable:
-    """The same, for one that makes many steps: weights stay whole until it ends."""
+    """As `forward_pass`, for a function of many steps: weights stay whole until it ends."""
 
     @functools.wraps(function)
     def whole(model: Any, *inputs: Any, **options: Any) -> Any:
@@ -250,14 +255,17 @@ def load_device(args: Any, device: torch.device) -> torch.device:
 
 
 def replicated(model: Any) -> bool:
+    """Whether each process has the whole model, and gradients are summed."""
     return isinstance(vars(model).get("across"), DistributedDataParallel)
 
 
 def is_shard(module: nn.Module) -> bool:
+    """Whether FSDP gathers this module by itself."""
     return isinstance(module, FSDPModule)
 
 
 def is_sharded(model: Any) -> bool:
+    """Whether each process has a part of the model."""
     return is_shard(vars(model).get("across"))
 
 
@@ -344,7 +352,7 @@ def save_shards(tensors: dict[str, Tensor], folder: Path) -> None:
     with warnings.catch_warnings(action="ignore"):
         try:
             dcp.save(tensors, storage_writer=writer)
-        except dcp.CheckpointException as error:  # which is no Exception: of a full disk
+        except dcp.CheckpointException as error:  # a BaseException; a full disk raises it
             why = str(error).strip().splitlines()[-1]
             raise OSError(why.removeprefix("OSError: ")) from error
 
@@ -355,5 +363,5 @@ def load_shards(tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def names_in_shards(folder: Path) -> list[str]:
-    """Of its tensors."""
+    """Names of the tensors in a folder of shards."""
     return [*dcp.HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata]

@@ -65,7 +65,8 @@ def render(tokenizer: Any, prompt: Any, answer: Any = None, all_turns: bool = Fa
             answer = [answer[0] | {"content": begun + answer[0]["content"]}]
         whole = template([*messages, *answer])
         check_all_said(template, whole, messages, answer)
-        # a null, which no message holds, for each mark; in a block, which takes as many line breaks
+        # a null, which no message holds, in place of each mark; in a block, as the mark was, so
+        # that the same line breaks around it are dropped
         block = "{%\\1 if true %}\0{% endif \\2%}"
         mark = r"{%(-?)\s*(?:end)?generation\s*(-?)%}"
         marked = re.sub(mark, block, tokenizer.get_chat_template())
@@ -164,8 +165,7 @@ def encode(tokenizer: Any, texts: list[Rendered]) -> list[tuple[list[int], list[
 
     eos, letter = tokenizer.eos_token_id, tokens("a")
     start = tokenizer("a")["input_ids"]
-    if letter:
-        start = start[: start.index(letter[0])]
+    start = start[: start.index(letter[0])] if letter else [i for i in start if i != eos]
     pairs, needed = [], {"\n"}
     for pieces, _ in texts:
         if len(pieces) % 2 == 0 and pieces[-1].rstrip().endswith(tokenizer.eos_token):
@@ -268,7 +268,8 @@ def answered(tokenizer: Any, row: Row, text: str, answer: str) -> Rendered:
 def answer_end(tokenizer: Any, prompt: Prompt) -> list[int]:
     """What ends an answer in a reward model's tokens: what "a" and "b" end with alike."""
     texts = [answered(tokenizer, prompt.row, prompt.text, answer) for answer in "ab"]
-    return common_end(*encode_ids(tokenizer, texts))
+    a, b = encode_ids(tokenizer, texts)
+    return common_end(a, b) if a != b else [tokenizer.eos_token_id]  # it knows neither letter
 
 
 def as_judged(

@@ -57,8 +57,8 @@ def generate(
     top_p (1.0: all) among the fewest that hold probability p (D36).
 
     Every `stride` tokens (1 on a CPU, 32 elsewhere) the device is asked which rows have ended; they
-    are dropped once they are a quarter. The device never waits in between. `watch`
-    gets the ids so far.
+    are dropped once they are a quarter of those still decoded. The device never waits in between.
+    `watch` gets the ids so far.
     """
     rows, device = len(prompt_ids), prompt_ids.device
     stride = stride or (1 if device.type == "cpu" else 32)
@@ -216,6 +216,8 @@ def check(model: Any, name: str) -> None:
         for row in range(2):
             if misplaced(model, ids[row][mask[row] == 1], got[row], uniform[row]) > 0.02:
                 utils.stop(f"{name}: would be sampled from another distribution; pass another")
+    except torch.OutOfMemoryError:
+        raise  # `utils.stage` says what helps
     except Exception as error:
         utils.stop(f"{name}: cannot be decoded here ({utils.first_line(error)}); pass another")
 

@@ -18,7 +18,7 @@ import utils
 
 
 def adapt(model: Any, args: Any, start: Path | None = None) -> Any:
-    """The model again, on the same weights, with a LoRA adapter: it and a head are trained (D43).
+    """A copy on the same weights, with a LoRA adapter; only adapter and head are trained (D43).
 
     The adapter adds 0 at first; with `start`, it and the head are those of that folder.
     """
@@ -86,5 +86,7 @@ def value_on(base: Any, args: Any, start: str) -> Any:
 
 def has_head(folder: Path) -> bool:
     """Whether an adapter's folder holds a scalar head."""
-    with safetensors.safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        return any("score" in name for name in file.keys())
+    if not (file := folder / "adapter_model.safetensors").is_file():
+        utils.stop(f"{folder}: lacks {file.name}; pass a whole adapter")
+    with safetensors.safe_open(file, "pt") as weights:
+        return any("score" in name for name in weights.keys())

@@ -702,7 +702,7 @@ def main(args: Args) -> None:
         metrics["val/ratio_var"] -= (metrics["val/ratio"] - 1) ** 2
         metrics |= {
             "val/ratio_start_error": distributed.max_all(ratio_error).item(),
-            "val/num_eos_tokens": round(episode_mean(ended) * args.batch_size),
+            "val/num_eos_tokens": distributed.sum_all(ended.sum()).item(),
             "val/explained_variance": explained,
             "response/length": batch_tokens.item() / args.batch_size,
             "response/eos_rate": episode_mean(ended),
@@ -785,7 +785,7 @@ def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[s
 
 
 def check_flags(args: Args, world: int) -> None:
-    """Stop with exit code 2 on flags that cannot work or go together."""
+    """Fill in defaults; stop with exit code 2 on flags that do not fit."""
     if args.reward_model is None:
         args.reward_model = () if args.reward_fn else ("runs/reward_model",)
     rewards = len(args.reward_model) + len(args.reward_fn)

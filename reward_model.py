@@ -174,7 +174,8 @@ def main(args: Args) -> None:
         whole = encoding.encode_demonstrations(tokenizer, sft_data, 2**30, False)  # none is cut
         sft_texts = [ids for ids, _ in whole if len(ids) <= max_length]
         if not sft_texts:
-            utils.stop(f"--max-length: all demonstrations exceed {max_length} tokens; raise it")
+            what = f"all demonstrations exceed {max_length} tokens, it or the model's context"
+            utils.stop(f"--max-length: {what}; raise it or shorten them")
         if left := len(whole) - len(sft_texts):
             what = f"{left} of {len(whole)} demonstrations exceed {max_length} tokens"
             utils.say(f"{args.normalize_with}: {what}, and are not in the mean score")
@@ -327,7 +328,7 @@ def main(args: Args) -> None:
 
 
 class TiedHead(NamedTuple):
-    """A head of the embeddings' weight as it is when called: --fsdp puts others in its place."""
+    """An output layer that reads the embeddings' weight at each call: --fsdp replaces it."""
 
     embeddings: torch.nn.Embedding
 
@@ -340,7 +341,7 @@ class TiedHead(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A preference in token ids, each side with its prompt; lengths of the responses."""
+    """A preference in token ids, each side with its prompt; lengths of what is not prompt."""
 
     chosen: list[int]
     rejected: list[int]
@@ -379,15 +380,17 @@ def encode(tokenizer: Any, rows: list[dataset.Row], max_length: int) -> list[Pai
                 "chosen and rejected are equal as they are rendered; fix the row"
             )
         if max(len(chosen[0]), len(rejected[0])) > max_length:
-            raise dataset.Unusable(f"is longer than {max_length} tokens; raise --max-length")
+            what = f"is longer than {max_length} tokens, --max-length or the model's context"
+            raise dataset.Unusable(f"{what}; raise the first or shorten it")
         return Pair(chosen[0], rejected[0], sum(chosen[1]), sum(rejected[1]))
 
     rows, *sides = zip(*dataset.usable(rendered, rows), strict=True)
     return dataset.usable(pair, rows, *(encoding.encode(tokenizer, side) for side in sides))
 
 
-def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
     """95% confidence interval of a share of n trials (Wilson 1927), which stays within 0 and 1."""
+    z = 1.96  # of 95%
     center = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, center - half), min(1.0, center + half)

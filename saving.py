@@ -65,7 +65,7 @@ def weights_of(model: Any, name: str) -> tuple[str, dict[str, Tensor]]:
 
 
 def save_weights(model: Any, folder: Path, name: str = "model") -> None:
-    """Write that file, with the configuration of the one named "model"."""
+    """Write a model's file into a folder; for the name "model" its configuration too."""
     if name == "model":
         model.config.architectures = [type(model).__name__]
         getattr(model, "lora_config", model.config).save_pretrained(folder)
@@ -77,7 +77,7 @@ def save_weights(model: Any, folder: Path, name: str = "model") -> None:
 
 
 def load_weights(model: Any, folder: Path, name: str = "model") -> None:
-    """Take over what is in that file."""
+    """Read a model's weights from its file in a folder; stop where their names differ."""
     file, weights = weights_of(model, name)
     saved = safetensors.torch.load_file(folder / file)
     if weights.keys() != saved.keys():
@@ -89,7 +89,7 @@ def load_weights(model: Any, folder: Path, name: str = "model") -> None:
 class Checkpoints(NamedTuple):
     """Checkpoints of a run: `models` and optimizer in safetensors, a few numbers, checksums.
 
-    As a folder each is a model, that of the name "model", or its adapter.
+    Each folder can be loaded as a model: the one named "model", or its adapter.
     """
 
     out: Path

@@ -145,7 +145,8 @@ def main(args: Args) -> None:
     )
     cut = sum(ids[-1] != tokenizer.eos_token_id for ids, _ in train_rows)
     if cut:
-        utils.say(f"sft: {cut} of {len(train_rows)} completions are cut (--max-length)")
+        what = "--max-length or the model's context"
+        utils.say(f"sft: {cut} of {len(train_rows)} rows are cut at {max_length} tokens ({what})")
     utils.spread(model, args, device)
     out = utils.open_output(args, "sft")
 
@@ -253,7 +254,7 @@ def build_tiny(rows: list[dataset.Row], device: torch.device) -> tuple:
     fields = [row[name] for row in rows for name in names if name in row]
     texts = [x for x in fields if isinstance(x, str)]
     chats = [message for x in fields if isinstance(x, list) for message in x]
-    texts += [message["content"] or "" for message in chats]
+    texts += [message.get("content") or "" for message in chats]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

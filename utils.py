@@ -95,7 +95,7 @@ def stage() -> Iterator[None]:
     threading.excepthook = thread_failed
     try:
         yield
-        distributed.leave()
+        distributed.depart()
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             fix = "lower --micro-batch-size or add --gradient-checkpointing"
@@ -107,7 +107,8 @@ def stage() -> Iterator[None]:
             error = ConnectionError(f"another process has ended, or the connection to it ({why})")
         else:
             raise  # a bug
-        where = f"{progress.unit} {progress.n + 1}" if progress is not None else "start"
+        bar = progress
+        where = f"{bar.unit} {min(bar.n + 1, bar.total)}" if bar is not None else "start"
         stop(f"{where}: {first_line(error)}; {fix}", 1)
     finally:
         progress = None
@@ -161,8 +162,8 @@ def start_process(args: Any) -> tuple[Any, distributed.Process]:
         dtype = "bfloat16" if distributed.multiplies_bfloat16(device) else "float32"
         dtype = before.get("dtype", dtype) if args.resume else dtype
         args.dtype = distributed.from_main(dtype)  # machines may differ
-    if args.dtype == "bfloat16":  # its float32 products on CUDA are those of the heads (B35)
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    # in bfloat16 these products are the heads' alone (B35)
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if args.dtype == "bfloat16" else "ieee"
     remote_code = args.trust_remote_code
     digests.clear()
     return args, process
@@ -266,7 +267,7 @@ def flags_of(out: Path) -> dict[str, Any]:
 
 def checkpoints(out: Path) -> list[Path]:
     """A run's checkpoints, the newest first; one still being written (.part) is none."""
-    found = [path for path in (out / "checkpoint").glob("*") if path.name.isdigit()]
+    found = (path for path in out.glob("checkpoint/*") if path.name.isdigit())
     return sorted(found, key=lambda path: int(path.name), reverse=True)
 
 
@@ -363,7 +364,7 @@ def load_tokenizer(model: str) -> Any:
     base = model  # below any adapters
     while (below := base_of(base)) != base:
         base = below
-    config, _ = transformers.PreTrainedConfig.get_config_dict(Path(base).expanduser())
+    config = from_pretrained(transformers.PreTrainedConfig, base).to_dict()
     rows = config.get("text_config", config).get("vocab_size", 2**63)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
@@ -510,7 +511,7 @@ def freeze(model: Any, dtype: str) -> Any:
 def context_length(model: Any) -> int:
     """The most tokens that the model's positions allow; 2^30 without a limit.
 
-    By "longrope" any token's position would be another one beside a sequence longer than this.
+    With "longrope" one longer sequence would change the positions of all others in its batch.
     """
     config = model.config.get_text_config()
     if (rope := getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
@@ -567,7 +568,7 @@ def model_inputs(model: Any, ids: Tensor, mask: Tensor | None = None) -> dict[st
 
     Without a mask [B, T], padding is on the right: causal attention keeps it out by itself.
     """
-    inputs = {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
+    inputs = {"input_ids": ids} | ({} if mask is None else {"attention_mask": mask})
     if "position_ids" in inspect.signature(model.forward).parameters:
         real = torch.ones_like(ids) if mask is None else mask
         inputs["position_ids"] = (real.cumsum(1) - 1).clamp(min=0)

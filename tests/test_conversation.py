@@ -218,6 +218,8 @@ def test_a_chat_is_remembered(talk, chat, monkeypatch):
     del seen[:]
     talk("a\nb\n", **flags)
     assert seen == [system + turns[0], system + turns[1]]
+    assert len(talk("/reset\na\n", **flags)[0].splitlines()) == 2  # a line for each, when piped
+    assert seen[2] == turns[0].replace(">a<", ">/reset<")
 
 
 def test_a_prompt_that_is_too_long_does_not_end_it(talk, chat):

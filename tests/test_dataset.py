@@ -76,6 +76,7 @@ def test_a_single_file(tmp_path, kind):
     assert held_out == rows[38:]
     assert all(row.place.startswith(str(path)) for row in held_out)
     assert [re.findall(r"\d+", row.place)[-1] for row in held_out] == lines
+    assert ("(row " in held_out[0].place) == (kind in ("json", "parquet"))  # others have lines
 
 
 def test_the_embedded_task_is_known_however_its_path_is_written(monkeypatch):

@@ -16,6 +16,8 @@ from conftest import STAGES, args_of, assert_same_run, command, metrics_of
 from test_resume import STEP, in_step, send
 from transformers import PreTrainedModel
 
+import generate
+
 
 @pytest.fixture(params=STAGES)
 def run(request, tmp_path):
@@ -75,6 +77,12 @@ def test_out_of_memory_at_the_start(run, error_of, monkeypatch):
     assert "--micro-batch-size" in line
 
 
+def test_out_of_memory_in_the_first_look_at_a_model(ppo, error_of, monkeypatch, tmp_path):
+    """It is not the model that is wrong."""
+    monkeypatch.setattr(generate, "generate", raising(CUDA_IS_FULL))
+    assert "--micro-batch-size" in error_of(ppo, tmp_path / "out", code=1)
+
+
 def test_a_bug_keeps_its_traceback(run, monkeypatch):
     """What is neither of these is no line, but an exception with the place where it was raised."""
     in_step(monkeypatch, 3, torch.Tensor, "backward", raising(RuntimeError("shapes do not match")))
@@ -110,8 +118,10 @@ def test_no_space(run, name, error_of, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(module, written, full)
         line = error_of(run, code=1)
-    assert re.search(rf"{run.unit} \d+: .*No space left", line)
+    [step] = re.findall(rf"{run.unit} (\d+): .*No space left", line)
     assert not (tmp_path / "out" / "summary.json").exists()
+    if name == "summary.json":  # after all steps
+        assert int(step) == len(metrics_of(tmp_path / "out"))
     if name == "000003.part":
         assert_it_resumes(run, tmp_path)
 

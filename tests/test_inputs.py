@@ -630,6 +630,26 @@ def test_an_answer_that_the_reward_models_template_cannot_render():
     assert encoding.answered(make_tokenizer(), row, *given).pieces == given
 
 
+@pytest.mark.parametrize("unknown", [None, "[UNK]"])
+def test_a_tokenizer_that_knows_no_letter_a(unknown):
+    """As one of digits: prompts begin with BOS alone, answers end with EOS alone."""
+    names = ["<pad>", "<eos>", "<bos>", *"0123456789", *([unknown] if unknown else [])]
+    ids = {name: i for i, name in enumerate(names)}
+    digits = tokenizers.Tokenizer(tokenizers.models.BPE(ids, [], unk_token=unknown))
+    digits.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    digits.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)]
+    )
+    special = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos")}
+    reader = transformers.PreTrainedTokenizerFast(tokenizer_object=digits, **special)
+    row = dataset.Row({"prompt": "12"}, "f:1")
+    [prompt] = encoding.encode_prompts(reader, [row], 99, (reader, 99))
+    assert reader.convert_ids_to_tokens(prompt.ids) == ["<bos>", "1", "2"]
+    for answer in ("34", [6, 7]):
+        [ids], _ = encoding.as_judged((reader, 99), [prompt], [answer])
+        assert reader.convert_ids_to_tokens(ids) == ["<bos>", "1", "2", "3", "4", "<eos>"]
+
+
 def test_a_tiny_model_of_conversations(sft, tmp_path):
     """It gets a small template, with which it can be asked again."""
     rows = [{"messages": TALK}, {"messages": TALK[:2]}] * 20

@@ -260,7 +260,7 @@ def test_a_base_that_is_gone_at_the_end_is_no_wrong_input(sft, base, monkeypatch
     assert stopped.value.code == 1
 
 
-def test_errors(refused, error_of, models, chain, monkeypatch):
+def test_errors(refused, error_of, models, chain, monkeypatch, tmp_path):
     refused("sft", "--lora-rank", "tiny", model="tiny", **LORA)
     refused("sft", "--lora-rank", "out of range", lora_rank=-1)
     for names in ("w_x,w_y", "q_proj,vproj", "q_proj,lm_head"):
@@ -269,6 +269,12 @@ def test_errors(refused, error_of, models, chain, monkeypatch):
     refused("ppo", "--value-model", "no adapter", **LORA, value_model=str(models.reward_model))
     headless = {"model": str(models.sft), "value_model": str(chain.sft / "adapter")}
     refused("ppo", "--value-model", "no adapter", **LORA | headless)
+    part = shutil.copytree(chain.reward_model / "adapter", tmp_path / "part")
+    (part / "adapter_model.safetensors").unlink()
+    flags = LORA | {"model": str(chain.sft), "value_model": str(part)}
+    refused("ppo", str(part), "lacks adapter_model.safetensors", **flags)
+    lost = change_config(part, "adapter_config.json", base_model_name_or_path="/lost/base")
+    refused("ppo", "/lost/base", "holds no model", reward_model=str(lost))
     with monkeypatch.context() as patch:  # as of the hub, where no folder tells
         patch.setattr(utils, "base_of", lambda model: model)
         assert "on the hub" in error_of(utils.load_causal_lm, str(chain.sft / "adapter"), CPU)

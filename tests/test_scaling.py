@@ -302,7 +302,7 @@ parts = vars(model)["across"].modules()
 report["gathers"], report["units"] = len(calls), sum(map(distributed.is_shard, parts))
 report["left"] = held(model.parameters())
 json.dump(report, open(f"{folder}/{how}{process.rank}.json", "w"))
-distributed.leave()
+distributed.depart()
 """
 
 

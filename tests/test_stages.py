@@ -51,7 +51,9 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dataset
 import ppo_rlhf
+import sft as sft_stage
 import utils
 
 PPO_METRICS = set(
@@ -529,12 +531,12 @@ def test_sft_cuts_long_completions(sft, base, tmp_path, capsys):
     rows = [{"prompt": "Q:", "completion": " two ripe figs" * n} for n in (1, 30)] * 4
     folder = write_data(tmp_path / "data", rows, 2)
     out = sft(tmp_path / "out", dataset=folder, max_length=20, epochs=2)
-    assert "of 6 completions are cut" in capsys.readouterr().out
+    assert "of 6 rows are cut at" in capsys.readouterr().out
     assert all(math.isfinite(row["loss"]) for row in metrics_of(out))
     model = shutil.copytree(base.plain, tmp_path / "model")
     model = change_config(model, max_position_embeddings=20)
     sft(tmp_path / "short", model=model, dataset=folder, max_length=500)
-    assert "of 6 completions are cut" in capsys.readouterr().out
+    assert "of 6 rows are cut at" in capsys.readouterr().out
 
 
 def test_sft_makes_a_tiny_model(sft, data, tmp_path):
@@ -547,6 +549,14 @@ def test_sft_makes_a_tiny_model(sft, data, tmp_path):
     assert tokenizer.decode(tokenizer("Q: two figs? 日本")["input_ids"]) == "Q: two figs? 日本"
     expected = eval_loss_of(out, rows_of(data.sft))
     assert summary_of(out)["eval_loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_tiny_model_of_calls_without_content():
+    """Their other words make its tokenizer; whether they fit its template is checked later."""
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    rows = [dataset.Row({"messages": [{"role": "user", "content": "two ripe figs"}, call]}, "f:1")]
+    _, tokenizer = sft_stage.build_tiny(rows * 9, torch.device("cpu"))
+    assert tokenizer.decode(tokenizer("two ripe figs")["input_ids"]) == "two ripe figs"
 
 
 def test_reward_model_leaves_out_long_pairs(reward_model, base, tmp_path, capsys):

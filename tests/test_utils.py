@@ -266,6 +266,15 @@ def test_auto_never_is_an_emulated_bfloat16(tmp_path):
     assert chosen.dtype == ("bfloat16" if flags & {"avx512_bf16", "amx_bf16"} else "float32")
 
 
+def test_float32_is_float32_after_a_run_in_bfloat16(tmp_path):
+    """In a notebook: TF32, which bfloat16's heads take on CUDA, goes with that run."""
+    args = SimpleNamespace(device="cpu", seed=1, dtype="bfloat16", trust_remote_code=False)
+    args.resume, args.output_dir = False, str(tmp_path)
+    for args.dtype, precision in (("bfloat16", "tf32"), ("float32", "ieee")):
+        utils.start_process(args)
+        assert torch.backends.cuda.matmul.fp32_precision == precision
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_auto_is_chosen_by_the_device_and_kept_by_a_resumed_run(
     request, name, monkeypatch, refused, tmp_path

@@ -571,7 +571,8 @@ def lab_findings() -> str:
         f"**Clipping the score changes what is sought**: to 2, it changes the labeler's mean by"
         f" {end['reward_clip']}, since a good reply scores more.",
         f"**Variants beside what they change**: `gspo` differs from `grpo` by {beside['gspo']},"
-        f" `dr_grpo` by {beside['dr_grpo']}, `dynamic_sampling` by {beside['dynamic_sampling']};"
+        f" `dr_grpo` by {beside['dr_grpo']}, `dynamic_sampling`, which samples twice as much, by"
+        f" {beside['dynamic_sampling']};"
         f" `reinforce_pp` from `batch_mean` by {beside['reinforce_pp']};"
         f" `length_adaptive_lambda` from `decoupled_lambda` by"
         f" {beside['length_adaptive_lambda']}.",

@@ -45,6 +45,14 @@ def test_every_experiment_has_results_of_what_it_is():
     assert not lacking
 
 
+def test_the_page_says_of_an_experiment_what_its_file_says():
+    report = lab.json.loads((ROOT / "benchmarks/results/lab.json").read_text())
+    for row in report["effects"]:
+        one = lab.lab.read(row["name"])
+        said = {"title": one.title} | {key.lower(): text for key, text in one.facts.items()}
+        assert row | said == row
+
+
 def test_a_diverged_run_is_the_worst_and_other_recipes_do_not_count(tmp_path):
     one = lab.lab.read("kl_k2")
     args = lab.Args(seeds=2, results=tmp_path)

@@ -550,8 +550,8 @@ def lab_findings() -> str:
         f" eight by {end['epochs_8']}, in {seconds['epochs_8']} s. After 640 episodes:"
         f" {early['epochs_1']}, {early['epochs_2']} and {early['epochs_8']}.",
         f"**Without the ratio's clip entropy falls faster at first**: after 512 episodes a reply"
-        f" has {entropy['no_ratio_clip']} nats of it without the clip, {entropy['cispo']} with CISPO;"
-        f" the baseline of the same seeds {baseline_entropy['no_ratio_clip']} and"
+        f" has {entropy['no_ratio_clip']} nats of it without the clip, {entropy['cispo']} with"
+        f" CISPO; the baseline of the same seeds {baseline_entropy['no_ratio_clip']} and"
         f" {baseline_entropy['cispo']}. What that does to the reply differs from seed to seed: the"
         f" labeler's mean differs by {early['no_ratio_clip']} and {early['cispo']} after 640, by"
         f" {end['no_ratio_clip']} and {end['cispo']} at the end.",

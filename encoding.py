@@ -165,7 +165,10 @@ def encode(tokenizer: Any, texts: list[Rendered]) -> list[tuple[list[int], list[
 
     eos, letter = tokenizer.eos_token_id, tokens("a")
     start = tokenizer("a")["input_ids"]
-    start = start[: start.index(letter[0])] if letter else [i for i in start if i != eos]
+    if letter:
+        start = start[: start.index(letter[0])]
+    elif eos != tokenizer.bos_token_id:
+        start = [i for i in start if i != eos]
     pairs, needed = [], {"\n"}
     for pieces, _ in texts:
         if len(pieces) % 2 == 0 and pieces[-1].rstrip().endswith(tokenizer.eos_token):

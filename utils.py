@@ -364,8 +364,8 @@ def load_tokenizer(model: str) -> Any:
     base = model  # below any adapters
     while (below := base_of(base)) != base:
         base = below
-    config = from_pretrained(transformers.PreTrainedConfig, base).to_dict()
-    rows = config.get("text_config", config).get("vocab_size", 2**63)
+    config = from_pretrained(transformers.AutoConfig, base).get_text_config()
+    rows = getattr(config, "vocab_size", 2**63)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -519,7 +519,8 @@ def main(args: Args) -> None:
     for part in PARTS:
         if part in args.parts:
             report[part] = functions[part](args)
-            report["machine"] = results_of(lab.BASELINE, args)[1]["machine"]
+            # runs of several commits
+            report["machine"] = results_of(lab.BASELINE, args)[1]["machine"] | {"commit": ""}
             path.write_text(json.dumps(report, indent=1) + "\n")
     if "effects" in report:
         plot(report, args.out)

@@ -533,8 +533,8 @@ def lab_findings() -> str:
         f" {alike_early} are after 640 episodes. {sure} of the {len(others)} intervals at the end"
         f" leave out 0, as about {0.05 * len(others):.0f} would by chance. `no_normalization`"
         f" changes nothing but rounding, since the value function starts from the same reward"
-        f" model, and still differs by {noise['difference']} at the end and by"
-        f" {noise['early_difference']} after 640 episodes: what is smaller says nothing.",
+        f" model; it differs by {noise['difference']} at the end and by"
+        f" {noise['early_difference']} after 640 episodes: such differences say nothing.",
         f"**A wrong value function costs much, none costs little.** Read one token late, after the"
         f" action that it should be a baseline for (B14), it changes the labeler's mean by"
         f" {end['value_one_late']}; as a head on the policy's body by {end['value_shares_body']};"
@@ -549,7 +549,7 @@ def lab_findings() -> str:
         f" {end['epochs_2']}, in {seconds['epochs_2']} s of {baseline_seconds['epochs_2']};"
         f" eight by {end['epochs_8']}, in {seconds['epochs_8']} s. After 640 episodes:"
         f" {early['epochs_1']}, {early['epochs_2']} and {early['epochs_8']}.",
-        f"**Without the ratio's clip entropy falls faster at first**: after 512 episodes a reply"
+        f"**Without PPO's clip entropy falls faster at first**: after 512 episodes a reply"
         f" has {entropy['no_ratio_clip']} nats of it without the clip, {entropy['cispo']} with"
         f" CISPO; the baseline of the same seeds {baseline_entropy['no_ratio_clip']} and"
         f" {baseline_entropy['cispo']}. What that does to the reply differs from seed to seed: the"
@@ -615,8 +615,8 @@ def lab_why_ppo() -> str:
         f" {', '.join(differ[:-1])} and {differ[-1]} differ from it. Without it a run takes {times}"
         f" of the time; memory is libraries here ({memory} GB, {gae['peak_memory_gb']:.2f} with"
         f" it), but at scale half of what is trained is gone"
-        f" ([memory](results.md#memory-which-model-fits-which-gpu)); given the same time, the"
-        f" methods without it end at {more}."
+        f" ([memory](results.md#memory-which-model-fits-which-gpu)); with the episodes"
+        f" that its time would pay for, the methods without it end at {more}."
         f" A value function that is wrong costs far more than a right one gains, and it is the part"
         f" with the most ways to be wrong. PPO's clipped steps are what all four share; its value"
         f" function is worth having where credit within a response matters: long responses, rewards"

@@ -1,5 +1,7 @@
 """Every family of language models that people use, as a random one built from its configuration."""
 
+import json
+import shutil
 import warnings
 
 import pytest
@@ -309,6 +311,25 @@ def test_b40_models_that_would_be_decoded_wrongly(kind, tmp_path, error_of):
     model = utils.load_causal_lm(make_random(kind, tmp_path, **sizes), CPU)
     with warnings.catch_warnings(action="ignore"):  # of the name of the cache
         assert what in error_of(generate.check, model, "m")
+
+
+@pytest.mark.parametrize("kind", ["llama3", "yarn", "linear", "longrope"])
+def test_a_configuration_as_the_hub_has_it(base, kind, tmp_path):
+    """From before transformers 5: the rotation's parts at the top; its tokenizer is read too."""
+    folder = shutil.copytree(base.plain, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    half = config["hidden_size"] // config["num_attention_heads"] // 2
+    more = {
+        "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        "longrope": {"short_factor": [1.0] * half, "long_factor": [2.0] * half},
+    }
+    rope = {"rope_type": kind, "factor": 8.0, "original_max_position_embeddings": 64}
+    del config["rope_parameters"]
+    config |= {"rope_theta": 10_000.0, "rope_scaling": rope | more.get(kind, {})}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert utils.load_tokenizer(str(folder)).pad_token_id < config["vocab_size"]
+    model = utils.load_causal_lm(str(folder), CPU)
+    assert model.config.rope_parameters["rope_type"] == kind
 
 
 def test_b40_a_model_that_is_decoded_as_it_is_read(family):

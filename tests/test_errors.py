@@ -16,8 +16,6 @@ from conftest import STAGES, args_of, assert_same_run, command, metrics_of
 from test_resume import STEP, in_step, send
 from transformers import PreTrainedModel
 
-import generate
-
 
 @pytest.fixture(params=STAGES)
 def run(request, tmp_path):
@@ -75,12 +73,6 @@ def test_out_of_memory_at_the_start(run, error_of, monkeypatch):
     line = error_of(run, code=1)
     assert line.startswith("error: start: ")
     assert "--micro-batch-size" in line
-
-
-def test_out_of_memory_in_the_first_look_at_a_model(ppo, error_of, monkeypatch, tmp_path):
-    """It is not the model that is wrong."""
-    monkeypatch.setattr(generate, "generate", raising(CUDA_IS_FULL))
-    assert "--micro-batch-size" in error_of(ppo, tmp_path / "out", code=1)
 
 
 def test_a_bug_keeps_its_traceback(run, monkeypatch):

@@ -225,7 +225,7 @@ def embedded_precision() -> str:
             row += [f"{abs(ppo['first_kl_per_token']):.1g}"]
             row += [f"{ppo['largest_ratio_start_error']:.1g}", f"{wall_seconds(seed):.0f}"]
             rows.append(row)
-    header = ["products", "seed", "win rate", "share of the way", "reward model"]
+    header = ["precision", "seed", "win rate", "share of the way", "reward model"]
     header += ["first update's KL per token", "ratio's largest error at the start"]
     return table([*header, "seconds, three stages"], rows)
 
@@ -313,7 +313,7 @@ def throughput() -> str:
         row[-1] += f" ({min(turns):.1f} to {max(turns):.1f})"
         row += [f"{ours['tokens_per_second']:,.0f}", f"{ours['peak_memory_gb']:.2f}"]
         rows.append([*row, f"{theirs['peak_memory_gb']:.2f}"])
-    header = ["", "products", "rollout, s", "score, s", "train, s", "update, s", "TRL 1.11.0, s"]
+    header = ["", "precision", "rollout, s", "score, s", "train, s", "update, s", "TRL 1.11.0, s"]
     header += ["faster", "tokens/s", "peak GB", "TRL's peak GB"]
     return table(header, rows) + f"\n\n{where(report)}."
 
@@ -325,7 +325,7 @@ def rollouts() -> str:
         rates = entry["tokens_per_second"]
         row = [*name.split(), f"{rates['generate']:,.0f}", f"{rates['model.generate']:,.0f}"]
         rows.append([*row, f"**{entry['ratio']:.2f}x**"])
-    return table(["", "products", "tokens/s", "`model.generate`, tokens/s", "faster"], rows)
+    return table(["", "precision", "tokens/s", "`model.generate`, tokens/s", "faster"], rows)
 
 
 def machine_share() -> str:
@@ -337,7 +337,7 @@ def machine_share() -> str:
             products = [entry["ceiling"][product] for product in ("float32", dtype)]
             shares = [f"{rate / product:.0%} of {product:.0f}" for product in products]
             rows.append([part, dtype, f"{rate:.0f}", *shares])
-    header = ["", "products", "train step, GFLOP/s", "of torch's float32 product"]
+    header = ["", "precision", "train step, GFLOP/s", "of torch's float32 product"]
     return table([*header, "of torch's product in the run's precision"], rows)
 
 
@@ -545,10 +545,10 @@ def lab_findings() -> str:
         f" labeler's mean by {end['kl_coef_04']}, 0.2 by {end['kl_coef_02']}, 0.05 by"
         f" {end['kl_coef_005']}, 0.02 by {end['kl_coef_002']}, none by {end['kl_coef_0']}, at a KL"
         f" of {kl['kl_coef_0']} nats.",
-        f"**Passes over a batch**: one in place of four changes it by {end['epochs_1']}, two by"
-        f" {end['epochs_2']}, in {seconds['epochs_2']} s of {baseline_seconds['epochs_2']};"
-        f" eight by {end['epochs_8']}, in {seconds['epochs_8']} s. After 640 episodes:"
-        f" {early['epochs_1']}, {early['epochs_2']} and {early['epochs_8']}.",
+        f"**Passes over a batch**: one in place of four changes the labeler's mean by"
+        f" {end['epochs_1']}, two by {end['epochs_2']}, in {seconds['epochs_2']} s beside"
+        f" {baseline_seconds['epochs_2']}; eight by {end['epochs_8']}, in {seconds['epochs_8']} s."
+        f" After 640 episodes: {early['epochs_1']}, {early['epochs_2']} and {early['epochs_8']}.",
         f"**Without PPO's clip entropy falls faster at first**: after 512 episodes a reply"
         f" has {entropy['no_ratio_clip']} nats of it without the clip, {entropy['cispo']} with"
         f" CISPO; the baseline of the same seeds {baseline_entropy['no_ratio_clip']} and"
@@ -562,8 +562,8 @@ def lab_findings() -> str:
         f"**The temperature left out of the log-probabilities**: {early['temperature_left_out']}"
         f" after 640 episodes, {end['temperature_left_out']} at the end, at a KL of"
         f" {kl['temperature_left_out']} nats beside {baseline_kl['temperature_left_out']}.",
-        f"**k2 and k3 in the reward** hold less near the reference, by their gradients"
-        f" ([details](details.md#kl-estimators)): their KL at the end differs from k1's"
+        f"**k2 and k3 in the reward** pull less on a policy that is near the"
+        f" reference ([details](details.md#kl-estimators)): their KL at the end differs from k1's"
         f" {baseline_kl['kl_k2']} nats by {change(rows['kl_k2'], 'kl_difference')} and"
         f" {change(rows['kl_k3'], 'kl_difference')}. In the loss, at the weight that the penalty"
         f" has in the reward, k2 ends at {kl['kl_in_loss_k2']} and k3 at {kl['kl_in_loss_k3']}; the"
@@ -603,16 +603,15 @@ def lab_why_ppo() -> str:
     kls = span([row["kl"] for row in at_episodes], ".1f")
     effects = {row["name"]: row for row in result("lab.json")["effects"]}
     differ = [
-        f"`{row['method']}` by {change(effects[row['method']], 'difference')}"
-        for row in at_episodes
+        f"`{row['method']}` {change(effects[row['method']], 'difference')}" for row in at_episodes
     ]
     more = span([row["judge"] for row in at_time], ".2f")
     return (
         f"On short replies with one score each, a value function buys nothing: {gae['judge']:.2f}"
         f" points with it, {points} without, at the same episodes and about the same KL"
         f" ({gae['kl']:.1f} nats, {kls}), of {gae['runs']} seeds; of"
-        f" {effects['rloo']['seeds']}, as above,"
-        f" {', '.join(differ[:-1])} and {differ[-1]} differ from it. Without it a run takes {times}"
+        f" {effects['rloo']['seeds']}, as above, the differences from it are"
+        f" {', '.join(differ[:-1])} and {differ[-1]}. Without it a run takes {times}"
         f" of the time; memory is libraries here ({memory} GB, {gae['peak_memory_gb']:.2f} with"
         f" it), but at scale half of what is trained is gone"
         f" ([memory](results.md#memory-which-model-fits-which-gpu)); with the episodes"
@@ -657,9 +656,10 @@ def lab_order() -> str:
     later = [f"{x:.2f} after {n}" for n, x in report["by_updates"].items() if int(n) > 20]
     return (
         table(["experiment", "labeler after 20 updates", "after 50"], lines)
-        + f"\n\nThe ranks correlate with {report['rank_correlation']:.2f}"
-        + f" ({seeds(report['seeds'])}), with {' and '.join(later)} updates. Two seeds of the full"
-        + f" setting correlate with {span(report['between_seeds'], '.2f')}."
+        + f"\n\nThe rank correlation of the two settings is {report['rank_correlation']:.2f}"
+        + f" ({seeds(report['seeds'])}). In the full setting that with the ranks at its end is"
+        + f" {' and '.join(later)} updates; between two seeds it is"
+        + f" {span(report['between_seeds'], '.2f')}."
     )
 
 

@@ -9,6 +9,7 @@ the embedded task in the docs is from the results, files in benchmarks/results:
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -80,12 +81,15 @@ def first_update(folder: Path) -> dict:
 def judge_samples(folder: Path) -> dict:
     """What the labeler says of the held-out replies, the policy's and the reference's.
 
-    Means of its parts, and how far the policy came on the way from the reference to the best.
+    Means of its parts, how far the policy came on the way from the reference to the best, the
+    commonest beginnings of three words, and the policy's first reply.
     """
     samples = [json.loads(line) for line in (ROOT / folder / "samples.jsonl").open()]
     best = sum(gold.best_score([s["prompt"] for s in samples])) / len(samples)
-    result = {}
+    result, openings = {}, {}
     for who in ("reference", "policy"):
+        starts = Counter(" ".join(s[who].split()[:3]) for s in samples)
+        openings[who] = starts.most_common(2)
         judged = [gold.judge(s["prompt"], s[who]) for s in samples]
         right = [j["remedy_right"] and j["product_right"] for j in judged]
         names = ("remedy_right", "product_right", "polite", "rude", "words", "faults", "score")
@@ -93,7 +97,8 @@ def judge_samples(folder: Path) -> dict:
         result[who]["both_right"] = sum(right) / len(right)
     start, end = result["reference"]["score"], result["policy"]["score"]
     way = (end - start) / (best - start)
-    return {"labeler": result, "best": best, "share_of_the_way": way}
+    report = {"labeler": result, "best": best, "share_of_the_way": way}
+    return report | {"openings": openings, "first_reply": samples[0]["policy"]}
 
 
 if __name__ == "__main__":

@@ -101,6 +101,24 @@ def embedded_samples(count: int | None = None) -> str:
     return table(["customer", "before: SFT model", "labeler", "after: PPO", "labeler"], rows)
 
 
+def embedded_openings() -> str:
+    """How much the policy's replies are alike."""
+    seed = embedded()["seeds"][0]
+    (first, often), (second, less) = seed["ppo"]["openings"]["policy"]
+    most = seed["ppo"]["openings"]["reference"][0][1]
+    return (
+        f"PPO costs variety: with seed {seed['seed']}, {often} of the 200 replies begin with"
+        f' "{first}" and {less} with\n"{second}"; no three words begin more than {most} replies of'
+        f" the SFT model."
+    )
+
+
+def embedded_hacked() -> str:
+    """A reply that has hacked the reward model."""
+    run = embedded()["seeds"][0]["ppo_kl_coef_0"]
+    return f"The first reply without the penalty:\n\n> {run['first_reply'].strip()}"
+
+
 def embedded_two_samples() -> str:
     """The first two of them."""
     return embedded_samples(2)
@@ -733,9 +751,9 @@ def lab_methods() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
-        embedded_line, embedded_two_samples, embedded_samples, embedded_seeds,
-        embedded_reward_model, embedded_parts, embedded_losses, embedded_few_pairs,
-        embedded_times, embedded_kl, embedded_precision, reviews_results, reviews_samples,
+        embedded_line, embedded_two_samples, embedded_samples, embedded_openings, embedded_seeds,
+        embedded_reward_model, embedded_parts, embedded_losses, embedded_few_pairs, embedded_times,
+        embedded_kl, embedded_hacked, embedded_precision, reviews_results, reviews_samples,
         parity_trl, throughput, rollouts, machine_share, scaling, startup, memory, memory_runs,
         soak, scaling_measured, scaling_inputs, scaling_paper, scaling_limits, scaling_published,
         lab_baseline, lab_ablations, lab_variants, lab_order, lab_overoptimization,

@@ -30,7 +30,7 @@ class Args:
     text: bool = False
     """Lines are whole prompts, as for a model trained on texts; no chat template."""
     max_new_tokens: int | None = None
-    """None, here and for the next three: as the (first) model's generation config says."""
+    """Max tokens per answer; None, for this and the next three: the (first) model's own setting."""
     temperature: float | None = None
     """0: greedy, as where `do_sample` is false."""
     top_k: int | None = None
@@ -42,9 +42,9 @@ class Args:
     device: str = "auto"
     """cpu, cuda, or auto, which is cuda where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of products; auto: bfloat16 where the device has it, else float32."""
+    """Precision of matmuls; auto: bfloat16 where the device has it, else float32."""
     trust_remote_code: bool = False
-    """Run code that comes with a model; its author can do what you can."""
+    """Run code that comes with a model, with your own access rights."""
     resume = False  # start_process asks
 
 

@@ -67,7 +67,7 @@ def is_default(args: Any) -> bool:
 def usable(function: Callable, rows: list[Row], *more: list) -> list[Any]:
     """function(row, *more) of each row, but for those for which it raises Unusable.
 
-    These are counted and the first is named; more than a tenth of them stop the stage.
+    Those are counted and the first is named; more than a tenth of all rows stop the stage.
     """
     kept, left = [], []
     for row, *others in zip(rows, *more, strict=True):
@@ -105,7 +105,7 @@ def load_splits(args: Any, formats: Formats) -> tuple[list[Row], list[Row]]:
             train[i] = [rows[j] for j in sorted(some)]
             utils.say(f"{args.dataset[i]}: {len(some)} of {len(rows)} training rows are taken")
     train = sum(train, [])
-    # of the held-out rows any first part has of each data set as large a part (B39)
+    # held-out rows are mixed: any first part has the same share of each data set (B39)
     parts = [(i / len(rows), row) for rows in held_out for i, row in enumerate(rows)]
     held_out = [row for _, row in sorted(parts, key=lambda part: part[0])]
     if formats is PROMPT_FORMATS:  # reward functions get None where a row lacks a column
@@ -452,7 +452,7 @@ def read_file(path: Path) -> list[Row]:
                     stop(f"{path}:{number}: {what}; write one JSON object a line")
     for place, row in numbered:
         if not isinstance(row, dict):
-            stop(f'{path}{place}: is not a JSON object; write one a line, as {{"prompt": …}}')
+            stop(f'{path}{place}: is not a JSON object; write each row as one: {{"prompt": …}}')
         if None in row:
             stop(f"{path}{place}: has more fields than line 1; quote what holds a delimiter")
     return [Row(row, f"{path}{place}") for place, row in numbered]

@@ -148,7 +148,7 @@ def from_main(x: Any) -> Any:
 def micro_batches(rows: list[Any], size: int, length: Callable[[Any], int]) -> list[list[Any]]:
     """This process's share of the rows, by length, in parts of at most `size`.
 
-    There are as many in each process; one may be empty.
+    Each process gets the same number of parts; a part may be empty.
     """
     rank, world = place()
     mine = sorted(rows[rank::world], key=length)  # little padding
@@ -167,7 +167,7 @@ def give_back_signals() -> None:
 
 
 class Interruption:
-    """SIGTERM or Ctrl-C: noted when it comes, acted on where the loop asks; a second ends it."""
+    """SIGTERM or Ctrl-C: noted at once, acted on where the loop asks; a second signal exits."""
 
     def __init__(self, device: torch.device):
         self.device, self.owner = device, os.getpid()

@@ -145,17 +145,17 @@ def render_row(tokenizer: Any, row: Row, all_turns: bool = True) -> Rendered:
 def encode(tokenizer: Any, texts: list[Rendered]) -> list[tuple[list[int], list[bool]]]:
     """Token ids of each text, and which of them are learned.
 
-    They are the whole text's, also where a piece begins (B36); but a prompt's are the same with an
-    answer as without, which is how it is sampled from. A text begins with what the tokenizer puts
-    there (a BOS), a chat with what its template does. A learned end is one EOS (B19).
+    They are those of the whole text, also where a piece begins (B36); but a prompt has the same ids
+    with an answer as without, since sampling sees it without. A text begins with what the tokenizer
+    puts there (a BOS), a chat with what its template does. A learned end is one EOS (B19).
     """
 
     def tokens(text: Any) -> Any:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def tokens_after(before: str, piece: str) -> list[int]:
-        # where a token reaches across the border, the piece by itself, but after a line break:
-        # there no tokenizer puts a space before it
+        # where a token reaches across the border, the piece is tokenized by itself, after a line
+        # break: no tokenizer adds a space there
         for head in (before, "\n", ""):
             text, n = head + piece, len(ids_of[head])
             ids = ids_of.get(text) or tokens(text)
@@ -312,8 +312,8 @@ def as_judged(
 def answer_texts(tokenizer: Any, prompts: list[Prompt], answers: list[list[int]]) -> list[str]:
     """Answers without special tokens, each as its row would hold it.
 
-    After a text with the space that it begins with, which some decoders drop from what they get
-    alone; as a message without: that one is the template's (B38).
+    After a text an answer keeps the space that it begins with, which some decoders drop where they
+    decode it alone. As a message it loses it: that space is the template's (B38).
     """
     both = [p.ids + answer for p, answer in zip(prompts, answers, strict=True)]
     heads = tokenizer.batch_decode([p.ids for p in prompts], skip_special_tokens=True)

@@ -28,7 +28,7 @@ from transformers.configuration_utils import get_head_shapes
 import distributed
 import utils
 
-COLUMNS = 128  # of the cache that a captured graph reads: a multiple of these
+COLUMNS = 128  # a captured graph reads a multiple of these from the cache
 BLOCK = 128  # tokens of the vocabulary, in sampling
 
 
@@ -131,7 +131,7 @@ def decode(
             inputs["position_ids"] = mask.sum(1, keepdim=True) - 1  # only real tokens count
         choose_token(inputs)
 
-    graph = captured = None  # of decode_one on CUDA, and its rows and columns: none come twice
+    graph = captured = None  # decode_one's CUDA graph, and its shape: no shape comes again
     choose_token(utils.model_inputs(body, prompt_ids, prompt_mask))
     for start in range(1, response_length, stride):
         if watch:
@@ -208,7 +208,7 @@ def misplaced(model: Any, prompt: Tensor, response: Tensor, uniform: Tensor) -> 
 
 @torch.no_grad()
 def check(model: Any, name: str) -> None:
-    """Stop unless a model is decoded, padding on the left, as one forward pass reads it (B40)."""
+    """Stop unless decoding with padding on the left agrees with one forward pass (B40)."""
     ids, mask = torch.tensor([[[1, 2, 3], [0, 3, 2]], [[1, 1, 1], [0, 1, 1]]], device=model.device)
     uniform = random_numbers(2, 8, utils.generator(model.device, 0))
     try:

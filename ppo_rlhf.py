@@ -55,7 +55,7 @@ EVALUATION, SAMPLING, SHUFFLING, PTX = 1, 2, 3, 4  # streams of random numbers, 
 class Args:
     # ---- model
     model: str = "runs/sft"
-    """Where the policy starts and the frozen reference is: a hub id or a folder."""
+    """Start of the policy, and the frozen reference: a hub id or a folder."""
     reward_model: tuple[str, ...] | None = None
     """Hub ids or folders; none: runs/reward_model, unless --reward-fn is given."""
     reward_fn: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ class Args:
     value_model: str | None = None
     """Start of the value function; none: the first reward model, else --model."""
     trust_remote_code: bool = False
-    """Run code that comes with a model; its author can do what you can."""
+    """Run code that comes with a model, with your own access rights."""
     lora_rank: int = 0
     """Rank of a LoRA adapter, trained in place of the weights; 0: none (D43)."""
     lora_alpha: float = 32.0
@@ -87,7 +87,7 @@ class Args:
     eval_split: str = "validation"
     """Split to compare the policy with the reference on."""
     columns: tuple[str, ...] = ()
-    """`prompt=question` renames a column, `prompt=a+b` joins, `system=` drops."""
+    """`prompt=a` reads a as prompt, `prompt=a+b` joins a and b, `a=` drops a."""
 
     # ---- optimization
     total_episodes: int = 6400
@@ -95,7 +95,7 @@ class Args:
     batch_size: int = 128
     """Responses per update, counted over all processes."""
     micro_batch_size: int = 32
-    """Most sequences in a forward-backward pass; changes only rounding."""
+    """Max sequences in a forward-backward pass; changes only rounding."""
     learning_rate: float = 5e-4
     """First rate of AdamW, linear to 0; for 100M parameters and more 1e-6 to 1e-5."""
     value_learning_rate: float | None = None
@@ -111,7 +111,7 @@ class Args:
     cpu_offload: bool = False
     """With --fsdp: keep the shards of reference and reward models in the CPU's memory."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of products; auto: bfloat16 where the device has it, else float32."""
+    """Precision of matmuls; auto: bfloat16 where the device has it, else float32."""
     device: str = "auto"
     """cpu, cuda, or auto, which is cuda where there is one."""
     seed: int = 1
@@ -133,15 +133,15 @@ class Args:
     top_p: float = 1.0
     """Sample among the fewest tokens that hold this probability (D36)."""
     stop_token: str = "eos"
-    """Token that ends a response as EOS does: a string, or `eos` for no other."""
+    """A token, as a string, that ends a response besides EOS; `eos`: none."""
     missing_eos_penalty: float = 1.0
     """Subtracted from the score of a response without EOS or stop token (D18)."""
     kl_coef: float = 0.1
     """Beta: weight of the KL penalty in the reward."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Penalty of a token: log-ratio, half its square, or k3, never < 0 (D19)."""
+    """Penalty of a token: log-ratio x, x^2 / 2, or exp(-x) - 1 + x (D19)."""
     kl_target: float | None = None
-    """Nats per response toward which kl_coef is steered (D27); none: constant."""
+    """KL in nats per response that kl_coef is adapted to (D27); none: constant."""
     kl_horizon: int = 10_000
     """In episodes; larger steers kl_coef more slowly (D27)."""
     reward_clip: float | None = None
@@ -155,7 +155,7 @@ class Args:
     lam: float = 0.95
     """Lambda of generalized advantage estimation (D21)."""
     value_lam: float | None = None
-    """Lambda of the returns, which values learn; none: --lam (D40)."""
+    """Lambda of the value function's targets; none: --lam (D40)."""
     whiten_advantages: bool = True
     """To mean 0 and variance 1 over the batch's tokens (D22)."""
     cliprange: float = 0.2
@@ -179,7 +179,7 @@ class Args:
 
     # ---- evaluation
     eval_reward_fn: str | None = None
-    """FILE.py:FUNCTION, a judge; none: the embedded task's labeler on its data."""
+    """FILE.py:FUNCTION, a judge; none: the labeler, on the embedded task only."""
     eval_prompts: int = 200
     """Held-out prompts to compare policy and reference on."""
     eval_every: int = 25
@@ -197,9 +197,9 @@ class Args:
     save_every: int = 20
     """Updates between checkpoints for --resume; 0: only when interrupted."""
     keep_checkpoints: int = 2
-    """The newest to keep; --resume takes the one before a damaged one."""
+    """How many to keep; --resume takes the one before a damaged one."""
     save_rollouts: int = 0
-    """Updates between rollouts/000010.safetensors; 0: none."""
+    """Updates between batches saved in rollouts/; 0: none."""
     track: bool = False
     """Log to Weights & Biases as well (pip install wandb)."""
 
@@ -310,8 +310,8 @@ def main(args: Args) -> None:
     def micro_batches(batch: Batch, rows: Tensor, most: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """The batch's `rows` in micro-batches of similar length, cut to their longest sequence.
 
-        Each is rows [b], ids [b, T'] and is_response [b, T']. All processes yield as many, enough
-        for `most` rows; one without rows is a dummy without a response.
+        Each is rows [b], ids [b, T'] and is_response [b, T']. All processes yield the same number,
+        enough for `most` rows; empty ones have dummy ids, no response.
         """
         lengths = (batch.prompt_mask.sum(1) + batch.response_mask.sum(1)).cpu()
         count = math.ceil(max(most, len(rows)) / micro_batch_size)
@@ -415,7 +415,7 @@ def main(args: Args) -> None:
         for i in range(0, len(eval_prompts), args.batch_size):
             count = min(args.batch_size, len(eval_prompts) - i)
             real = len(range(process.rank, count, process.world))
-            # as many in each process: one with fewer answers the last again
+            # equal shares: a process with fewer repeats the last prompt
             mine = torch.arange(process.rank, count + -count % process.world, process.world)
             mine = mine.clamp(max=count - 1)
             prompts = [eval_prompts[i + j] for j in mine.tolist()]
@@ -478,7 +478,7 @@ def main(args: Args) -> None:
     ends = " or ".join(tokenizer.convert_ids_to_tokens(stop_ids))
     utils.say(f"ppo_rlhf: {size}, {work}, on {device} in {args.dtype}; responses end with {ends}")
     encoding.show_example(tokenizer, train_prompts[0].row, train_prompts[0].ids)
-    update = 0  # read above: before the first update a reward's error is wrong input
+    update = 0  # used above: at 0 a reward function's error exits with code 2
     before = evaluate(reference)
     out = utils.open_output(args, "ppo_rlhf")
     own = [[p for p in model.parameters() if p.requires_grad] for model in trained.values()]
@@ -509,7 +509,7 @@ def main(args: Args) -> None:
         clock = [utils.now(device)]
         kl_coef = state["kl_coef"]
 
-        # 1. sample prompts; processes take turns, with all responses to each
+        # 1. sample prompts; each goes to one process, with all responses
         count = args.batch_size // args.samples_per_prompt
         drawn = dataset.cycle(train_prompts, (update - 1) * count, count, args.seed)
         width = max(len(p.ids) for p in drawn)  # P
@@ -618,7 +618,7 @@ def main(args: Args) -> None:
                 num_tokens = distributed.sum_all(response_mask[share.to(device)].sum())
                 if args.ptx_coef and update > args.critic_warmup_updates:  # as many texts (D31)
                     ptx_losses.append(ptx_backward(len(minibatch), ptx_rng))
-                # with one mini-batch they are the rollout's (D26)
+                # one mini-batch: same parts as in step 2 (D26)
                 parts = [*micro_batches(batch, share, most)]
                 for rows, ids, is_response in distributed.sums_in_last(parts, trained.values()):
                     mask = response_mask[rows]  # [b, R]
@@ -660,7 +660,7 @@ def main(args: Args) -> None:
                     }
                     for name, x in token_stats.items():
                         sums[name] += utils.masked_sum(x.detach().double(), mask)
-                if not grad_norms:  # no step yet: it is 1 (D26)
+                if not grad_norms:  # no step yet: ratio 1 (D26)
                     ratio_error = (ratios - 1).abs().max()
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)  # D29
                 norm = distributed.full(norm)
@@ -792,14 +792,14 @@ def check_flags(args: Args, world: int) -> None:
     if not rewards:
         utils.stop("--reward-model: is empty; name one, or pass --reward-fn")
     if len(args.reward_weights) not in (0, rewards):
-        utils.stop(f"--reward-weights: rewards: {rewards}; pass as many, models first")
+        utils.stop(f"--reward-weights: {rewards} rewards; pass one each, models first")
     if args.ensemble != "sum" and len(args.reward_model) < 2:
         utils.stop(f"--ensemble: {args.ensemble} needs two reward models; leave it out")
     may_be_0 = "top_k missing_eos_penalty kl_coef vf_coef entropy_coef ptx_coef gamma lam "
     may_be_0 += "value_lam critic_warmup_updates save_rollouts"
     utils.check_numbers(args, may_be_0, at_most_1="gamma lam value_lam top_p")
     if args.batch_size % (args.samples_per_prompt * world):
-        utils.stop("--samples-per-prompt: times processes must divide --batch-size; change it")
+        utils.stop("--batch-size: --samples-per-prompt x processes must divide it; change one")
     if args.total_episodes // args.batch_size <= args.critic_warmup_updates:
         utils.stop("--total-episodes: trains no policy; pass more")
     if args.advantage in ("rloo", "grpo") and args.samples_per_prompt < 2:

@@ -46,7 +46,7 @@ class Args:
     model: str = "runs/sft"
     """What to start from: a hub id or a local folder."""
     trust_remote_code: bool = False
-    """Run code that comes with a model; its author can do what you can."""
+    """Run code that comes with a model, with your own access rights."""
     lora_rank: int = 0
     """Rank of a LoRA adapter, trained in place of the weights; 0: none (D43)."""
     lora_alpha: float = 32.0
@@ -66,7 +66,7 @@ class Args:
     eval_split: str = "validation"
     """Split to measure accuracy on."""
     columns: tuple[str, ...] = ()
-    """`prompt=question` renames a column, `prompt=a+b` joins, `system=` drops."""
+    """`prompt=a` reads a as prompt, `prompt=a+b` joins a and b, `a=` drops a."""
     max_length: int = 512
     """Tokens of prompt and response; longer pairs are left out (B19)."""
     normalize_with: str = "data/support/sft"
@@ -80,7 +80,7 @@ class Args:
     batch_size: int = 32
     """Pairs per optimizer step, counted over all processes."""
     micro_batch_size: int = 32
-    """Most pairs in a device's forward-backward; changes only rounding."""
+    """Max pairs in a device's forward-backward; changes only rounding."""
     learning_rate: float = 3e-3
     """Peak rate of AdamW; for 100M parameters and more 1e-5 to 5e-5."""
     warmup_ratio: float = 0.05
@@ -98,7 +98,7 @@ class Args:
     fsdp: bool = False
     """Under torchrun: shard weights, gradients and moments over the processes."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of products; auto: bfloat16 where the device has it, else float32."""
+    """Precision of matmuls; auto: bfloat16 where the device has it, else float32."""
     device: str = "auto"
     """cpu, cuda, or auto, which is cuda where there is one."""
     seed: int = 1
@@ -118,7 +118,7 @@ class Args:
     save_every: int = 200
     """Steps between checkpoints for --resume; 0: only when interrupted."""
     keep_checkpoints: int = 2
-    """The newest to keep; --resume takes the one before a damaged one."""
+    """How many to keep; --resume takes the one before a damaged one."""
     track: bool = False
     """Log to Weights & Biases as well (pip install wandb)."""
 
@@ -174,7 +174,7 @@ def main(args: Args) -> None:
         whole = encoding.encode_demonstrations(tokenizer, sft_data, 2**30, False)  # none is cut
         sft_texts = [ids for ids, _ in whole if len(ids) <= max_length]
         if not sft_texts:
-            what = f"all demonstrations exceed {max_length} tokens, it or the model's context"
+            what = f"all demonstrations exceed {max_length} tokens (this or the model's context)"
             utils.stop(f"--max-length: {what}; raise it or shorten them")
         if left := len(whole) - len(sft_texts):
             what = f"{left} of {len(whole)} demonstrations exceed {max_length} tokens"
@@ -381,7 +381,7 @@ def encode(tokenizer: Any, rows: list[dataset.Row], max_length: int) -> list[Pai
             )
         if max(len(chosen[0]), len(rejected[0])) > max_length:
             what = f"is longer than {max_length} tokens, --max-length or the model's context"
-            raise dataset.Unusable(f"{what}; raise the first or shorten it")
+            raise dataset.Unusable(f"{what}; raise --max-length or shorten the row")
         return Pair(chosen[0], rejected[0], sum(chosen[1]), sum(rejected[1]))
 
     rows, *sides = zip(*dataset.usable(rendered, rows), strict=True)

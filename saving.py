@@ -89,7 +89,7 @@ def load_weights(model: Any, folder: Path, name: str = "model") -> None:
 class Checkpoints(NamedTuple):
     """Checkpoints of a run: `models` and optimizer in safetensors, a few numbers, checksums.
 
-    Each folder can be loaded as a model: the one named "model", or its adapter.
+    Unless in shards, each folder can be loaded as a model: the one named "model", or its adapter.
     """
 
     out: Path

@@ -46,7 +46,7 @@ class Args:
     model: str = "tiny"
     """Hub id, folder, or `tiny`: a small Llama and a tokenizer made from the data."""
     trust_remote_code: bool = False
-    """Run code that comes with a model; its author can do what you can."""
+    """Run code that comes with a model, with your own access rights."""
     lora_rank: int = 0
     """Rank of a LoRA adapter, trained in place of the weights; 0: none (D43)."""
     lora_alpha: float = 32.0
@@ -66,7 +66,7 @@ class Args:
     eval_split: str = "validation"
     """Split to measure the loss on."""
     columns: tuple[str, ...] = ()
-    """`prompt=question` renames a column, `prompt=a+b` joins, `system=` drops."""
+    """`prompt=a` reads a as prompt, `prompt=a+b` joins a and b, `a=` drops a."""
     last_turn_only: bool = False
     """Of a conversation learn only the last answer (D44)."""
     max_length: int = 512
@@ -78,7 +78,7 @@ class Args:
     batch_size: int = 16
     """Sequences per optimizer step, over all processes."""
     micro_batch_size: int = 16
-    """Most sequences in a device's forward-backward; changes only rounding."""
+    """Max sequences in a device's forward-backward; changes only rounding."""
     learning_rate: float = 6e-3
     """Peak rate of AdamW; for 100M parameters and more 1e-5 to 5e-5."""
     warmup_ratio: float = 0.05
@@ -92,7 +92,7 @@ class Args:
     fsdp: bool = False
     """Under torchrun: shard weights, gradients and moments over the processes."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of products; auto: bfloat16 where the device has it, else float32."""
+    """Precision of matmuls; auto: bfloat16 where the device has it, else float32."""
     device: str = "auto"
     """cpu, cuda, or auto, which is cuda where there is one."""
     seed: int = 1
@@ -112,7 +112,7 @@ class Args:
     save_every: int = 200
     """Steps between checkpoints for --resume; 0: only when interrupted."""
     keep_checkpoints: int = 2
-    """The newest to keep; --resume takes the one before a damaged one."""
+    """How many to keep; --resume takes the one before a damaged one."""
     track: bool = False
     """Log to Weights & Biases as well (pip install wandb)."""
 

@@ -201,15 +201,15 @@ def flag(name: str) -> str:
 
 
 def check_numbers(args: Any, may_be_0: str = "", at_most_1: str = "") -> None:
-    """Stop unless a stage's numbers are above 0, but for the two lists of names.
+    """Stop unless numbers are above 0, or as `may_be_0` and `at_most_1` say.
 
-    Also where a list is given twice: the first would be ignored.
+    Also where a list's flag comes twice: one would be ignored.
     """
     given = [word.partition("=")[0].replace("_", "-") for word in sys.argv]
     may_be_0 += " seed save_every eval_every lora_rank"
     for name, value in vars(args).items():
         if isinstance(value, tuple) and given.count(flag(name)) > 1:
-            stop(f"{flag(name)}: is given twice; name all after one")
+            stop(f"{flag(name)}: comes twice; pass all values once")
         if type(value) in (int, float):
             zero, one = name in may_be_0.split(), name in at_most_1.split()
             if not (0 < value < 2**63 or (zero and value == 0)) or (one and value > 1):
@@ -383,7 +383,7 @@ def from_pretrained(auto_class: Any, model: str, **kwargs: Any) -> Any:
         name = str(path) if local else model
         return auto_class.from_pretrained(name, trust_remote_code=remote_code, **kwargs)
     except Exception as error:  # libraries raise anything, from ImportError to SafetensorError
-        why, fix = first_line(error), "check its kind, and its files: safetensors only"
+        why, fix = first_line(error), "check its type; its files must be safetensors"
         if "trust_remote_code" in str(error):
             why, fix = "it runs code of its own", "read that, then pass --trust-remote-code"
         stop(f"{model}: cannot be loaded ({why}); {fix}")
@@ -432,7 +432,7 @@ def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any)
         stop(f"{model}: its weights are quantized; pass a model with whole ones")
     if loaded.base_model is loaded:
         loaded.base_model_prefix = "model"  # Llama 4 names none
-    loaded.get_input_embeddings().padding_idx = None  # its row, EOS's may be, would not learn (D3)
+    loaded.get_input_embeddings().padding_idx = None  # or that row, maybe EOS's, never learns (D3)
     some = (p.detach().flatten()[:: p.numel() // 64 + 1] for p in loaded.parameters())
     parts = [x.cpu().numpy().tobytes() for x in some]
     parts.append(str(getattr(loaded.config, "reward_mean", None)).encode())
@@ -473,7 +473,9 @@ def load_classifier(model: str, device: torch.device, trained: bool = False) -> 
     if trained and not loaded.score.weight.any():
         stop(f"{model}: is no reward model; run reward_model.py first")
     if trained and not hasattr(loaded.config, "reward_mean"):
-        say(f"{model}: is not of reward_model.py; its texts must have had EOS as last token (B19)")
+        say(
+            f"{model}: is not from reward_model.py; its training texts must have ended in EOS (B19)"
+        )
     check_causal(model, loaded)
     return loaded
 
@@ -548,7 +550,7 @@ def spread(model: Any, args: Any, device: torch.device, trained: bool = True) ->
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers and (args.compile or (trained and args.gradient_checkpointing)):
         kind = type(model).__name__
-        stop(f"--compile, --gradient-checkpointing: {kind} is without layers for it; leave it out")
+        stop(f"--compile, --gradient-checkpointing: {kind} has no layers for it; pass neither")
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # models of one class share code
     how = {"use_reentrant": False, "preserve_rng_state": False}
@@ -578,7 +580,7 @@ def model_inputs(model: Any, ids: Tensor, mask: Tensor | None = None) -> dict[st
 def hidden_states(model: Any, ids: Tensor) -> Tensor:
     """What the model's head reads, [B, T, H], of ids [B, T] padded on the right."""
     inputs = model_inputs(model.base_model, ids)
-    # transformers would look for several sequences in a row: the CPU would wait for the GPU
+    # transformers would look for packed sequences: the CPU would wait for the GPU
     search = "find_packed_sequence_indices"
     with mock.patch.object(masking_utils, search, lambda position_ids: None, create=True):
         return model.base_model(**inputs, use_cache=False).last_hidden_state
@@ -642,8 +644,8 @@ def head_outputs(model: Any, hidden: Tensor) -> Tensor:
 def last_token_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """Raw reward [B] of right-padded ids [B, T], at the last real token (D1, D10, B20, B21).
 
-    As in transformers, which trained others' models, a pad token in a text is not the last, but
-    EOS is, where reward_model.py has taken it for padding (its configuration names no pad token).
+    As in transformers, which trained others' models, the configuration's pad token is never the
+    last. Where pad is EOS, reward_model.py names none in it, so that a final EOS is read.
     """
     pad_id = model.config.get_text_config().pad_token_id
     last = (mask * (ids != pad_id)).cumsum(1).argmax(1)
@@ -751,7 +753,7 @@ def call_reward_function(
         fits = fits and (not isinstance(x, list) or len(x) in (1, len(ids)))
         of_tokens.append(x if isinstance(x, list) and len(x) == len(ids) else [])
     if not fits:
-        what = f"returned {len(scores)} values for {len(texts)} prompts, {sum(scores)} in all"
+        what = f"returned {len(scores)} values for {len(texts)} prompts, sum {sum(scores)}"
         stop(f"{where}: {what}; return one finite number each, or one for each token", code)
     return scores, of_tokens
 

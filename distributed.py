@@ -275,6 +275,7 @@ def replicate(model: Any) -> None:
     The gradients are views of the buffers that are sent, no second copy.
     """
     if dist.is_initialized() and place()[1] > 1:
+        torch._dynamo.config.optimize_ddp = False  # it would cut compiled layers into pieces
         how = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
         # an expert that no token went to has no gradient, nor has a tower for images
         names = " ".join(name for name, _ in model.named_modules())

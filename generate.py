@@ -245,7 +245,7 @@ def rows_at_once(model: Any, prompt_length: int, response_length: int) -> int:
     size = 2 if torch.is_autocast_enabled(model.device.type) else 4
     cache = 2 * size * width * (prompt_length + response_length)
     # what a layer makes of a prompt, and the last logits with what `sample` makes of them
-    row = cache + 64 * config.hidden_size * prompt_length + 32 * config.vocab_size
+    row = cache + 32 * size * config.hidden_size * prompt_length + 32 * config.vocab_size
     return max(1, int(0.75 * free / row))
 
 

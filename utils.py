@@ -128,13 +128,13 @@ GOES_WITH = {
     "ptx_coef": "ptx_dataset",
     "ptx_dataset": "ptx_coef",
 }
-remote_code = False  # whether code that comes with a model may run; `start_process` sets it
+remote_code = False  # whether a model's own code may run; `start_process` sets it
 
 
 def start_process(args: Any) -> tuple[Any, distributed.Process]:
     """Join the processes of torchrun, if any; choose device and precision; seed (D7).
 
-    Returns a copy of `args`, a stage's dataclass, for the stage to complete: dtype is not "auto".
+    Returns a copy of `args` for the stage to complete; its dtype is not "auto".
     """
     global remote_code
     args = copy.copy(args)
@@ -163,7 +163,7 @@ def start_process(args: Any) -> tuple[Any, distributed.Process]:
         dtype = before.get("dtype", dtype) if args.resume else dtype
         args.dtype = distributed.from_main(dtype)  # machines may differ
     # in bfloat16 these products are the heads' alone (B35)
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if args.dtype == "bfloat16" else "ieee"
+    torch.backends.cuda.matmul.allow_tf32 = args.dtype == "bfloat16"
     remote_code = args.trust_remote_code
     digests.clear()
     return args, process
@@ -180,7 +180,7 @@ def leave(signal: int, saver: Any, step: int, state: dict[str, Any]) -> NoReturn
     """Save the state after `step`, say how to continue, exit with 128 + the signal's number."""
     if step:  # a run without checkpoints starts from step 0
         saver.save(step, state)
-    distributed.barrier()
+    distributed.depart()
     if distributed.is_main():
         progress.close()
         line = f"interrupted after {progress.unit} {step}; add --resume to continue"
@@ -392,8 +392,8 @@ def from_pretrained(auto_class: Any, model: str, **kwargs: Any) -> Any:
 def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any) -> Any:
     """A model in float32 and, in training too, in eval mode: dropout is off (D4).
 
-    Only safetensors are read: a pickle may run code. Where weights are missing, transformers makes
-    random ones: the scalar head becomes zero, any others stop the run. An adapter is merged.
+    Only safetensors are read: a pickle may run code. Of weights that are missing
+    the scalar head becomes zero, any others stop the run. An adapter is merged.
     """
     kwargs |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     if (base := base_of(model)) == model:
@@ -473,9 +473,7 @@ def load_classifier(model: str, device: torch.device, trained: bool = False) -> 
     if trained and not loaded.score.weight.any():
         stop(f"{model}: is no reward model; run reward_model.py first")
     if trained and not hasattr(loaded.config, "reward_mean"):
-        say(
-            f"{model}: is not from reward_model.py; its training texts must have ended in EOS (B19)"
-        )
+        say(f"{model}: is not from reward_model.py; its texts must have ended in EOS (B19)")
     check_causal(model, loaded)
     return loaded
 
@@ -536,16 +534,20 @@ def attention(module: Any, *inputs: Tensor | None, **kwargs: Any) -> tuple:
 
 
 transformers.AttentionInterface.register("sdpa", attention)
-# torch would prefer it on Hopper and Blackwell: it plans each shape anew, slowly, and is wrong
-# with some masks (pytorch issues 193893, 196678)
+# torch's fast attention takes no grouped keys in float32 on CUDA
+grouped = sdpa_attention.use_gqa_in_sdpa
+sdpa_attention.use_gqa_in_sdpa = lambda mask, key, value: (
+    grouped(mask, key, value) and (not key.is_cuda or torch.is_autocast_enabled("cuda"))
+)
+# Hopper's default: slow with new shapes, wrong with some masks (pytorch#193893, #196678)
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def spread(model: Any, args: Any, device: torch.device, trained: bool = True) -> None:
     """Let the processes of torchrun, if any, share the work on a model; with --fsdp the model.
 
-    With --gradient-checkpointing a layer's activations are made again in the backward pass; with
-    --compile layers are compiled, on first use: they share code. Decoding does without.
+    --gradient-checkpointing makes a layer's activations again in the backward pass; --compile
+    compiles layers on first use: they share code. Decoding does without.
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers and (args.compile or (trained and args.gradient_checkpointing)):
@@ -580,7 +582,7 @@ def model_inputs(model: Any, ids: Tensor, mask: Tensor | None = None) -> dict[st
 def hidden_states(model: Any, ids: Tensor) -> Tensor:
     """What the model's head reads, [B, T, H], of ids [B, T] padded on the right."""
     inputs = model_inputs(model.base_model, ids)
-    # transformers would look for packed sequences: the CPU would wait for the GPU
+    # else transformers looks for packed sequences: the CPU waits for the GPU
     search = "find_packed_sequence_indices"
     with mock.patch.object(masking_utils, search, lambda position_ids: None, create=True):
         return model.base_model(**inputs, use_cache=False).last_hidden_state
@@ -644,8 +646,8 @@ def head_outputs(model: Any, hidden: Tensor) -> Tensor:
 def last_token_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """Raw reward [B] of right-padded ids [B, T], at the last real token (D1, D10, B20, B21).
 
-    As in transformers, which trained others' models, the configuration's pad token is never the
-    last. Where pad is EOS, reward_model.py names none in it, so that a final EOS is read.
+    As in transformers, which trained others' models, the config's pad token is never the last.
+    Where pad is EOS, reward_model.py's config names none, so that a final EOS is read.
     """
     pad_id = model.config.get_text_config().pad_token_id
     last = (mask * (ids != pad_id)).cumsum(1).argmax(1)
@@ -679,9 +681,9 @@ def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """x at unit variance where mask is 1, over all processes; 0 elsewhere.
+    """x at mean 0 and variance 1 where mask is 1, over all processes; 0 elsewhere.
 
-    The mean becomes 0, or stays without `shift_mean`.
+    Without `shift_mean` the mean stays.
     """
     mean = masked_mean(x, mask)
     whitened = (x - mean) * torch.rsqrt(masked_variance(x, mask) + 1e-8)
@@ -781,7 +783,7 @@ def check_finite(where: str, quantities: dict[str, Any]) -> None:
             stop(f"{where}: {what}; lower --learning-rate and start again", code=1)
 
 
-PAGES = {  # of TensorBoard's custom scalars: for each chart what the names of its metrics match
+PAGES = {  # TensorBoard's custom scalars: what a chart's metrics match
     "reward and KL": ["objective/(scores|rlhf_reward)", "objective/kl"],
     "PPO health": [
         "(policy|val)/clipfrac_avg",

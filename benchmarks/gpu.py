@@ -6,7 +6,6 @@
 
 | part | what |
 |---|---|
-| check | what is missing, in one line |
 | tests | `pytest -m gpu` |
 | embedded | the three stages on the embedded task, by default flags |
 | ceilings | the card's matrix product and memory bandwidth |
@@ -43,7 +42,6 @@ import torch
 import transformers
 import tyro
 from measure import ROOT, machine, run_stage
-from packaging.requirements import Requirement
 
 import utils
 
@@ -97,31 +95,10 @@ def versions() -> dict[str, str]:
     return {"card": card} | {name: importlib.metadata.version(name) for name in names}
 
 
-def check(args: Args) -> dict[str, Any]:
-    """Stop where what all parts need is missing or too old; say what some would need."""
-    lines = (ROOT / "requirements.txt").read_text().splitlines() + ["pytest"]
-    missing = []
-    for needed in (Requirement(line) for line in lines if not line.startswith("#")):
-        try:
-            version = importlib.metadata.version(needed.name)
-        except importlib.metadata.PackageNotFoundError:
-            version = "none"
-        if version == "none" or not needed.specifier.contains(version, prereleases=True):
-            missing.append(f"{needed} (there is {version})")
-    if not args.dry_run and not torch.cuda.is_available():
-        missing.append("a CUDA device")
-    if missing:
-        sys.exit(f"error: missing: {', '.join(missing)}; install requirements-dev.txt, see README")
-    optional = [name for name in ("trl", "vllm") if find_spec(name) is None]
-    if optional:
-        print(f"missing: {', '.join(optional)}; what needs them is left out", flush=True)
-    return {"left_out": optional}
-
-
 def tests(args: Args) -> dict[str, Any]:
     """How many of the tests for GPUs passed, failed and were skipped."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-vv", "--tb=short"]
-    command += ["-p", "no:cacheprovider", "--durations=5"]
+    command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-m", "gpu", "-vv"]
+    command += ["--tb=short", "-p", "no:cacheprovider", "--durations=5"]
     both, said = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}, ""
     with subprocess.Popen(command, cwd=ROOT, text=True, **both) as run:
         for line in run.stdout:
@@ -178,7 +155,8 @@ def updates(
     args: Args, name: str, flags: dict[str, Any], script: str, *extra: str
 ) -> dict[str, Any]:
     """Medians of the measured updates of a workload with its flags, and the peak of its memory."""
-    flags = flags | {"total-episodes": flags["batch-size"] * (2 if name == "W5" else 3)}
+    count = 3 if args.part == "W6" else 2  # the first of them is not measured
+    flags = flags | {"total-episodes": flags["batch-size"] * count}
     out, peak = args.runs / name / Path(script).stem, ROOT / args.runs / "peak"
     command = [sys.executable, "-c", WITH_PEAK, str(peak), script]
     command += [*throughput.written(flags), *extra, "--output-dir", str(out)]
@@ -297,7 +275,6 @@ def resume(args: Args) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Args], dict[str, Any]]] = {
-    "check": check,
     "tests": tests,
     "embedded": embedded,
     "ceilings": ceilings,

@@ -8,13 +8,13 @@ cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1
 python=${PYTHON:-python3}
 case ${1:-} in
-1) parts="tests:110 embedded:150 resume:120 ceilings:30 rollout:155" ;;
-2) parts="W6:135 W6-trl:155 memory:80 W6-compile:170" ;;
+1) parts="tests:110 embedded:140 resume:110 ceilings:30 rollout:155" ;;
+2) parts="W6:160 W6-trl:140 memory:70 W6-compile:170" ;;
 3) parts="W5:220 W5-trl:310 vllm:240" ;;  # vLLM, where it is installed, starts slowly
 *) echo "usage: benchmarks/gpu.sh 1|2|3 [--dry-run]" >&2 && exit 2 ;;
 esac
 shift
-"$python" benchmarks/gpu.py check "$@" || exit 2
+timeout 60 "$python" benchmarks/gpu_check.py "$@" || exit 2
 failed=""
 for part in $parts; do
     # at once, with all that it has started: a stage would note a softer signal and go on

@@ -166,7 +166,7 @@ def test_memory_for_heads_of_several_sizes(tmp_path, monkeypatch):
         model(input_ids=torch.tensor([PROMPTS[2]]), cache=cache)
     width = sum(layer.keys.shape[1] * layer.keys.shape[3] for layer in cache.layers)
     assert width > 6 * 2 * 8
-    row = 2 * 4 * width * 300 + 64 * 32 * 100 + 32 * 404
+    row = 2 * 4 * width * 300 + 128 * 32 * 100 + 32 * 404
     assert generate.rows_at_once(model, 100, 200) == int(0.75 * 2**30 / row)
     generate.check(model, "m")
 

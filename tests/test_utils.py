@@ -30,6 +30,7 @@ from conftest import (
     save_pair,
     target_logits,
 )
+from transformers.integrations import sdpa_attention
 
 import card
 import distributed
@@ -273,6 +274,18 @@ def test_float32_is_float32_after_a_run_in_bfloat16(tmp_path):
     for args.dtype, precision in (("bfloat16", "tf32"), ("float32", "ieee")):
         utils.start_process(args)
         assert torch.backends.cuda.matmul.fp32_precision == precision
+        torch.get_float32_matmul_precision()  # as reward functions' libraries may: no error
+
+
+@pytest.mark.parametrize(
+    ("cuda", "autocast", "grouped"),
+    [(True, False, False), (True, True, True), (False, False, True)],
+)
+def test_keys_that_queries_share_in_float32_on_cuda(monkeypatch, cuda, autocast, grouped):
+    """They are repeated: torch would fall back to attention that holds all scores [T, T]."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: autocast)
+    key = SimpleNamespace(is_cuda=cuda, shape=(1, 2, 3, 4))
+    assert sdpa_attention.use_gqa_in_sdpa(None, key, key) == grouped
 
 
 @pytest.mark.parametrize("name", STAGES)

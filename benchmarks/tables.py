@@ -101,6 +101,15 @@ def embedded_samples(count: int | None = None) -> str:
     return table(["customer", "before: SFT model", "labeler", "after: PPO", "labeler"], rows)
 
 
+def measured_on() -> str:
+    """Which results of the page are from which machine and commit."""
+    names = "embedded embedded_float32 reward_model_parts reward_model_losses throughput memory"
+    files: dict[str, list[str]] = {}
+    for name in f"{names} soak parity_trl reviews".split():
+        files.setdefault(where(result(f"{name}.json")), []).append(f"`{name}.json`")
+    return "\n".join(f"- {machine}: {', '.join(some)}" for machine, some in files.items())
+
+
 def embedded_openings() -> str:
     """How much the policy's replies are alike."""
     seed = embedded()["seeds"][0]
@@ -751,13 +760,14 @@ def lab_methods() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
-        embedded_line, embedded_two_samples, embedded_samples, embedded_openings, embedded_seeds,
-        embedded_reward_model, embedded_parts, embedded_losses, embedded_few_pairs, embedded_times,
-        embedded_kl, embedded_hacked, embedded_precision, reviews_results, reviews_samples,
-        parity_trl, throughput, rollouts, machine_share, scaling, startup, memory, memory_runs,
-        soak, scaling_measured, scaling_inputs, scaling_paper, scaling_limits, scaling_published,
-        lab_baseline, lab_ablations, lab_variants, lab_order, lab_overoptimization,
-        lab_least_of_three, lab_fits, lab_best_of_n, lab_methods, lab_findings, lab_why_ppo,
+        measured_on, embedded_line, embedded_two_samples, embedded_samples, embedded_openings,
+        embedded_seeds, embedded_reward_model, embedded_parts, embedded_losses, embedded_few_pairs,
+        embedded_times, embedded_kl, embedded_hacked, embedded_precision, reviews_results,
+        reviews_samples, parity_trl, throughput, rollouts, machine_share, scaling, startup, memory,
+        memory_runs, soak, scaling_measured, scaling_inputs, scaling_paper, scaling_limits,
+        scaling_published, lab_baseline, lab_ablations, lab_variants, lab_order,
+        lab_overoptimization, lab_least_of_three, lab_fits, lab_best_of_n, lab_methods,
+        lab_findings, lab_why_ppo,
     )
 }  # fmt: skip
 

@@ -131,7 +131,7 @@ def decode(
             inputs["position_ids"] = mask.sum(1, keepdim=True) - 1  # only real tokens count
         choose_token(inputs)
 
-    graph = captured = None  # decode_one's CUDA graph, and its shape: no shape comes again
+    graph = captured = None  # decode_one's CUDA graph, and its shape: once left, none comes back
     choose_token(utils.model_inputs(body, prompt_ids, prompt_mask))
     for start in range(1, response_length, stride):
         if watch:

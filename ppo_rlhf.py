@@ -792,7 +792,7 @@ def check_flags(args: Args, world: int) -> None:
     if not rewards:
         utils.stop("--reward-model: is empty; name one, or pass --reward-fn")
     if len(args.reward_weights) not in (0, rewards):
-        utils.stop(f"--reward-weights: {rewards} rewards; pass one each, models first")
+        utils.stop(f"--reward-weights: rewards: {rewards}; pass one each, models first")
     if args.ensemble != "sum" and len(args.reward_model) < 2:
         utils.stop(f"--ensemble: {args.ensemble} needs two reward models; leave it out")
     may_be_0 = "top_k missing_eos_penalty kl_coef vf_coef entropy_coef ptx_coef gamma lam "

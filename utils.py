@@ -134,7 +134,7 @@ remote_code = False  # whether a model's own code may run; `start_process` sets 
 def start_process(args: Any) -> tuple[Any, distributed.Process]:
     """Join the processes of torchrun, if any; choose device and precision; seed (D7).
 
-    Returns a copy of `args` for the stage to complete; its dtype is not "auto".
+    Returns a copy of `args` to complete; its dtype is not "auto".
     """
     global remote_code
     args = copy.copy(args)
@@ -258,7 +258,7 @@ def check_output(args: Any, stage: str) -> None:
 
 
 def flags_of(out: Path) -> dict[str, Any]:
-    """Flags and stage of the run in a folder; none where there is no run."""
+    """Flags and stage of the run in a folder; none without a run."""
     try:
         return dict(json.loads((out / "args.json").read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError):
@@ -534,10 +534,11 @@ def attention(module: Any, *inputs: Tensor | None, **kwargs: Any) -> tuple:
 
 
 transformers.AttentionInterface.register("sdpa", attention)
-# torch's fast attention takes no grouped keys in float32 on CUDA
+# in float32 on CUDA torch is slow with grouped keys
 grouped = sdpa_attention.use_gqa_in_sdpa
 sdpa_attention.use_gqa_in_sdpa = lambda mask, key, value: (
-    grouped(mask, key, value) and (not key.is_cuda or torch.is_autocast_enabled("cuda"))
+    grouped(mask, key, value)
+    and (not key.is_cuda or key.dtype != torch.float32 or torch.is_autocast_enabled("cuda"))
 )
 # Hopper's default: slow with new shapes, wrong with some masks (pytorch#193893, #196678)
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -552,7 +553,7 @@ def spread(model: Any, args: Any, device: torch.device, trained: bool = True) ->
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers and (args.compile or (trained and args.gradient_checkpointing)):
         kind = type(model).__name__
-        stop(f"--compile, --gradient-checkpointing: {kind} has no layers for it; pass neither")
+        stop(f"--compile, --gradient-checkpointing: {kind} has no layers for them; pass neither")
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # models of one class share code
     how = {"use_reentrant": False, "preserve_rng_state": False}

@@ -11,7 +11,10 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from packaging.requirements import Requirement
+try:
+    from packaging.requirements import Requirement
+except ImportError:
+    sys.exit("error: missing: packaging; install requirements-dev.txt, see README")
 
 
 def main() -> None:

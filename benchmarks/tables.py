@@ -113,11 +113,11 @@ def measured_on() -> str:
 def embedded_openings() -> str:
     """How much the policy's replies are alike."""
     seed = embedded()["seeds"][0]
-    (first, often), (second, less) = seed["ppo"]["openings"]["policy"]
-    most = seed["ppo"]["openings"]["reference"][0][1]
+    openings = seed["ppo"]["openings"]
+    common = " and ".join(f'"{words}" ({count})' for words, count in openings["policy"])
     return (
-        f"PPO costs variety: with seed {seed['seed']}, {often} of the 200 replies begin with"
-        f' "{first}" and {less} with\n"{second}"; no three words begin more than {most} replies of'
+        f"PPO costs variety: with seed {seed['seed']} the commonest beginnings of the 200 replies"
+        f" are {common}; no three words begin more than {openings['reference'][0][1]} replies of"
         f" the SFT model."
     )
 
@@ -301,7 +301,8 @@ def reviews_samples() -> str:
 def parity_trl() -> str:
     """Where both PPOs end from the same start, and where they are furthest apart on the way."""
     report, rows, curves, labeler = result("parity_trl.json"), [], {}, []
-    for by in ("ppo_rlhf.py", "TRL 1.11.0"):
+    names = ("ppo_rlhf.py", "TRL 1.11.0")
+    for by in names:
         runs = [run for run in report["runs"] if run["by"] == by]
         for run in runs:
             points = {name: dict(run["curves"][name]) for name in ("score", "kl", "labeler")}
@@ -310,10 +311,13 @@ def parity_trl() -> str:
             ends = [statistics.mean([*each.values()][-5:]) for each in points.values()]
             rows.append([by, run["seed"], *(f"{end:.2f}" for end in ends)])
             labeler.append(ends[-1])
-        scores = [dict(run["curves"]["score"]) for run in runs]
-        curves[by] = {u: statistics.mean(score[u] for score in scores) for u in scores[0]}
-    ours, theirs = curves.values()
+        for name in ("score", "labeler"):
+            each = [dict(run["curves"][name]) for run in runs]
+            curves[name, by] = {u: statistics.mean(one[u] for one in each) for u in each[0]}
+    ours, theirs = (curves["score", by] for by in names)
     update = max(ours, key=lambda u: abs(ours[u] - theirs[u]))
+    judged = [{u: curves["labeler", by][u] for u in curves["labeler", names[0]]} for by in names]
+    later = max(judged[0], key=lambda u: abs(judged[0][u] - judged[1][u]))
     half = len(labeler) // 2
     apart = [a - b for a, b in zip(labeler[:half], labeler[half:], strict=True)]
     low, high = interval(apart)
@@ -321,7 +325,8 @@ def parity_trl() -> str:
         f"The labeler's end by `ppo_rlhf.py`, less TRL's of the same seed, is"
         f" {statistics.mean(apart):+.2f} (95% interval {low:+.2f} to {high:+.2f}). The mean scores"
         f" over the seeds are furthest apart at update {update}: {ours[update]:.2f} by"
-        f" `ppo_rlhf.py`, {theirs[update]:.2f} by TRL. {where(report)}."
+        f" `ppo_rlhf.py`, {theirs[update]:.2f} by TRL; the labeler's at update {later}:"
+        f" {judged[0][later]:.2f} and {judged[1][later]:.2f}. {where(report)}."
     )
     return table(["by", "seed", "score", "KL, nats", "labeler"], rows) + f"\n\n{text}"
 
@@ -609,8 +614,8 @@ def lab_findings() -> str:
         f" with both losses and one pass {accuracy['no_normalization']}. The policies differ by"
         f" {end['reward_no_lm_loss']}, {end['reward_no_prefix_loss']} and {end['reward_epochs_2']}"
         f" at the end, by {early['reward_no_lm_loss']}, {early['reward_no_prefix_loss']} and"
-        f" {early['reward_epochs_2']} after 640 episodes. Where pairs are few, the language-model"
-        f" loss gives [more](results.md#the-embedded-task).",
+        f" {early['reward_epochs_2']} after 640 episodes. What the losses give where pairs are"
+        f" few is in [results.md](results.md#the-embedded-task).",
         f"**Bugs that others shipped are not all seen in the result**: beside the value read late,"
         f" a score past the EOS differs by {end['score_past_eos']}, padding in the whitening by"
         f" {end['padding_whitened']}, a mean of means by {end['mean_of_means']}, an EOS taken for"
@@ -684,8 +689,8 @@ def lab_order() -> str:
     return (
         table(["experiment", "labeler after 20 updates", "after 50"], lines)
         + f"\n\nThe rank correlation of the two settings is {report['rank_correlation']:.2f}"
-        + f" ({seeds(report['seeds'])}). In the full setting that with the ranks at its end is"
-        + f" {' and '.join(later)} updates; between two seeds it is"
+        + f" ({seeds(report['seeds'])}). In the full setting ranks correlate with those at its"
+        + f" end by {' and '.join(later)} updates, and those of two seeds by"
         + f" {span(report['between_seeds'], '.2f')}."
     )
 

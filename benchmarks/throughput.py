@@ -365,8 +365,7 @@ def beside_generate(
     theirs |= {"max_new_tokens": R, "eos_token_id": stop, "pad_token_id": pad}
     for dtype in dtypes:
         # of the head's products on a GPU, as in a run
-        precision = {"float32": "ieee", "bfloat16": "tf32"}[dtype]
-        torch.backends.cuda.matmul.fp32_precision = precision
+        torch.backends.cuda.matmul.allow_tf32 = dtype == "bfloat16"
         plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
         rates: dict[str, list[float]] = {"generate": [], "model.generate": []}
         for turn in range(turns):

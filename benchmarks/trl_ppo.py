@@ -17,7 +17,7 @@ import transformers
 import tyro
 from datasets import Dataset
 from measure import ROOT, load_module
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations import sdpa_attention
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 sys.path.insert(0, str(ROOT))
@@ -54,12 +54,13 @@ class Args:
 
 def main(args: Args) -> None:
     # TRL's models attend as transformers has it, not as utils.py does
-    transformers.AttentionInterface.register("sdpa", sdpa_attention_forward)
+    transformers.AttentionInterface.register("sdpa", sdpa_attention.sdpa_attention_forward)
+    sdpa_attention.use_gqa_in_sdpa = utils.grouped
     torch.backends.cuda.enable_cudnn_sdp(True)
     # accelerate reads this; transformers 5.24 no longer passes on what `bf16` asks for
     os.environ["ACCELERATE_MIXED_PRECISION"] = {"float32": "no", "bfloat16": "bf16"}[args.dtype]
-    if args.dtype == "bfloat16":  # what stays float32, as in a run of ppo_rlhf.py
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    # what stays float32, as in a run of ppo_rlhf.py
+    torch.backends.cuda.matmul.allow_tf32 = args.dtype == "bfloat16"
     gold = load_module("data/support/gold.py")
     device = torch.device(args.device)
     tokenizer = utils.load_tokenizer(args.model)

@@ -278,13 +278,18 @@ def test_float32_is_float32_after_a_run_in_bfloat16(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("cuda", "autocast", "grouped"),
-    [(True, False, False), (True, True, True), (False, False, True)],
+    ("cuda", "dtype", "autocast", "grouped"),
+    [
+        (True, torch.float32, False, False),
+        (True, torch.float32, True, True),
+        (True, torch.bfloat16, False, True),
+        (False, torch.float32, False, True),
+    ],
 )
-def test_keys_that_queries_share_in_float32_on_cuda(monkeypatch, cuda, autocast, grouped):
-    """They are repeated: torch would fall back to attention that holds all scores [T, T]."""
+def test_keys_that_queries_share(monkeypatch, cuda, dtype, autocast, grouped):
+    """In float32 on CUDA they are repeated: torch would take attention that holds [T, T] scores."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: autocast)
-    key = SimpleNamespace(is_cuda=cuda, shape=(1, 2, 3, 4))
+    key = SimpleNamespace(is_cuda=cuda, dtype=dtype, shape=(1, 2, 3, 4))
     assert sdpa_attention.use_gqa_in_sdpa(None, key, key) == grouped
 
 

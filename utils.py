@@ -392,8 +392,8 @@ def from_pretrained(auto_class: Any, model: str, **kwargs: Any) -> Any:
 def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any) -> Any:
     """A model in float32 and, in training too, in eval mode: dropout is off (D4).
 
-    Only safetensors are read: a pickle may run code. Of weights that are missing
-    the scalar head becomes zero, any others stop the run. An adapter is merged.
+    Only safetensors are read: a pickle may run code. Of weights that are missing the scalar head
+    becomes zero, any others stop the run. An adapter is merged.
     """
     kwargs |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     if (base := base_of(model)) == model:

@@ -45,6 +45,15 @@ def where(report: dict, dtype: bool = False) -> str:
     return ", ".join(words)
 
 
+def measured_on() -> str:
+    """Which results of the page are from which machine and commit."""
+    names = "embedded embedded_float32 reward_model_parts reward_model_losses throughput memory"
+    files: dict[str, list[str]] = {}
+    for name in f"{names} soak parity_trl reviews".split():
+        files.setdefault(where(result(f"{name}.json")), []).append(f"`{name}.json`")
+    return "\n".join(f"- {machine}: {', '.join(some)}" for machine, some in files.items())
+
+
 def span(numbers: list[float], form: str) -> str:
     """Least and greatest of some numbers, `94% to 96%`; one where they read alike."""
     low, high = format(min(numbers), form), format(max(numbers), form)
@@ -101,13 +110,9 @@ def embedded_samples(count: int | None = None) -> str:
     return table(["customer", "before: SFT model", "labeler", "after: PPO", "labeler"], rows)
 
 
-def measured_on() -> str:
-    """Which results of the page are from which machine and commit."""
-    names = "embedded embedded_float32 reward_model_parts reward_model_losses throughput memory"
-    files: dict[str, list[str]] = {}
-    for name in f"{names} soak parity_trl reviews".split():
-        files.setdefault(where(result(f"{name}.json")), []).append(f"`{name}.json`")
-    return "\n".join(f"- {machine}: {', '.join(some)}" for machine, some in files.items())
+def embedded_two_samples() -> str:
+    """The first two of them."""
+    return embedded_samples(2)
 
 
 def embedded_openings() -> str:
@@ -126,11 +131,6 @@ def embedded_hacked() -> str:
     """A reply that has hacked the reward model."""
     run = embedded()["seeds"][0]["ppo_kl_coef_0"]
     return f"The first reply without the penalty:\n\n> {run['first_reply'].strip()}"
-
-
-def embedded_two_samples() -> str:
-    """The first two of them."""
-    return embedded_samples(2)
 
 
 def embedded_seeds() -> str:
@@ -316,7 +316,7 @@ def parity_trl() -> str:
             curves[name, by] = {u: statistics.mean(one[u] for one in each) for u in each[0]}
     ours, theirs = (curves["score", by] for by in names)
     update = max(ours, key=lambda u: abs(ours[u] - theirs[u]))
-    judged = [{u: curves["labeler", by][u] for u in curves["labeler", names[0]]} for by in names]
+    judged = [curves["labeler", by] for by in names]
     later = max(judged[0], key=lambda u: abs(judged[0][u] - judged[1][u]))
     half = len(labeler) // 2
     apart = [a - b for a, b in zip(labeler[:half], labeler[half:], strict=True)]

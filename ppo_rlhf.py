@@ -401,15 +401,15 @@ def main(args: Args) -> None:
         weighted = torch.stack([w * x for w, x in zip(weights, by_name.values(), strict=True)])
         of_models, of_functions = weighted[:M], weighted[M:].sum(0)  # [M, B], [B]
         if args.ensemble == "sum":
-            total = of_models.sum(0) + of_functions
+            total = of_models.sum(0)
         elif args.ensemble == "min":  # Coste et al. 2023 (D41)
-            total = of_models.amin(0) + of_functions
+            total = of_models.amin(0)
         elif args.ensemble == "mean_minus_std":
-            total = of_models.mean(0) - of_models.std(0, correction=0) + of_functions
-        return Scores(total, token_rewards, by_name, responses, texts, shortened)
+            total = of_models.mean(0) - of_models.std(0, correction=0)
+        return Scores(total + of_functions, token_rewards, by_name, responses, texts, shortened)
 
     @torch.no_grad()
-    def evaluate(model: Any) -> list[dict[str, Any]]:
+    def evaluate(model: Any) -> list[dict]:
         """A response to each held-out prompt, scored without EOS penalty and clip."""
         results = []
         for i in range(0, len(eval_prompts), args.batch_size):
@@ -439,12 +439,16 @@ def main(args: Args) -> None:
                 results.append(result | {"length": len(ids), "eos_rate": ids[-1] in stop_ids})
         return distributed.gather(results)
 
-    def keep_best(result: dict[str, Any]) -> None:
-        """Keep the best evaluation's policy in best/ (D42)."""
+    def compare_policy(shown: int) -> tuple[list, dict]:
+        """Evaluate the policy, show samples; keep the best in best/ (D42)."""
+        after = evaluate(policy)
+        logger.samples(update, before, after, shown)
+        result = compare(before, after)
         mean = result["policy"][result["win_rate_by"]]
         if args.keep_best and mean > state["best"]:
             saving.save_model(policy, tokenizer, out / "best")
         state["best"] = max(state["best"], mean)
+        return after, result
 
     def ptx_backward(count: int, rng: torch.Generator) -> Tensor:
         """Add the gradient of ptx_coef times the loss, in nats per token, on `count` rows (D31)."""
@@ -504,6 +508,8 @@ def main(args: Args) -> None:
     )
     shown = "objective/scores objective/kl response/length"
     logger = utils.Logger(out, args, "update", update, num_updates, shown)
+    if not done:
+        logger.to_tensorboard(0, as_metrics(compare(before, before)))
     interruption = distributed.Interruption(device)
     for update in range(done + 1, num_updates + 1):
         clock = [utils.now(device)]
@@ -718,14 +724,9 @@ def main(args: Args) -> None:
         if args.eval_every and update % args.eval_every == 0:
             real = response_mask.bool()
             tensors = {"scores": scores, "advantages": advantages[real], "ratios": ratios[real]}
-            logger.histograms(update, tensors)
+            logger.to_tensorboard(update, tensors)
             if update < num_updates:
-                after = evaluate(policy)
-                result = compare(before, after)
-                metrics |= {f"eval/{k}": v for k, v in result["policy"].items() if v is not None}
-                metrics["eval/win_rate"] = result["win_rate"]
-                logger.samples(update, before, after, shown=2)
-                keep_best(result)
+                metrics |= as_metrics(compare_policy(shown=2)[1])
         logger.log(update, metrics)
         if args.save_rollouts and update % args.save_rollouts == 0:
             fields = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
@@ -742,10 +743,9 @@ def main(args: Args) -> None:
 
     # ---- what it leaves
     saving.save_model(policy, tokenizer, out)  # before the evaluation, in which a judge may fail
-    after = evaluate(policy)
-    logger.samples(num_updates, before, after, shown=4)
-    result, seconds = compare(before, after), time.time() - started
-    keep_best(result)
+    after, result = compare_policy(shown=4)
+    logger.to_tensorboard(update, as_metrics(result))
+    seconds = time.time() - started
     if distributed.is_main():
         text = ""
         for b, a in zip(before, after, strict=True):
@@ -766,10 +766,10 @@ def main(args: Args) -> None:
     )
 
 
-def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
+def compare(before: list[dict], after: list[dict]) -> dict:
     """Means of reference and policy over held-out prompts, and how often the policy wins."""
 
-    def means(results: list[dict[str, Any]]) -> dict[str, float | None]:
+    def means(results: list[dict]) -> dict:
         names = ("score", "judge", "kl", "length", "eos_rate")
         columns = {name: [result[name] for result in results] for name in names}
         return {k: sum(x) / len(x) if None not in x else None for k, x in columns.items()}
@@ -784,13 +784,19 @@ def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[s
     return result | {"win_rate": wins / len(before), "win_rate_by": by}
 
 
+def as_metrics(result: dict) -> dict:
+    """The policy's part, as metrics."""
+    named = result["policy"] | {"win_rate": result["win_rate"]}
+    return {f"eval/{k}": x for k, x in named.items() if x is not None}
+
+
 def check_flags(args: Args, world: int) -> None:
     """Fill in defaults; stop with exit code 2 on flags that do not fit."""
     if args.reward_model is None:
         args.reward_model = () if args.reward_fn else ("runs/reward_model",)
     rewards = len(args.reward_model) + len(args.reward_fn)
     if not rewards:
-        utils.stop("--reward-model: is empty; name one, or pass --reward-fn")
+        utils.stop("--reward-model: is empty; pass one or --reward-fn")
     if len(args.reward_weights) not in (0, rewards):
         utils.stop(f"--reward-weights: rewards: {rewards}; pass one each, models first")
     if args.ensemble != "sum" and len(args.reward_model) < 2:
@@ -813,7 +819,7 @@ def check_flags(args: Args, world: int) -> None:
         args.value_lam = args.lam if args.value_lam is None else args.value_lam
     args.cliprange_high = args.cliprange_high or args.cliprange
     if args.kl_target and not args.kl_coef:
-        utils.stop("--kl-target: a --kl-coef of 0 cannot be steered; pass one above 0")
+        utils.stop("--kl-target: a --kl-coef of 0 cannot be steered; raise it")
     if args.kl_target and args.batch_size >= 5 * args.kl_horizon:
         utils.stop("--kl-horizon: kl_coef could turn negative; pass at least --batch-size")
 

@@ -312,6 +312,7 @@ def main(args: Args) -> None:
 
     # ---- what it leaves
     result, pairs = evaluate(), len(eval_pairs)
+    logger.to_tensorboard(num_steps, {f"eval/{name}": value for name, value in result.items()})
     low, high = wilson_interval(result["accuracy"], pairs)
     result["mean_margin"] /= model.config.reward_std
     seconds = time.time() - started

@@ -239,6 +239,7 @@ def main(args: Args) -> None:
     # ---- what it leaves
     saving.save_model(model, tokenizer, out)
     eval_loss, seconds = evaluate(), time.time() - started
+    logger.to_tensorboard(num_steps, {"eval_loss": eval_loss})
     perplexity = math.exp(min(eval_loss, 700))  # above it overflows
     if distributed.is_main():
         summary = {"eval_loss": eval_loss, "perplexity": perplexity, "seconds": seconds}

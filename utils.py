@@ -831,7 +831,7 @@ class Logger:
         path = out / "metrics.jsonl"
         # a line a step; after a power cut the last may be half a line
         text = path.read_text(encoding="utf-8", errors="replace") if start else ""
-        write_text(path, "".join(text.splitlines(keepends=True)[:start]))
+        write_text(path, "".join(text.splitlines(True)[:start]))
         self.file = path.open("a", buffering=1)
         self.board = SummaryWriter(str(out), purge_step=start + 1)
         self.board.add_text("args", card.fenced(json.dumps(vars(args), indent=2)), 0)
@@ -845,18 +845,17 @@ class Logger:
         progress.set_postfix(shown, refresh=False)
         progress.update()  # and draw
         progress.n = step  # TQDM_DISABLE=1 too
-        if not self.active:
-            return
-        self.file.write(json.dumps({self.unit: step, **metrics}) + "\n")
-        for name, value in metrics.items():
-            self.board.add_scalar(name, value, step)
-        self.board.flush()  # a killed process takes along what its threads have not written
-
-    def histograms(self, step: int, tensors: dict[str, Tensor]) -> None:
-        """The main process's numbers as distributions, to TensorBoard."""
         if self.active:
-            for name, x in tensors.items():
-                self.board.add_histogram(name, x, step)
+            self.file.write(json.dumps({self.unit: step, **metrics}) + "\n")
+        self.to_tensorboard(step, metrics)
+
+    def to_tensorboard(self, step: int, values: dict[str, Any]) -> None:
+        """Numbers as scalars, the main process's tensors as distributions."""
+        if self.active:
+            for name, x in values.items():
+                add = self.board.add_histogram if isinstance(x, Tensor) else self.board.add_scalar
+                add(name, x, step)
+            self.board.flush()  # a killed process takes along what its threads have not written
 
     def samples(self, update: int, before: list[dict], after: list[dict], shown: int) -> None:
         """Held-out prompts with both responses: 20 to TensorBoard, `shown` to the terminal."""

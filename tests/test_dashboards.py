@@ -68,7 +68,7 @@ def test_histograms_are_of_the_real_tokens(trained):
 def test_other_processes_write_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(distributed, "is_main", lambda: False)
     logger = utils.Logger(tmp_path, None, "update", 0, 1, "")
-    logger.histograms(1, {"scores": torch.ones(3)})
+    logger.to_tensorboard(1, {"scores": torch.ones(3)})
     logger.close()
     utils.progress = None
     assert not list(tmp_path.iterdir())

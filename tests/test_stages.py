@@ -81,13 +81,27 @@ def same_weights(a: Path, b: Path) -> bool:
 
 
 def assert_board_has_metrics(out: Path, unit: str) -> dict[str, str]:
-    """TensorBoard finds every number of metrics.jsonl once and no other; returns its texts."""
+    """TensorBoard finds every number of metrics.jsonl, and of evaluations at the start and at the
+    end, once and no other; returns its texts."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(out), size_guidance={"scalars": 0, "tensors": 0})
     tags = board.Reload().Tags()
     expected: dict[str, list[tuple[int, float]]] = {}
-    for row in metrics_of(out):
+    rows, summary = metrics_of(out), summary_of(out)
+    if unit == "update":
+        start, end = (
+            {f"eval/{k}": x for k, x in summary["eval"][who].items() if x is not None}
+            | {"eval/win_rate": share}
+            for who, share in (("reference", 0.5), ("policy", summary["eval"]["win_rate"]))
+        )
+        rows = [start | {unit: 0}, *rows, end | {unit: len(rows)}]
+    elif "eval_loss" in summary:
+        rows.append({"eval_loss": summary["eval_loss"], unit: len(rows)})
+    else:
+        names = ("accuracy", "mean_margin", "score_length_correlation")
+        rows.append({f"eval/{name}": summary[name] for name in names} | {unit: len(rows)})
+    for row in rows:
         step = row.pop(unit)
         for name, value in row.items():
             expected.setdefault(name, []).append((step, value))

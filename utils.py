@@ -812,9 +812,9 @@ class Logger:
             desc=out.name,
             initial=start,
             total=total,
-            mininterval=0.2 if sys.stderr.isatty() else 10,  # seldom into a log file
+            mininterval=0.2 if sys.stderr.isatty() else 10,  # seldom to a log file
             delay=0 if self.active else 1e9,  # others count without a bar
-            # in 80 columns, or the last number would be cut
+            # in 80 columns, else the last number is cut
             bar_format="{desc}: {n}/{total} |{bar}| [{elapsed}<{remaining}{postfix}]",
         )
         progress.unit = unit
@@ -833,14 +833,14 @@ class Logger:
         text = path.read_text(encoding="utf-8", errors="replace") if start else ""
         write_text(path, "".join(text.splitlines(True)[:start]))
         self.file = path.open("a", buffering=1)
-        self.board = SummaryWriter(str(out), purge_step=start + 1)
+        self.board = SummaryWriter(str(out), purge_step=start + bool(start))
         self.board.add_text("args", card.fenced(json.dumps(vars(args), indent=2)), 0)
         if unit == "update":
             layout = {k: {x: ["Multiline", [x + "$"]] for x in v} for k, v in PAGES.items()}
             self.board.add_custom_scalars(layout)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Write one line of metrics.jsonl and the same scalars; move the bar on."""
+        """Write a line of metrics.jsonl and the same scalars; move the bar on."""
         shown = {name.split("/")[-1]: f"{metrics[name]:,.4g}" for name in self.shown}
         progress.set_postfix(shown, refresh=False)
         progress.update()  # and draw
@@ -850,7 +850,7 @@ class Logger:
         self.to_tensorboard(step, metrics)
 
     def to_tensorboard(self, step: int, values: dict[str, Any]) -> None:
-        """Numbers as scalars, the main process's tensors as distributions."""
+        """Numbers as scalars, this process's tensors as distributions."""
         if self.active:
             for name, x in values.items():
                 add = self.board.add_histogram if isinstance(x, Tensor) else self.board.add_scalar

@@ -27,7 +27,8 @@ def model_card(args: Any, model: Any, summary: dict[str, Any]) -> str:
     kind, use = "CausalLM", ""
     if hasattr(model, "score"):
         kind = "SequenceClassification"
-        use = "# score: (logit - model.config.reward_mean) / model.config.reward_std\n"
+        use = "# of a text that ends in tokenizer.eos_token, once:\n"
+        use += "# score = (logit - model.config.reward_mean) / model.config.reward_std\n"
     return f"""---
 library_name: transformers
 {head}

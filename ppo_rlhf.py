@@ -2,7 +2,7 @@
 
 The policy answers prompts; reward models, or functions, score the answers; a per-token KL penalty
 holds the policy to the model that it started from; PPO raises the probability of tokens that did
-better than the value function expected.
+better than expected, by a value function or a baseline.
 
 In: the policy's start, reward models or functions, prompts. Out: `runs/ppo_rlhf`, an ordinary
 Hugging Face folder, with metrics.jsonl, summary.json, samples.jsonl and TensorBoard events.
@@ -308,7 +308,7 @@ def main(args: Args) -> None:
         return Batch(prompt_ids, prompt_mask, response_ids, response_mask, ids, is_response)
 
     def micro_batches(batch: Batch, rows: Tensor, most: int = 0) -> Iterator[tuple[Tensor, ...]]:
-        """The batch's `rows` in micro-batches of similar length, cut to their longest sequence.
+        """The batch's `rows` in micro-batches of like length, cut to the longest prompt + response.
 
         Each is rows [b], ids [b, T'] and is_response [b, T']. All processes yield the same number,
         enough for `most` rows; empty ones have dummy ids, no response.
@@ -447,6 +447,7 @@ def main(args: Args) -> None:
         mean = result["policy"][result["win_rate_by"]]
         if args.keep_best and mean > state["best"]:
             saving.save_model(policy, tokenizer, out / "best")
+            saving.write_summary(out / "best", args, policy, {"update": update, "eval": result})
         state["best"] = max(state["best"], mean)
         return after, result
 
@@ -488,9 +489,9 @@ def main(args: Args) -> None:
     own = [[p for p in model.parameters() if p.requires_grad] for model in trained.values()]
     parameters = sum(own, [])
     policy_weights = torch.nn.ParameterList(own[0])
-    # AdamW without weight decay, linear to 0 (D6), each model at its own rate (D38)
+    # AdamW without weight decay, linear to 0 (D6), a group and rate per model (D38)
     rates = [args.learning_rate, args.value_learning_rate]
-    groups = [{"params": some} for some in own]
+    groups = [{"params": some, "rate": x} for some, x in zip(own, rates, strict=False)]
     optimizer = torch.optim.AdamW(groups, lr=0.0, eps=1e-5, weight_decay=0.0, fused=True)
     checkpoints = saving.Checkpoints(out, trained, tokenizer, optimizer, args.keep_checkpoints)
     state = {"step": 0, "kl_coef": args.kl_coef, "best": -float("inf")}
@@ -509,7 +510,7 @@ def main(args: Args) -> None:
     shown = "objective/scores objective/kl response/length"
     logger = utils.Logger(out, args, "update", update, num_updates, shown)
     if not done:
-        logger.to_tensorboard(0, as_metrics(compare(before, before)))
+        logger.to_tensorboard(0, utils.eval_metrics(compare(before, before)))
     interruption = distributed.Interruption(device)
     for update in range(done + 1, num_updates + 1):
         clock = [utils.now(device)]
@@ -602,11 +603,11 @@ def main(args: Args) -> None:
         rollout |= {"advantages": advantages, "token_rewards": scored.token_rewards}
 
         # 6. PPO update
-        if signal := interruption.came():  # the models are still the last update's
+        if signal := interruption.came():  # models and state are the last update's
             utils.leave(signal, checkpoints, update - 1, state)
         left = 1 - (update - 1) / num_updates
-        for group, rate in zip(optimizer.param_groups, rates, strict=False):
-            group["lr"] = rate * left  # D6, D38
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * left  # D6, D38
         policy_weights.requires_grad_(update > args.critic_warmup_updates)  # D32
         shuffle = utils.generator("cpu", args.seed, SHUFFLING, update, 0)
         ptx_rng = utils.generator("cpu", args.seed, PTX, update, 0)
@@ -726,7 +727,7 @@ def main(args: Args) -> None:
             tensors = {"scores": scores, "advantages": advantages[real], "ratios": ratios[real]}
             logger.to_tensorboard(update, tensors)
             if update < num_updates:
-                metrics |= as_metrics(compare_policy(shown=2)[1])
+                metrics |= utils.eval_metrics(compare_policy(shown=2)[1])
         logger.log(update, metrics)
         if args.save_rollouts and update % args.save_rollouts == 0:
             fields = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
@@ -744,17 +745,17 @@ def main(args: Args) -> None:
     # ---- what it leaves
     saving.save_model(policy, tokenizer, out)  # before the evaluation, in which a judge may fail
     after, result = compare_policy(shown=4)
-    logger.to_tensorboard(update, as_metrics(result))
+    logger.to_tensorboard(update, utils.eval_metrics(result))
     seconds = time.time() - started
     if distributed.is_main():
         text = ""
         for b, a in zip(before, after, strict=True):
             row = {"prompt": b["prompt"], "reference": b["response"], "policy": a["response"]}
-            for name in ("score", "judge"):
+            for name in ("score", "judge", "length"):
                 row |= {f"reference_{name}": b[name], f"policy_{name}": a[name]}
             text += json.dumps(row, ensure_ascii=False) + "\n"
         utils.write_text(out / "samples.jsonl", text)
-        summary = {"updates": num_updates, "episodes": num_updates * args.batch_size}
+        summary = {"updates": update, "episodes": update * args.batch_size}
         summary |= {"seconds": seconds, "eval": result}
         saving.write_summary(out, args, policy, summary)
     logger.close()
@@ -782,12 +783,6 @@ def compare(before: list[dict], after: list[dict]) -> dict:
         wins += 0.5 if tie else new[by] > old[by]
     result = {"prompts": len(before), "reference": means(before), "policy": means(after)}
     return result | {"win_rate": wins / len(before), "win_rate_by": by}
-
-
-def as_metrics(result: dict) -> dict:
-    """The policy's part, as metrics."""
-    named = result["policy"] | {"win_rate": result["win_rate"]}
-    return {f"eval/{k}": x for k, x in named.items() if x is not None}
 
 
 def check_flags(args: Args, world: int) -> None:

@@ -174,11 +174,10 @@ def curves(rows: list[dict], summary: dict) -> dict[str, list[tuple[float, float
     for n, row in enumerate(rows, 1):
         for name in [key for key in row if key not in ("update", "step", "episode")]:
             lines[name].append((n, row[name]))
-    final, end = summary.get("eval", {"policy": {}}), summary.get("updates", len(rows))
-    for key, y in (final["policy"] | {"win_rate": final.get("win_rate")}).items():
-        if y is not None:
-            line = lines[f"eval/{key}"]
-            line[:] = [(0, final["reference"].get(key, 0.5)), *line, (end, y)]
+    if final := summary.get("eval"):
+        for name, y in utils.eval_metrics(final).items():
+            start = final["reference"].get(name.removeprefix("eval/"), 0.5)
+            lines[name] = [(0, start), *lines[name], (summary["updates"], y)]
     return lines
 
 

@@ -164,6 +164,7 @@ def main(args: Args) -> None:
     for config in (model.config, model.config.get_text_config()):
         config.pad_token_id = None if pad_id == eos_id else pad_id
     model.config.reward_mean, model.config.reward_std = 0.0, 1.0
+    model.config.problem_type = "regression"  # else transformers' pipeline gives sigmoids
 
     max_length = min(args.max_length, utils.context_length(model))
     train_pairs = encode(tokenizer, train_data, max_length)
@@ -317,9 +318,8 @@ def main(args: Args) -> None:
     result["mean_margin"] /= model.config.reward_std
     seconds = time.time() - started
     saving.save_model(model, tokenizer, out)
-    if distributed.is_main():
-        summary = result | {"accuracy_interval": [low, high], "pairs": pairs, "seconds": seconds}
-        saving.write_summary(out, args, model, summary)
+    summary = result | {"accuracy_interval": [low, high], "pairs": pairs, "seconds": seconds}
+    saving.write_summary(out, args, model, summary)
     logger.close()
     utils.say(
         f"reward_model: accuracy {result['accuracy']:.3f} (95% interval {low:.3f} to {high:.3f}) "

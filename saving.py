@@ -222,6 +222,7 @@ def save_rollout(out: Path, tensors: dict[str, Tensor], numbers: dict[str, Any])
 
 
 def write_summary(out: Path, args: Any, model: Any, summary: dict[str, Any]) -> None:
-    """Write the model card, README.md, and then summary.json."""
-    utils.write_text(out / "README.md", card.model_card(args, model, summary))
-    utils.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    """Write the model card, README.md, and then summary.json, in the main process."""
+    if distributed.is_main():
+        utils.write_text(out / "README.md", card.model_card(args, model, summary))
+        utils.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")

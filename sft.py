@@ -35,6 +35,7 @@ from torch import Tensor
 import dataset
 import distributed
 import encoding
+import generate
 import lora
 import saving
 import utils
@@ -135,6 +136,8 @@ def main(args: Args) -> None:
     else:
         tokenizer = utils.load_tokenizer(args.model)
         model = utils.load_causal_lm(args.model, distributed.load_device(args, device), tokenizer)
+        config = model.generation_config  # `model.generate` stops at the EOS learned here too (B28)
+        config.eos_token_id = generate.stop_token_ids(tokenizer, "eos", config)
     if args.lora_rank:
         model = lora.adapt(model, args)
     max_length = min(args.max_length, utils.context_length(model))
@@ -241,9 +244,8 @@ def main(args: Args) -> None:
     eval_loss, seconds = evaluate(), time.time() - started
     logger.to_tensorboard(num_steps, {"eval_loss": eval_loss})
     perplexity = math.exp(min(eval_loss, 700))  # above it overflows
-    if distributed.is_main():
-        summary = {"eval_loss": eval_loss, "perplexity": perplexity, "seconds": seconds}
-        saving.write_summary(out, args, model, summary)
+    summary = {"eval_loss": eval_loss, "perplexity": perplexity, "seconds": seconds}
+    saving.write_summary(out, args, model, summary)
     result = f"held-out loss {eval_loss:.3f} nats per token, perplexity {perplexity:.4g}"
     logger.close()
     utils.say(f"sft: {result}; {seconds:.0f} s; model in {out}")

@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import sys
-import threading
 import time
 import traceback
 import warnings
@@ -75,13 +74,6 @@ def stop(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
-def thread_failed(error: Any) -> None:
-    """Show a thread's error, unless TensorBoard's cannot write: the next flush says so."""
-    board = type(error.thread).__module__.startswith("tensorboard.")
-    if not (board and isinstance(error.exc_value, OSError)):
-        threading.__excepthook__(error)
-
-
 def first_line(error: BaseException) -> str:
     """An exception's kind and the first line of its message."""
     message = str(error).strip() or "no message"
@@ -92,7 +84,6 @@ def first_line(error: BaseException) -> str:
 def stage() -> Iterator[None]:
     """Decorates `main`: out of memory or a full disk end it with 1 and a line that says when."""
     global progress
-    threading.excepthook = thread_failed
     try:
         yield
         distributed.depart()
@@ -140,8 +131,8 @@ def start_process(args: Any) -> tuple[Any, distributed.Process]:
     args = copy.copy(args)
     try:
         device = distributed.choose_device(args.device)
-    except ValueError as error:
-        stop(f"--device: {error}; leave it out")
+    except (RuntimeError, AssertionError, TypeError) as error:
+        stop(f"--device: {args.device} cannot be used ({first_line(error)}); leave it out")
     process = distributed.join(device)
     launch = distributed.launch()
     before = flags_of(Path(args.output_dir).expanduser()) if launch or args.resume else {}
@@ -170,7 +161,10 @@ def start_process(args: Any) -> tuple[Any, distributed.Process]:
 
 
 def generator(device: torch.device | str, *numbers: int) -> torch.Generator:
-    """A random generator from `numbers` alone, such as (seed, SAMPLING, update, 0) (D7)."""
+    """A random generator from `numbers` alone, such as (seed, SAMPLING, update, 0) (D7).
+
+    The last one, as 1, 2 and so on, gives more of the same kind.
+    """
     # numpy takes [1] and [1, 0] for the same entropy, so the count comes first
     seed = int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0])
     return torch.Generator(device).manual_seed(seed)
@@ -375,8 +369,6 @@ def from_pretrained(auto_class: Any, model: str, **kwargs: Any) -> Any:
     """`auto_class.from_pretrained` of a folder or hub id; what it raises becomes one line."""
     path = Path(model).expanduser()
     local = path.exists() or model.startswith((".", "/", "~", "runs/")) or model.count("/") > 1
-    if (path / "shards").is_dir():
-        stop(f"{model}: is a checkpoint in shards; pass the folder of its run once that has ended")
     if local and not [*path.glob("config.json"), *path.glob("adapter_config.json")]:
         stop(f"{model}: holds no model; run the stage that makes it, or pass another")
     try:
@@ -798,6 +790,12 @@ PAGES = {  # TensorBoard's custom scalars: what a chart's metrics match
 }
 
 
+def eval_metrics(result: dict[str, Any]) -> dict[str, float]:
+    """What an evaluation of PPO says of the policy, by the names of metrics."""
+    policy = result["policy"] | {"win_rate": result["win_rate"]}
+    return {f"eval/{name}": x for name, x in policy.items() if x is not None}
+
+
 class Logger:
     """metrics.jsonl, TensorBoard (from where Weights & Biases takes it) and a progress bar.
 
@@ -824,7 +822,7 @@ class Logger:
         if args.track:
             import wandb
 
-            flags = {"config": vars(args), "dir": str(out), "name": out.name}
+            flags = {"config": vars(args), "dir": str(out), "name": str(out)}
             self.run = wandb.init(project="ppo-rlhf", sync_tensorboard=True, **flags)
         from torch.utils.tensorboard import SummaryWriter
 

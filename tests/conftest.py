@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,11 +71,9 @@ def deterministic():
 
 @pytest.fixture(autouse=True)
 def ctrl_c_ends_the_tests():
-    """An Interruption outside of a stage leaves its handlers, a stage its hook for threads."""
+    """An Interruption outside of a stage leaves its handlers."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    in_threads = threading.excepthook
     yield
-    threading.excepthook = in_threads
     for number, handler in before.items():
         signal.signal(number, handler)
 

@@ -643,4 +643,6 @@ def test_d42_the_best_policy_is_kept(ppo, error_of, later, best, tmp_path):
     kept, expected = weights_of(out / "best"), weights_of(last)
     assert all(torch.equal(kept[name], expected[name]) for name in expected)
     assert plain_lm(out / "best").generation_config.max_new_tokens == 10
+    record, judged = summary_of(out / "best"), {1: -5, 3: later[0], 4: later[1]}
+    assert (record["update"], record["eval"]["policy"]["judge"]) == (best, judged[best])
     assert utils.load_tokenizer(str(out / "best")).eos_token

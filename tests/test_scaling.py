@@ -249,7 +249,7 @@ def test_shards_are_resumed_by_more_or_fewer_processes(words, alone, tmp_path):
 def test_a_sharded_checkpoint_is_no_model(error_of, tmp_path):
     (tmp_path / "shards").mkdir()
     line = error_of(lambda: utils.load_tokenizer(str(tmp_path)))
-    assert "is a checkpoint in shards; pass the folder of its run" in line
+    assert "holds no model; run the stage that makes it" in line
 
 
 DRIVER = """

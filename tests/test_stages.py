@@ -50,6 +50,7 @@ from safetensors.torch import load_model
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import pipeline
 
 import dataset
 import ppo_rlhf
@@ -683,6 +684,26 @@ def test_the_saved_policy_generates_as_it_was_trained(ppo, models, tmp_path):
     stop, pad = tokenizer.convert_tokens_to_ids("."), tokenizer.pad_token_id
     assert any(stop in r[:-1] for r in responses)
     assert all({*r[r.index(stop) + 1 :]} <= {pad} for r in responses if stop in r)
+
+
+def test_an_sft_model_generates_to_the_eos_that_it_learned(sft, base, tmp_path):
+    """And to the ends of its start, whose own settings stay; what is no special token is none."""
+    tokenizer, start = utils.load_tokenizer(base.plain), plain_lm(base.plain)
+    special, word = tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids(".")
+    start.generation_config.update(eos_token_id=[special, word], temperature=0.3, do_sample=True)
+    out = sft(tmp_path / "out", model=save_pair(tmp_path / "start", start, tokenizer))
+    config = plain_lm(out).generation_config
+    assert (config.eos_token_id, config.temperature) == ([tokenizer.eos_token_id, special], 0.3)
+
+
+def test_transformers_pipeline_gives_the_raw_reward(chain):
+    """No sigmoid of it, with which close scores would be equal."""
+    folder = str(chain.reward_model)
+    judge, tokenizer = pipeline("text-classification", folder), utils.load_tokenizer(folder)
+    text = "Q: two ripe plums?\nA: two ripe plums" + tokenizer.eos_token
+    [expected] = plain_scores(folder, [tokenizer(text)["input_ids"]])
+    score = judge(text)[0]["score"] - judge.model.config.reward_mean
+    assert score == pytest.approx(expected, abs=1e-4)
 
 
 def test_reward_functions_get_texts_and_columns(ppo, tmp_path):

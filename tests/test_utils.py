@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import unicodedata
 import warnings
 from pathlib import Path
@@ -251,7 +250,7 @@ def test_a_device_without_float64_is_refused(monkeypatch):
         return whole(*size, dtype=dtype, **kwargs)
 
     monkeypatch.setattr(torch, "zeros", zeros)
-    with pytest.raises(ValueError, match=r"cannot be used \(Cannot convert"):
+    with pytest.raises(TypeError, match="Cannot convert"):
         distributed.choose_device("cpu")
 
 
@@ -650,30 +649,3 @@ def test_a_code_block_cannot_be_left():
         assert first == last == "`" * len(first)
         assert "`" * len(first) not in text
         assert len(first) >= 3
-
-
-class BoardThread(threading.Thread):
-    """As one of TensorBoard's."""
-
-    __module__ = "tensorboard.summary"
-
-
-@pytest.mark.parametrize(
-    ("kind", "error", "shown"),
-    [
-        (BoardThread, OSError(28, "No space left on device"), False),
-        (BoardThread, ValueError("a bug"), True),
-        (threading.Thread, ConnectionError("of a reward function's own thread"), True),
-    ],
-)
-def test_a_full_disk_in_tensorboards_thread_is_left_to_the_loop(kind, error, shown, capsys):
-    """Which says it in one line; any other error of a thread is shown."""
-
-    def fail():
-        raise error
-
-    with utils.stage():
-        thread = kind(target=fail)
-        thread.start()
-        thread.join()
-    assert ("Traceback" in capsys.readouterr().err) is shown

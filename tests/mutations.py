@@ -91,7 +91,7 @@ d06_optimizer_and_schedule[sft] in sft.py
 d06_optimizer_and_schedule[reward_model] in reward_model.py
     (1 + math.cos(math.pi * done))  ->  2
 d06_optimizer_and_schedule[ppo] in ppo_rlhf.py
-    rate * left  ->  rate
+    group["rate"] * left  ->  group["rate"]
 d07_random_numbers_depend_on_seed_and_update in ppo_rlhf.py
     utils.generator(device, args.seed, SAMPLING, update, 0)  ->
     utils.generator(device, args.seed, SAMPLING, 0)

@@ -27,7 +27,7 @@ def model_card(args: Any, model: Any, summary: dict[str, Any]) -> str:
     kind, use = "CausalLM", ""
     if hasattr(model, "score"):
         kind = "SequenceClassification"
-        use = "# of a text that ends in tokenizer.eos_token, once:\n"
+        use = "# for a text that ends with one tokenizer.eos_token:\n"
         use += "# score = (logit - model.config.reward_mean) / model.config.reward_std\n"
     return f"""---
 library_name: transformers

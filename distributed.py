@@ -36,13 +36,16 @@ class Process(NamedTuple):
 def choose_device(device: str) -> torch.device:
     """This process's device: cpu, cuda or auto, which is cuda where there is one.
 
-    Raises what torch does where it cannot be used.
+    Raises ValueError where it cannot be used.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    torch.zeros(1, dtype=torch.float64, device=device).item()  # which mps lacks
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device).item()  # which mps lacks
+    except Exception as error:  # an ImportError of hpu, say
+        raise ValueError(f"{device} cannot be used ({str(error).splitlines()[0]})") from None
     return torch.device(device)
 
 

@@ -46,7 +46,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
             model.generation_config = like.generation_config
     model.save_pretrained(part, state_dict=weights)
     tokenizer.save_pretrained(part)
-    utils.discard(folder / "config.json")  # an earlier one's, as in best/
+    for name in ("summary.json", "config.json"):  # an earlier model's, as in best/
+        utils.discard(folder / name)
     for path in sorted(part.iterdir(), key=lambda path: path.name == "config.json"):
         utils.discard(folder / path.name)
         utils.move(path, folder / path.name)

@@ -131,8 +131,8 @@ def start_process(args: Any) -> tuple[Any, distributed.Process]:
     args = copy.copy(args)
     try:
         device = distributed.choose_device(args.device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        stop(f"--device: {args.device} cannot be used ({first_line(error)}); leave it out")
+    except ValueError as error:
+        stop(f"--device: {error}; pass another")
     process = distributed.join(device)
     launch = distributed.launch()
     before = flags_of(Path(args.output_dir).expanduser()) if launch or args.resume else {}
@@ -163,7 +163,7 @@ def start_process(args: Any) -> tuple[Any, distributed.Process]:
 def generator(device: torch.device | str, *numbers: int) -> torch.Generator:
     """A random generator from `numbers` alone, such as (seed, SAMPLING, update, 0) (D7).
 
-    The last one, as 1, 2 and so on, gives more of the same kind.
+    Another last one gives other numbers for the same purpose.
     """
     # numpy takes [1] and [1, 0] for the same entropy, so the count comes first
     seed = int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0])
@@ -822,7 +822,7 @@ class Logger:
         if args.track:
             import wandb
 
-            flags = {"config": vars(args), "dir": str(out), "name": str(out)}
+            flags = {"config": vars(args), "dir": str(out), "name": str(out)[-128:]}
             self.run = wandb.init(project="ppo-rlhf", sync_tensorboard=True, **flags)
         from torch.utils.tensorboard import SummaryWriter
 

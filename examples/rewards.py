@@ -76,7 +76,7 @@ def sentiment(prompts, completions, **columns):
 
 
 async def http_judge(prompts, completions, **columns):
-    """What a service says of each completion; at a time as many as cores + 4, 32 at most.
+    """What a service says of each completion, min(32, cores + 4) requests at a time.
 
     `{"prompt": ..., "completion": ...}` is posted to the address in the environment variable
     JUDGE_URL, which answers `{"score": 0.5}`. An error or a minute of silence stops the run.

@@ -383,7 +383,7 @@ ALL = [
     *each("batch_size", -16),  # a multiple of --micro-batch-size
     *each("learning_rate", NAN),
     *each("seed", 2**64),
-    *each("device", "abacus", "meta", "cuda:77"),
+    *each("device", "abacus", "meta", "cuda:77", "hpu"),
 ]
 FIRST_TWO = [*each("epochs", 0, -1), *each("warmup_ratio", 1.1, -0.1), *each("max_length", 0)]
 NOT_0 = "total_episodes num_mini_batches num_ppo_epochs samples_per_prompt response_length "

@@ -547,7 +547,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(sft, saved, small_disk, room, er
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("kilobytes", [8, 12, 100, 160])
 def test_a_disk_that_is_full_before_the_first_checkpoint(sft, small_disk, kilobytes, error_of):
-    """No room for events, metrics or the model: one line."""
+    """No room for events, metrics or the model: one line, after what TensorBoard's thread shows."""
     out = small_disk(kilobytes) / "out"
     assert "No space left" in error_of(sft, out, batch_size=4, save_every=0, code=1)
     assert not (out / "config.json").exists()

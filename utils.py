@@ -777,7 +777,11 @@ def check_finite(where: str, quantities: dict[str, Any]) -> None:
 
 
 PAGES = {  # TensorBoard's custom scalars: what a chart's metrics match
-    "reward and KL": ["objective/(scores|rlhf_reward)", "objective/kl"],
+    "reward and KL": [
+        "(objective/(scores|rlhf_reward)|eval/(score|judge))",
+        "(objective|eval)/kl",
+        "eval/win_rate",
+    ],
     "PPO health": [
         "(policy|val)/clipfrac_avg",
         "val/ratio",

@@ -44,6 +44,7 @@ def test_tensorboards_pages_show_ppos_metrics(trained, models):
         assert all(found)
         shown[page.title] = set.union(*found)
     reward = {"objective/scores", "objective/rlhf_reward", "objective/kl"}
+    reward |= {"eval/score", "eval/kl", "eval/win_rate"}  # there is no judge
     health = {"policy/clipfrac_avg", "val/clipfrac_avg", "val/ratio", "policy/approxkl_avg"}
     health |= {"val/explained_variance", "policy/entropy_avg", "response/eos_rate", "grad_norm"}
     assert shown == {"reward and KL": reward, "PPO health": health}

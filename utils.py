@@ -778,7 +778,8 @@ def check_finite(where: str, quantities: dict[str, Any]) -> None:
 
 PAGES = {  # TensorBoard's custom scalars: what a chart's metrics match
     "reward and KL": [
-        "(objective/(scores|rlhf_reward)|eval/(score|judge))",
+        "objective/(scores|rlhf_reward)",
+        "eval/(score|judge)",
         "(objective|eval)/kl",
         "eval/win_rate",
     ],

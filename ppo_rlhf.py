@@ -439,7 +439,7 @@ def main(args: Args) -> None:
                 results.append(result | {"length": len(ids), "eos_rate": ids[-1] in stop_ids})
         return distributed.gather(results)
 
-    def compare_policy(shown: int) -> tuple[list, dict]:
+    def compare_policy(shown: int) -> tuple[list[dict], dict]:
         """Evaluate the policy, show samples; keep the best in best/ (D42)."""
         after = evaluate(policy)
         logger.samples(update, before, after, shown)
@@ -727,7 +727,8 @@ def main(args: Args) -> None:
             tensors = {"scores": scores, "advantages": advantages[real], "ratios": ratios[real]}
             logger.to_tensorboard(update, tensors)
             if update < num_updates:
-                metrics |= utils.eval_metrics(compare_policy(shown=2)[1])
+                _, result = compare_policy(shown=2)
+                metrics |= utils.eval_metrics(result)
         logger.log(update, metrics)
         if args.save_rollouts and update % args.save_rollouts == 0:
             fields = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")

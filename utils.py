@@ -834,7 +834,7 @@ class Logger:
         path = out / "metrics.jsonl"
         # a line a step; after a power cut the last may be half a line
         text = path.read_text(encoding="utf-8", errors="replace") if start else ""
-        write_text(path, "".join(text.splitlines(True)[:start]))
+        write_text(path, "".join(text.splitlines(keepends=True)[:start]))
         self.file = path.open("a", buffering=1)
         self.board = SummaryWriter(str(out), purge_step=start + bool(start))
         self.board.add_text("args", card.fenced(json.dumps(vars(args), indent=2)), 0)

@@ -8,6 +8,7 @@ SmolLM2-135M.
 
     python benchmarks/throughput.py    # writes benchmarks/results/throughput.json and scaling.png
     python benchmarks/throughput.py --parts W2 rollout --rounds 3
+    python benchmarks/throughput.py --dtypes float32    # a processor without bfloat16 instructions
 
 | | model | batch | prompt, response tokens | |
 |---|---|---|---|---|
@@ -32,7 +33,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -65,6 +66,8 @@ class Args:
     """Turns of each side."""
     updates: int = 3
     """Updates measured in each turn."""
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    """Precisions; W4 and scaling are measured in the last one only."""
     threads: int = 2
     """Threads of each process."""
     models: Path = Path("runs/embedded/seed1")
@@ -92,7 +95,7 @@ def main(args: Args) -> None:
         report = {"machine": here}
     for part in args.parts:
         if part.startswith("W"):
-            for dtype in ("bfloat16",) if part == "W4" else ("float32", "bfloat16"):
+            for dtype in args.dtypes[-1:] if part == "W4" else args.dtypes:
                 report[f"{part} {dtype}"] = compare(args, part, dtype)
                 print(part, dtype, json.dumps(report[f"{part} {dtype}"]["medians"]), flush=True)
         else:
@@ -332,7 +335,7 @@ def rollout(args: Args) -> dict[str, Any]:
     """Tokens per second, up to EOS, of the decoding loop and of `model.generate`."""
     report = {}
     for name in ("W1", "W3"):
-        by_dtype = beside_generate(workload(args, name), ("float32", "bfloat16"), 24, warm_up=3)
+        by_dtype = beside_generate(workload(args, name), args.dtypes, 24, warm_up=3)
         report |= {f"{name} {dtype}": rates for dtype, rates in by_dtype.items()}
     return report
 
@@ -397,7 +400,7 @@ def beside_generate(
 
 def scaling(args: Args) -> dict[str, Any]:
     """Seconds per update of W1 as the batch and as the response grow 2 and 4 times; also drawn."""
-    base = workload(args, "W1") | {"dtype": "bfloat16"}
+    base = workload(args, "W1") | {"dtype": args.dtypes[-1]}
     out = args.runs / "W1/scaling"
     report: dict[str, Any] = {}
     for flag in ("batch-size", "response-length"):

@@ -126,7 +126,7 @@ def load_splits(args: Any, formats: Formats) -> tuple[list[Row], list[Row]]:
 
 
 def load_data(dataset: str, split: str, formats: Formats, args: Any = None) -> list[Row]:
-    """Rows of a split, with the columns of the first of `formats` that fits the first row.
+    """Rows of a split, with the columns of the first of `formats` that fits most rows.
 
     Of a stage's flags `args`, --columns: `prompt=question` reads `question` as `prompt`,
     `prompt=a+b` both, each with an empty line after it; `system=` leaves `system` out. Stops where
@@ -152,10 +152,12 @@ def load_data(dataset: str, split: str, formats: Formats, args: Any = None) -> l
         settled.add("label")
     if not rows:
         stop(f"{where}: holds no rows; pass another")
-    columns = next((columns for columns in formats if {*columns} <= {*rows[0]}), None)
+    most = len(rows) / 2
+    columns = next((c for c in formats if sum({*c} <= {*row} for row in rows) > most), None)
     if columns is None:
         wanted = " or ".join(",".join(columns) for columns in formats)
-        stop(f"{rows[0].place}: has {','.join(found)}; rename by --columns to {wanted}")
+        what = f"most rows have no {wanted}, but {','.join(found)}"
+        stop(f"{rows[0].place}: {what}; rename by --columns")
     ignored = [name for name in found if name not in {*columns, *settled}]
     if formats is not PROMPT_FORMATS:
         check_ignored(rows, columns, ignored, {column for column, sources in pairs if sources})
@@ -309,18 +311,28 @@ def same_chat_head(prompt: Any, chat: list[Any]) -> int:
     return n if is_head else 0
 
 
-def parsed_chat(text: str) -> Any:
-    """The chat that a text holds, in JSON or as Python or numpy writes it; else the text (B33)."""
+def parsed(text: str) -> Any:
+    """What a text holds in JSON, or as Python or numpy writes it; None where it is neither."""
     # numpy writes no comma
     spaced = re.sub(r"\}\s+(?=\{'\w+': )", "}, ", text)
     for parse, source in ((json.loads, text), (ast.literal_eval, text), (ast.literal_eval, spaced)):
         with contextlib.suppress(Exception):
-            value = parse(source)
-            if isinstance(value, dict):  # one message; other objects are texts
-                return value if {*value} in ({"role", "content"}, {"from", "value"}) else text
-            if all({"role", "from"} & message.keys() for message in value):
-                return value
-    return text
+            return parse(source)
+    return None
+
+
+def parsed_chat(text: str) -> Any:
+    """The chat or message that a text holds (B33); else the text: answers may be JSON."""
+    keys = ({"role", "content"}, {"from", "value"})
+
+    def is_message(x: Any) -> bool:
+        role = x.get("role", x.get("from")) if isinstance(x, dict) else None
+        return role in (*ROLES, *SHAREGPT_ROLES) or (role and any(k <= x.keys() for k in keys))
+
+    value = parsed(text)
+    if isinstance(value, dict):
+        return value if {*value} in keys else text
+    return value if isinstance(value, list) and any(map(is_message, value)) else text
 
 
 def read_split(dataset: str, split: str, args: Any) -> list[Row]:
@@ -464,7 +476,7 @@ def check_field(value: Any, column: str) -> None:
     if not isinstance(value, wanted):
         kind = "missing" if value is None else f"of type {type(value).__name__}"
         raise Unusable(f"{column}: is {kind}; make it a string, or a list of chat messages")
-    if isinstance(value, str) and re.match(BROKEN_CHAT, value):
+    if isinstance(value, str) and re.match(BROKEN_CHAT, value) and parsed(value) is None:
         raise Unusable(f"{column}: is a chat that cannot be parsed; write it as JSON")
     messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
     role, text = "", ""

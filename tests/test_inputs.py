@@ -278,6 +278,35 @@ def test_b33_a_chat_kept_as_text(tmp_path, write):
         assert dataset.parsed_chat(text) == text
 
 
+def test_b33_an_answer_in_json_is_a_text(tmp_path, error_of):
+    """A list of objects is a chat where one has a role; what looks like a chat must be whole."""
+    for text in (
+        '[{"value": 3, "unit": "m"}]',
+        '[{"content": "two figs"}]',
+        '[{"from": "Paris", "to": "Rome"}]',
+        '[{"name": "Ann", "role": "engineer"}]',
+    ):
+        [row] = read(tmp_path, [{"prompt": "two figs?", "completion": text}])
+        assert row["completion"] == text
+    for text, what in (
+        ('[{"role": "user", "content": "two figs?"}, {"role": "assis', "cannot be parsed"),
+        ('[{"role": "user", "text": "two figs?"}]', "no chat message"),
+        ('[{"from": "human", "text": "two figs?"}]', "no chat message"),
+        ('[{"role": "assistant", "content": "Yes."}, {"content": "No."}]', "no chat message"),
+        ('[{"role": "critic", "content": "Yes."}]', "no chat message"),
+    ):
+        assert what in error_of(read, tmp_path, [{"prompt": "two figs?", "completion": text}])
+
+
+def test_a_first_row_without_a_column(tmp_path, capsys, error_of):
+    """It is left out like any other; where most rows lack one, the columns that are there help."""
+    rows = [{"prompt": "two figs?"}, *({"prompt": "p", "completion": "c"} for _ in range(20))]
+    assert len(read(tmp_path, rows)) == 20
+    assert "1 of 21 rows are left out" in capsys.readouterr().out
+    line = error_of(read, tmp_path, [{"question": "two figs?", "answer": "Yes."}])
+    assert "most rows have no prompt,completion or messages or text, but question,answer" in line
+
+
 @pytest.mark.parametrize("prompt", ["two figs?", [USER]])
 def test_b34_a_prompt_that_is_the_answers_head_too(tmp_path, prompt):
     rows = [{"prompt": prompt, "chosen": [USER, GOOD], "rejected": [USER, BAD]}]

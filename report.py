@@ -106,7 +106,7 @@ def page(runs: list[Path], share: int) -> str:
     nav = body = tail = ""
     for i, run in enumerate(runs):
         name, color = e(os.path.relpath(run, above)), f"hsl({(210 + 137 * i) % 360},65%,50%)"
-        stage = e(utils.flags_of(run).get("stage", "?"))
+        stage = e(utils.read_object(run / "args.json").get("stage", "?"))
         rows, note = read(run / "metrics.jsonl")
         final, summary = run / "summary.json", {}
         if final.is_file():

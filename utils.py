@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -70,7 +71,7 @@ def stop(message: str, code: int = 2) -> NoReturn:
         progress.close()  # ends its line
         if not distributed.is_main():  # that of the main process
             print(file=sys.stderr)
-    print(visible(f"error: {message}".replace("\n", " ")), file=sys.stderr, flush=True)
+    print(visible(f"error: {message}".replace("\n", " ")), file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -88,7 +89,7 @@ def stage() -> Iterator[None]:
         yield
         distributed.depart()
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if re.search("MemoryError|out of memory|allocate memory|ALLOC_FAILED", repr(error)):
             fix = "lower --micro-batch-size or add --gradient-checkpointing"
         elif isinstance(error, OSError) or "os error" in str(error):
             fix = "make room or fix folder or pipe, then --resume"
@@ -135,7 +136,9 @@ def start_process(args: Any) -> tuple[Any, distributed.Process]:
         stop(f"--device: {error}; pass another")
     process = distributed.join(device)
     launch = distributed.launch()
-    before = flags_of(Path(args.output_dir).expanduser()) if launch or args.resume else {}
+    before = {}
+    if launch or args.resume:
+        before = read_object(Path(args.output_dir).expanduser() / "args.json")
     if distributed.from_main(launch and before.get("launch") == launch):
         args.resume, args.overwrite = True, False  # started again: it goes on, whatever the flags
     if getattr(args, "fsdp", False):
@@ -236,7 +239,7 @@ def check_output(args: Any, stage: str) -> None:
                 stop(f"--output-dir: {out} is or holds {flag(name)}, {source}; pass another")
     if not out.is_dir() or {path.name for path in out.iterdir()} <= {"run.lock", "args.json.part"}:
         return
-    before = flags_of(out)
+    before = read_object(out / "args.json")
     if before.get("stage") != stage:
         stop(f"{out}: holds no run of {stage}.py; pass another --output-dir")
     if not args.resume and not args.overwrite:
@@ -251,10 +254,10 @@ def check_output(args: Any, stage: str) -> None:
             stop(f"{out}: is finished, without a checkpoint; pass --overwrite")
 
 
-def flags_of(out: Path) -> dict[str, Any]:
-    """Flags and stage of the run in a folder; none without a run."""
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none."""
     try:
-        return dict(json.loads((out / "args.json").read_text(encoding="utf-8")))
+        return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError):
         return {}
 
@@ -345,7 +348,7 @@ def keep_digest(source: str, parts: Iterable[bytes]) -> None:
 def base_of(model: str) -> str:
     """The model that a LoRA folder adapts; any other is its own."""
     file = Path(model).expanduser() / "adapter_config.json"
-    base = json.loads(file.read_text()).get("base_model_name_or_path") if file.is_file() else model
+    base = read_object(file).get("base_model_name_or_path") if file.is_file() else model
     return base or stop(f"{file}: names no base_model_name_or_path; add it")
 
 

@@ -324,6 +324,7 @@ DAMAGES = {
     "a weight missing": lambda folder: without(folder, "layers.1.mlp.up_proj"),
     "no tokenizer": lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
     "an illegible config": lambda folder: (folder / "config.json").write_text("{"),
+    "an illegible adapter": lambda folder: (folder / "adapter_config.json").write_text("{"),
     "an unknown kind": lambda folder: (folder / "config.json").write_text('{"model_type": "no"}'),
 }
 

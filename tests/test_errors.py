@@ -68,11 +68,21 @@ def test_out_of_memory_names_the_step_and_the_flag_to_lower(
 
 
 def test_out_of_memory_at_the_start(run, error_of, monkeypatch):
-    """When the models are loaded."""
-    monkeypatch.setattr(torch.nn.Module, "to", raising(CUDA_IS_FULL))
-    line = error_of(run, code=1)
-    assert line.startswith("error: start: ")
-    assert "--micro-batch-size" in line
+    """When the models are loaded; cuBLAS, CUDA itself and Python have words of their own for it."""
+    full = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")
+    for error in (CUDA_IS_FULL, full, RuntimeError("CUDA error: out of memory"), MemoryError()):
+        monkeypatch.setattr(torch.nn.Module, "to", raising(error))
+        line = error_of(run, code=1)
+        assert line.startswith("error: start: ")
+        assert "--micro-batch-size" in line
+
+
+def test_an_illegal_memory_access_is_a_bug(run, monkeypatch):
+    """Smaller micro-batches would not help."""
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(torch.nn.Module, "to", raising(error))
+    with pytest.raises(RuntimeError, match="illegal"):
+        run()
 
 
 def test_a_bug_keeps_its_traceback(run, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import (
     ROOT,
+    STANDALONE,
     assert_same_run,
     metrics_of,
     preference_rows,
@@ -51,7 +52,7 @@ for i, (name, flags) in enumerate(runs, 1):
 
 def launch(*words: str, processes: int = 2, **env: str) -> str:
     """Run torchrun and return its stdout; nothing is left running."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [sys.executable, "-m", "torch.distributed.run", *STANDALONE]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     command, env = [*command, "--nproc-per-node", str(processes), *words], os.environ | env
     process = subprocess.Popen(command, env=env | {"OMP_NUM_THREADS": "1"}, **pipes)

@@ -18,6 +18,7 @@ from conftest import (
     MODULES,
     ROOT,
     STAGES,
+    STANDALONE,
     args_of,
     assert_same_run,
     change_config,
@@ -590,7 +591,7 @@ def test_two_processes_are_interrupted_together(whole, number, tmp_path):
     out = tmp_path / "out"
     args = flags_of(whole("ppo")) | {"output_dir": str(out), "save_every": 0, "eval_every": 0}
     args |= {"save_rollouts": 0, "num_mini_batches": 1, "total_episodes": 8 * 200}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [sys.executable, "-m", "torch.distributed.run", *STANDALONE]
     command += ["--nproc-per-node", "2", "ppo_rlhf.py", *words_of(args)]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     env = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import (
     ROOT,
+    STANDALONE,
     assert_same_run,
     make_model,
     metrics_of,
@@ -95,7 +96,7 @@ def test_a_killed_process_loses_nothing(words, alone, tmp_path, rank, more):
         (out / "checkpoint").mkdir(parents=True)
         (out / "args.json").write_text(json.dumps({"stage": "ppo_rlhf", "seed": 7}))
     given = ["ppo_rlhf.py", *words, *more, "--output-dir", str(out)]
-    run = torchrun("--standalone", "--nproc-per-node", "2", "--max-restarts", "2", *given)
+    run = torchrun(*STANDALONE, "--nproc-per-node", "2", "--max-restarts", "2", *given)
     wait_for(out / "checkpoint" / "000002")
     os.kill(workers(run.pid)[rank], signal.SIGKILL)
     code, stdout, stderr = finished(run)
@@ -139,7 +140,7 @@ def test_one_that_fails_ends_all_with_its_line(words, tmp_path, fsdp):
     out = tmp_path / "out"
     os.environ["HOME_OF"] = str(out / "checkpoint")
     given = ["ppo_rlhf.py", *words, *fsdp, "--reward-fn", f"{judge}:score"]
-    run = torchrun("--standalone", "--nproc-per-node", "2", *given, "--output-dir", str(out))
+    run = torchrun(*STANDALONE, "--nproc-per-node", "2", *given, "--output-dir", str(out))
     wait_for(out / "checkpoint" / "000001")
     started = time.monotonic()
     code, _, stderr = finished(run, 60)
@@ -161,7 +162,7 @@ SAVING = ["--fsdp", "--cpu-offload", "--gradient-checkpointing"]
 def test_what_goes_with_several_processes(words, alone, tmp_path, more):
     """The result is that of one process without these flags."""
     given = ["ppo_rlhf.py", *words, *more, "--output-dir", str(tmp_path / "out")]
-    code, _, stderr = finished(torchrun("--standalone", "--nproc-per-node", "2", *given), 300)
+    code, _, stderr = finished(torchrun(*STANDALONE, "--nproc-per-node", "2", *given), 300)
     assert code == 0, stderr[-3000:]
     assert_same_run(alone, tmp_path / "out", tolerance=1e-4)
     assert "Warning" not in stderr
@@ -170,7 +171,7 @@ def test_what_goes_with_several_processes(words, alone, tmp_path, more):
 def test_shards_in_bfloat16(words, tmp_path):
     """Rollout and training round alike, policy and reference too: ratio 1 and KL 0 at the start."""
     given = [*words, "--fsdp", "--dtype", "bfloat16", "--output-dir", str(tmp_path / "out")]
-    run = torchrun("--standalone", "--nproc-per-node", "2", "ppo_rlhf.py", *given)
+    run = torchrun(*STANDALONE, "--nproc-per-node", "2", "ppo_rlhf.py", *given)
     code, _, stderr = finished(run)
     assert code == 0, stderr[-3000:]
     rows = metrics_of(tmp_path / "out")
@@ -233,7 +234,7 @@ def test_shards_are_resumed_by_more_or_fewer_processes(words, alone, tmp_path):
     given = ["ppo_rlhf.py", *words, "--fsdp", "--output-dir", str(out)]
     for processes, update in ((2, 1), (1, 3), (4, None)):
         resume = ["--resume"] if processes != 2 else []
-        run = torchrun("--standalone", "--nproc-per-node", str(processes), *given, *resume)
+        run = torchrun(*STANDALONE, "--nproc-per-node", str(processes), *given, *resume)
         if update:
             wait_for(out / "checkpoint" / f"{update:06d}")
             run.send_signal(signal.SIGTERM)
@@ -317,7 +318,7 @@ def reports(tokenizer, tmp_path_factory):
     found = {}
     for how in ("shard", "replicate"):
         words = (
-            "--standalone",
+            *STANDALONE,
             "--nproc-per-node",
             "2",
             str(folder / "driver.py"),

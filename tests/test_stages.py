@@ -699,7 +699,8 @@ def test_an_sft_model_generates_to_the_eos_that_it_learned(sft, base, tmp_path):
 def test_transformers_pipeline_gives_the_raw_reward(chain):
     """No sigmoid of it, with which close scores would be equal."""
     folder = str(chain.reward_model)
-    judge, tokenizer = pipeline("text-classification", folder), utils.load_tokenizer(folder)
+    judge = pipeline("text-classification", folder, device="cpu")
+    tokenizer = utils.load_tokenizer(folder)
     text = "Q: two ripe plums?\nA: two ripe plums" + tokenizer.eos_token
     [expected] = plain_scores(folder, [tokenizer(text)["input_ids"]])
     score = judge(text)[0]["score"] - judge.model.config.reward_mean

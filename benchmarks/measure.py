@@ -55,7 +55,7 @@ def run_stage(command: list[str], threads: int) -> dict:
 
 
 def machine(threads: int) -> dict:
-    """The processor's name and bfloat16 instructions, threads, Python's version, the commit."""
+    """Commit, processor, of x86 its bfloat16 instructions, threads, Python's version."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -64,13 +64,11 @@ def machine(threads: int) -> dict:
     if shutil.which("git"):
         git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return {
-        "commit": commit,  # empty outside a clone
-        "processor": next(names, platform.processor()),
-        "bfloat16_instructions": sorted(words & {"avx512_bf16", "amx_bf16"}),
-        "threads": threads,
-        "python": platform.python_version(),
-    }
+    # the commit is empty outside a clone
+    facts: dict = {"commit": commit, "processor": next(names, platform.processor())}
+    if words:
+        facts["bfloat16_instructions"] = sorted(words & {"avx512_bf16", "amx_bf16"})
+    return facts | {"threads": threads, "python": platform.python_version()}
 
 
 def interval(differences: list[float]) -> list[float]:

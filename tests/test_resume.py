@@ -102,6 +102,8 @@ def test_runs_killed_at_any_moment_continue_exactly(whole, tmp_path):
 
 def killed_again_and_again(plan: list[dict], folder: Path) -> list[int]:
     """Run a plan of kill_runs.py until each run is whole; returns how many kills each had."""
+    if sys.platform == "darwin":
+        pytest.skip("a fork of a process that has loaded torch may crash there")
     (folder / "plan.json").write_text(json.dumps(plan))
     command = [sys.executable, str(ROOT / "tests" / "kill_runs.py"), str(folder / "plan.json")]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

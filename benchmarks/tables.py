@@ -35,9 +35,11 @@ def table(header: list[str], rows: list[list[object]]) -> str:
 def where(report: dict, dtype: bool = False) -> str:
     """The machine that a result is from, and by choice the precision it ran in."""
     machine = report["machine"]
-    has = " and ".join(machine.get("bfloat16_instructions", []))
     processor = re.sub(r"\(\w+\)| Processor", "", machine["processor"])
-    words = [processor + (f" with {has}" if has else "")]
+    if "bfloat16_instructions" in machine:
+        has = " and ".join(machine["bfloat16_instructions"])
+        processor += f" with {has}" if has else " without bfloat16 instructions"
+    words = [processor]
     words += [f"{machine['threads']} thread" + "s" * (machine["threads"] != 1)]
     words += [f"torch {machine['torch']}"] if "torch" in machine else []
     words += [report["dtype"]] if dtype and "dtype" in report else []
@@ -49,7 +51,7 @@ def measured_on() -> str:
     """Which results of the page are from which machine and commit."""
     names = "embedded embedded_float32 reward_model_parts reward_model_losses throughput memory"
     files: dict[str, list[str]] = {}
-    for name in f"{names} soak parity_trl reviews".split():
+    for name in f"{names} soak parity_trl reviews avx2/embedded".split():
         files.setdefault(where(result(f"{name}.json")), []).append(f"`{name}.json`")
     return "\n".join(f"- {machine}: {', '.join(some)}" for machine, some in files.items())
 
@@ -63,11 +65,6 @@ def span(numbers: list[float], form: str) -> str:
 # ---- the embedded task
 
 
-def embedded() -> dict:
-    """The runs in the precision that `--dtype auto` picks."""
-    return {"dtype": "bfloat16"} | result("embedded.json")
-
-
 def wall_seconds(seed: dict) -> float:
     """Of the three stages, start-up included."""
     return sum(seed[stage]["wall_seconds"] for stage in ("sft", "reward_model", "ppo"))
@@ -75,27 +72,29 @@ def wall_seconds(seed: dict) -> float:
 
 def embedded_line() -> str:
     """The result in a sentence or two."""
-    report, float32 = embedded(), result("embedded_float32.json")
-    ppo = [seed["ppo"] for seed in report["seeds"]]
+    bfloat16, float32, avx2 = (
+        result(f"{name}.json") for name in ("embedded", "embedded_float32", "avx2/embedded")
+    )
+    ppo = [seed["ppo"] for of in (bfloat16, float32, avx2) for seed in of["seeds"]]
+    wins = span([run["eval"]["win_rate"] for run in ppo], ".0%")
     before, after = (
         statistics.mean(run["labeler"][who]["score"] for run in ppo)
         for who in ("reference", "policy")
     )
-    both = report["seeds"] + float32["seeds"]
-    wins = span([seed["ppo"]["eval"]["win_rate"] for seed in both], ".0%")
-    minutes, minutes32 = (
-        span([wall_seconds(seed) / 60 for seed in of["seeds"]], ".1f") for of in (report, float32)
+    minutes, minutes32, minutes_avx2 = (
+        span([wall_seconds(seed) / 60 for seed in of["seeds"]], ".1f")
+        for of in (bfloat16, float32, avx2)
     )
-    other = f" ({where(float32)})" if float32["machine"] != report["machine"] else ""
-    free = report["seeds"][0]["ppo_kl_coef_0"]["eval"]["policy"]
+    free = bfloat16["seeds"][0]["ppo_kl_coef_0"]["eval"]["policy"]
     return (
         f"On {ppo[0]['eval']['prompts']} held-out prompts the labeler prefers the policy's reply to"
-        f" the SFT model's in **{wins}**\n({len(ppo)} seeds, two precisions); its mean score rises"
-        f" from {before:.1f} to {after:.1f} of {ppo[0]['best']:.0f}. The stages take"
-        f" {minutes} minutes\n({where(report, dtype=True)}), and {minutes32} with `--dtype float32`"
-        f"{other}.\n\nWith `--kl-coef 0` the policy hacks the reward model: it names the"
-        f" product again and again. The reward\nmodel's score rises to {free['score']:.1f}, above"
-        f" the {ppo[0]['eval']['policy']['score']:.1f} with the KL penalty, and the labeler's falls"
+        f" the SFT model's in **{wins}** ({len(bfloat16['seeds'])} seeds, two\nprecisions, two"
+        f" processors); its mean score rises from {before:.1f} to {after:.1f} of"
+        f" {ppo[0]['best']:.0f}. The stages take {minutes} minutes in bfloat16\nand {minutes32} in"
+        f" float32 ({where(bfloat16)}), {minutes_avx2} on an {where(avx2)}.\n\n"
+        f"With `--kl-coef 0` the policy hacks the reward model: it names the product again and"
+        f" again. The reward\nmodel's score rises to {free['score']:.1f}, above the"
+        f" {ppo[0]['eval']['policy']['score']:.1f} with the KL penalty, and the labeler's falls"
         f" to {free['judge']:.1f}."
     )
 
@@ -117,7 +116,7 @@ def embedded_two_samples() -> str:
 
 def embedded_openings() -> str:
     """How much the policy's replies are alike."""
-    seed = embedded()["seeds"][0]
+    seed = result("embedded.json")["seeds"][0]
     openings = seed["ppo"]["openings"]
     common = " and ".join(f'"{words}" ({count})' for words, count in openings["policy"])
     return (
@@ -129,14 +128,14 @@ def embedded_openings() -> str:
 
 def embedded_hacked() -> str:
     """A reply that has hacked the reward model."""
-    run = embedded()["seeds"][0]["ppo_kl_coef_0"]
+    run = result("embedded.json")["seeds"][0]["ppo_kl_coef_0"]
     return f"The first reply without the penalty:\n\n> {run['first_reply'].strip()}"
 
 
 def embedded_seeds() -> str:
     """What PPO makes of the SFT model, for each seed."""
-    rows = []
-    for seed in embedded()["seeds"]:
+    report, rows = result("embedded.json"), []
+    for seed in report["seeds"]:
         ppo = seed["ppo"]
         before, after = ppo["labeler"]["reference"], ppo["labeler"]["policy"]
         row = [seed["seed"], f"{ppo['eval']['win_rate']:.3f}", f"{before['score']:.2f}"]
@@ -145,12 +144,12 @@ def embedded_seeds() -> str:
         rows.append([*row, f"{ppo['eval']['policy']['eos_rate']:.3f}"])
     header = ["seed", "win rate", "labeler, SFT model", "labeler, PPO", "best", "share of the way"]
     header += ["right product and remedy, SFT model", "the same, PPO", "ends in EOS"]
-    return table(header, rows) + f"\n\n{where(embedded(), dtype=True)}."
+    return table(header, rows) + f"\n\n{where(report, dtype=True)}."
 
 
 def embedded_reward_model() -> str:
     """The reward model's accuracy against what the noise of the labels allows, for each seed."""
-    report, rows = embedded(), []
+    report, rows = result("embedded.json"), []
     for seed in report["seeds"]:
         low, high = seed["reward_model"]["accuracy_interval"]
         accuracy, pairs = seed["reward_model"]["accuracy"], seed["reward_model"]["pairs"]
@@ -209,7 +208,7 @@ def embedded_few_pairs() -> str:
 
 def embedded_times() -> str:
     """Time and memory of the stages."""
-    report, rows = embedded(), []
+    report, rows = result("embedded.json"), []
     for stage, name in (("sft", "sft"), ("reward_model", "reward_model"), ("ppo", "ppo_rlhf")):
         runs = [seed[stage] for seed in report["seeds"]]
         seconds = ", ".join(f"{run['wall_seconds']:.0f}" for run in runs)
@@ -222,7 +221,7 @@ def embedded_times() -> str:
 
 def embedded_kl() -> str:
     """The run without a KL penalty beside the default one."""
-    seed = embedded()["seeds"][0]
+    seed = result("embedded.json")["seeds"][0]
     default, free, rows = seed["ppo"], seed["ppo_kl_coef_0"], []
     for name, run, who in (
         ("SFT model", default, "reference"),
@@ -239,21 +238,19 @@ def embedded_kl() -> str:
 
 def embedded_precision() -> str:
     """The precision that `--dtype auto` picks and the others, seed by seed."""
-    reports = [embedded()]
-    for path in sorted(RESULTS.glob("embedded_*.json")):
-        dtype = path.stem.removeprefix("embedded_")
-        reports.append({"dtype": dtype} | result(path.name))
     rows = []
-    for report in reports:
+    for name in ("embedded", "embedded_float32", "avx2/embedded"):
+        report = result(f"{name}.json")
         for seed in report["seeds"]:
             ppo = seed["ppo"]
-            row = [report["dtype"], seed["seed"], f"{ppo['eval']['win_rate']:.3f}"]
+            instructions = " ".join(report["machine"].get("bfloat16_instructions", [])) or "none"
+            row = [report["dtype"], instructions, seed["seed"], f"{ppo['eval']['win_rate']:.3f}"]
             row += [f"{ppo['share_of_the_way']:.3f}", f"{seed['reward_model']['accuracy']:.3f}"]
             row += [f"{abs(ppo['first_kl_per_token']):.1g}"]
             row += [f"{ppo['largest_ratio_start_error']:.1g}", f"{wall_seconds(seed):.0f}"]
             rows.append(row)
-    header = ["precision", "seed", "win rate", "share of the way", "reward model"]
-    header += ["first update's KL per token", "ratio's largest error at the start"]
+    header = ["precision", "bfloat16 instructions", "seed", "win rate", "share of the way"]
+    header += ["reward model", "first update's KL per token", "ratio's largest error at the start"]
     return table([*header, "seconds, three stages"], rows)
 
 
@@ -768,11 +765,11 @@ TABLES: dict[str, Callable[[], str]] = {
         measured_on, embedded_line, embedded_two_samples, embedded_samples, embedded_openings,
         embedded_seeds, embedded_reward_model, embedded_parts, embedded_losses, embedded_few_pairs,
         embedded_times, embedded_kl, embedded_hacked, embedded_precision, reviews_results,
-        reviews_samples, parity_trl, throughput, rollouts, machine_share, scaling, startup, memory,
-        memory_runs, soak, scaling_measured, scaling_inputs, scaling_paper, scaling_limits,
-        scaling_published, lab_baseline, lab_ablations, lab_variants, lab_order,
-        lab_overoptimization, lab_least_of_three, lab_fits, lab_best_of_n, lab_methods,
-        lab_findings, lab_why_ppo,
+        reviews_samples, parity_trl, throughput, rollouts,
+        machine_share, scaling, startup, memory, memory_runs, soak, scaling_measured,
+        scaling_inputs, scaling_paper, scaling_limits, scaling_published, lab_baseline,
+        lab_ablations, lab_variants, lab_order, lab_overoptimization, lab_least_of_three, lab_fits,
+        lab_best_of_n, lab_methods, lab_findings, lab_why_ppo,
     )
 }  # fmt: skip
 

@@ -60,7 +60,7 @@ def main(args: Args) -> None:
             import readline  # noqa: F401  # arrow keys
     speakers = []
     for name in filter(None, (args.model, args.compare)):
-        tokenizer = utils.load_tokenizer(name)
+        tokenizer = encoding.load_tokenizer(name)
         model = utils.load_causal_lm(name, device, tokenizer)
         generate.check(model, name)
         utils.freeze(model, args.dtype)
@@ -68,7 +68,7 @@ def main(args: Args) -> None:
     judge = None
     if args.score:
         judge = utils.load_classifier(args.score, device, trained=True)
-        reader = utils.load_tokenizer(args.score), utils.context_length(judge)
+        reader = encoding.load_tokenizer(args.score), utils.context_length(judge)
     if typed and (args.text or not all(x[2].chat_template for x in speakers)):
         print("each line is a whole prompt, as in the training data, with \\n for a line break")
     settings = {"max_new_tokens": 256, "temperature": 1.0, "top_k": 0, "top_p": 1.0}

@@ -368,8 +368,20 @@ def read_split(dataset: str, split: str, args: Any) -> list[Row]:
     some = some[position(first or "0") : position(last or "100%")]
     if isinstance(table, list):
         return [table[i] for i in some]
-    rows = table.select(some).to_list()
+    rows = map(without_nulls, table.select(some).to_list())
     return [Row(x, f"{dataset}/{source} (row {i + 1})") for i, x in zip(some, rows, strict=True)]
+
+
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A table's row; its messages without the nulls that stand for keys of other rows (B45)."""
+
+    def kept(x: Any) -> Any:
+        if isinstance(x, dict):  # a message that is a call may have no content
+            own = {"content"} if "role" in x else set()
+            return {k: kept(v) for k, v in x.items() if v is not None or k in own}
+        return [*map(kept, x)] if isinstance(x, list) else x
+
+    return row | {column: kept(row[column]) for column in {*CHATS} & {*row}}
 
 
 def open_dataset(dataset: str, revision: str | None) -> tuple[list[str], Callable[[str], Any]]:
@@ -433,7 +445,7 @@ def read_file(path: Path) -> list[Row]:
         import pyarrow.parquet
 
         table = pyarrow.parquet.read_table(io.BytesIO(raw)).to_pylist()
-        return [Row(row, f"{path} (row {i})") for i, row in enumerate(table, 1)]
+        return [Row(without_nulls(x), f"{path} (row {i})") for i, x in enumerate(table, 1)]
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

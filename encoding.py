@@ -13,13 +13,52 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor
+from transformers.utils import cached_file
 
 import utils
 from dataset import CHATS, Row, Unusable, usable
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a folder or hub id; without pad token, or embedding of it, EOS pads (D3).
+
+    It splits texts as its tokenizer.json says: transformers may build another one (B41).
+    """
+    own = (Path(model).expanduser() / "tokenizer_config.json").is_file()
+    name = model if own else utils.base_of(model)
+    tokenizer = utils.from_pretrained(transformers.AutoTokenizer, name)
+    if tokenizer.eos_token_id is None:
+        utils.stop(f"{model}: its tokenizer has no EOS token; set one in tokenizer_config.json")
+    generic, kind = transformers.PreTrainedTokenizerFast, type(tokenizer)
+    where = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
+    if (
+        kind is not generic
+        and issubclass(kind, generic)
+        and kind.__module__.startswith("transformers.")  # not code that comes with a model
+        and cached_file(tokenizer.name_or_path, "tokenizer.json", **where)
+    ):  # special tokens may be the class's own
+        as_written = utils.from_pretrained(generic, name, **tokenizer.special_tokens_map)
+        if str(as_written.backend_tokenizer) != str(tokenizer.backend_tokenizer):
+            tokenizer = as_written
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if getattr(backend, "fix_mistral_regex", None) is False:
+        utils.say(f"{model}: may split words unlike Mistral (huggingface/transformers#42299)")
+    if "strftime_now" in str(tokenizer.chat_template):
+        utils.say(f"{model}: its chat template writes today's date; another day has other prompts")
+    base = model  # below any adapters
+    while (below := utils.base_of(base)) != base:
+        base = below
+    config = utils.from_pretrained(transformers.AutoConfig, base).get_text_config()
+    rows = getattr(config, "vocab_size", 2**63)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 class Rendered(NamedTuple):

@@ -236,7 +236,7 @@ def main(args: Args) -> None:
     utils.check_output(args, "ppo_rlhf")
 
     # ---- models and prompts
-    tokenizer = utils.load_tokenizer(args.model)
+    tokenizer = encoding.load_tokenizer(args.model)
     pad_id = tokenizer.pad_token_id
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     at = distributed.load_device(args, device)
@@ -255,7 +255,7 @@ def main(args: Args) -> None:
         model = utils.freeze(utils.load_classifier(name, at, trained=True), args.dtype)
         utils.spread(model, args, device, trained=False)
         reward_models.append(model)
-        readers.append((utils.load_tokenizer(name), utils.context_length(model)))
+        readers.append((encoding.load_tokenizer(name), utils.context_length(model)))
         shares_tokens.append(encoding.same_tokenizer(tokenizer, readers[-1][0]))
     reward_fns = [(file, utils.load_function(file, "--reward-fn")) for file in args.reward_fn]
     names = utils.short_names([*args.reward_model, *args.reward_fn])
@@ -270,7 +270,7 @@ def main(args: Args) -> None:
         else:
             value_model = utils.load_classifier(value_start, at)
         utils.spread(value_model, args, device)
-        if not encoding.same_tokenizer(tokenizer, utils.load_tokenizer(value_start)):
+        if not encoding.same_tokenizer(tokenizer, encoding.load_tokenizer(value_start)):
             utils.stop(f"--value-model: {value_start} has another tokenizer; pass another")
     labeler = "data/support/gold.py:score" if dataset.is_default(args) else None
     if judge_file := args.eval_reward_fn or labeler:

@@ -18,6 +18,7 @@ from plotly.offline import get_plotlyjs
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+import encoding
 import utils
 
 # the first curves; what is healthy, after docs/metrics.md
@@ -212,7 +213,7 @@ def show_rollouts(run: Path, name: str, share: int) -> str:
     page = f"<h2>{name}: {len(shown)} of {len(paths)} rollouts</h2>"
     if not all((run / file).is_file() for file in ("tokenizer.json", "config.json")):
         return page + "no tokenizer yet"
-    decode = utils.load_tokenizer(str(run)).decode
+    decode = encoding.load_tokenizer(str(run)).decode
     for path in shown:
         t = load_file(path)
         t["kl"] = t["logprobs"] - t["ref_logprobs"]

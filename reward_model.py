@@ -143,7 +143,7 @@ def main(args: Args) -> None:
     # ---- data and model
     formats = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]
     train_data, eval_data = dataset.load_splits(args, formats)
-    tokenizer = utils.load_tokenizer(args.model)
+    tokenizer = encoding.load_tokenizer(args.model)
     model = utils.load_classifier(args.model, distributed.load_device(args, device))
     model.known_tokens = 1 + max(tokenizer.get_vocab().values())  # for the lm_loss (B23)
     if model.score.weight.any():

@@ -60,9 +60,10 @@ def weights_of(model: Any, name: str) -> tuple[str, dict[str, Tensor]]:
         named = [(k.replace(".default", ""), p) for k, p in model.named_parameters()]
         weights = {f"base_model.model.{k}": p.data for k, p in named if p.requires_grad}
         return f"adapter_{name}.safetensors", weights
-    # transformers looks for a shared tensor by its first name
-    tied, state = model.all_tied_weights_keys, model.state_dict()
-    return f"{name}.safetensors", {k: v for k, v in state.items() if k not in tied}
+    # transformers looks for a shared tensor by its first name; merging may have made it two (B43)
+    tied, part = model.all_tied_weights_keys, model.get_parameter
+    shared = {k for k, first in tied.items() if part(k) is part(first)}
+    return f"{name}.safetensors", {k: v for k, v in model.state_dict().items() if k not in shared}
 
 
 def save_weights(model: Any, folder: Path, name: str = "model") -> None:

@@ -134,7 +134,7 @@ def main(args: Args) -> None:
     if args.model == "tiny":
         model, tokenizer = build_tiny(train_data, device)
     else:
-        tokenizer = utils.load_tokenizer(args.model)
+        tokenizer = encoding.load_tokenizer(args.model)
         model = utils.load_causal_lm(args.model, distributed.load_device(args, device), tokenizer)
         config = model.generation_config  # `model.generate` stops at the EOS learned here too (B28)
         config.eos_token_id = generate.stop_token_ids(tokenizer, "eos", config)

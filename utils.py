@@ -352,22 +352,6 @@ def base_of(model: str) -> str:
     return base or stop(f"{file}: names no base_model_name_or_path; add it")
 
 
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a folder or hub id; without pad token, or embedding of it, EOS pads (D3)."""
-    own = (Path(model).expanduser() / "tokenizer_config.json").is_file()
-    tokenizer = from_pretrained(transformers.AutoTokenizer, model if own else base_of(model))
-    if tokenizer.eos_token_id is None:
-        stop(f"{model}: its tokenizer has no EOS token; set one in tokenizer_config.json")
-    base = model  # below any adapters
-    while (below := base_of(base)) != base:
-        base = below
-    config = from_pretrained(transformers.AutoConfig, base).get_text_config()
-    rows = getattr(config, "vocab_size", 2**63)
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def from_pretrained(auto_class: Any, model: str, **kwargs: Any) -> Any:
     """`auto_class.from_pretrained` of a folder or hub id; what it raises becomes one line."""
     path = Path(model).expanduser()
@@ -388,7 +372,8 @@ def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any)
     """A model in float32 and, in training too, in eval mode: dropout is off (D4).
 
     Only safetensors are read: a pickle may run code. Of weights that are missing the scalar head
-    becomes zero, any others stop the run. An adapter is merged.
+    becomes zero, any others stop the run, as do biases and such that its layers would ignore (B42).
+    An adapter is merged.
     """
     kwargs |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     if (base := base_of(model)) == model:
@@ -399,6 +384,16 @@ def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any)
             if not name.startswith("score."):
                 stop(f"{model}: its files lack {name}; pass a whole model")
             loaded.get_parameter(name).data.zero_()
+        layers = {name for name, layer in loaded.named_modules() if hasattr(layer, "weight")}
+        for name in info["unexpected_keys"]:
+            if name.rpartition(".")[0] in layers:
+                stop(f"{model}: by its config.json {name} is ignored; mend it")
+        if type(loaded).__module__.startswith("transformers_modules."):
+            # what is not in its files, such as rotary frequencies, is unset (B44)
+            made, in_files = type(loaded)(loaded.config), loaded.state_dict()
+            for name, buffer in made.named_buffers():
+                if name not in in_files:
+                    loaded.get_buffer(name).copy_(buffer)
     else:
         loaded = load_model(auto_class, base, torch.device("cpu"), **kwargs)
         try:
@@ -409,12 +404,12 @@ def load_model(auto_class: Any, model: str, device: torch.device, **kwargs: Any)
             config = peft.PeftConfig.from_pretrained(folder)
             if config.task_type == "CAUSAL_LM":  # of that kind peft would take no classifier
                 config.task_type = None
-            with warnings.catch_warnings():  # one of another model would change nothing
-                warnings.filterwarnings("error", "Found missing adapter keys")
+            with warnings.catch_warnings():  # of another model: no change; of tied weights: B43
+                warnings.filterwarnings("error", "Found missing adapter keys|.*tied_target_modules")
                 loaded = peft.PeftModel.from_pretrained(
                     loaded, folder, config=config, torch_device="cpu"
                 )
-            loaded = loaded.merge_and_unload().requires_grad_(True)
+                loaded = loaded.merge_and_unload().requires_grad_(True)
             with safetensors.safe_open(file, "pt") as adapter:
                 for name, number in (adapter.metadata() or {}).items():
                     if name in ("reward_mean", "reward_std"):  # B18

@@ -243,7 +243,7 @@ def best_of_n(args: Args, most: int = 64, prompts: int = 200) -> dict[str, Any]:
     for seed in range(1, args.seeds + 1):
         models = args.runs.resolve() / f"models/seed{seed}"
         readers = {pairs: reward_model_of(pairs, seed, args) for pairs in PAIRS}
-        tokenizer = utils.load_tokenizer(str(models / "sft"))
+        tokenizer = encoding.load_tokenizer(str(models / "sft"))
         policy = utils.load_causal_lm(str(models / "sft"), device, tokenizer)
         rows = dataset.load_data("data/support/prompts", "validation", dataset.PROMPT_FORMATS)
         asked = encoding.encode_prompts(tokenizer, rows[:prompts], 400)

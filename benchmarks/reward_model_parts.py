@@ -68,7 +68,7 @@ def points(folder: str, prompts: int) -> dict[str, dict[str, float]]:
     """Mean points of each kind of reply, by the labeler and by the reward model in `folder`."""
     device = torch.device("cpu")
     model = utils.load_classifier(folder, device, trained=True)
-    tokenizer = utils.load_tokenizer(folder)
+    tokenizer = encoding.load_tokenizer(folder)
     validation = ROOT / "data/support/prompts/validation.jsonl"
     rows = [json.loads(line) for line in validation.open()][:prompts]
     rng = random.Random(1)

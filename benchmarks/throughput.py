@@ -215,7 +215,8 @@ def workload(args: Args, name: str, config: Any = None) -> dict[str, Any]:
         torch.manual_seed(1)
         judge = utils.load_classifier(args.smollm2, torch.device("cpu"))
         judge.score.weight.data.normal_(std=0.02)
-        saving.save_model(judge, utils.load_tokenizer(args.smollm2), ROOT / folder / "reward_model")
+        tokenizer = encoding.load_tokenizer(args.smollm2)
+        saving.save_model(judge, tokenizer, ROOT / folder / "reward_model")
     elif name == "W5":
         if not is_made(folder):
             random_model(folder, config or pythia_1b(), 512, None, 53)
@@ -343,7 +344,7 @@ def rollout(args: Args) -> dict[str, Any]:
 def prompts_of(flags: dict[str, Any]) -> tuple[str, Any, list[encoding.Prompt]]:
     """A workload's model folder, its tokenizer, and the prompts of one batch."""
     folder = str(ROOT / flags["model"])
-    tokenizer = utils.load_tokenizer(folder)
+    tokenizer = encoding.load_tokenizer(folder)
     data = dataset.load_data(str(ROOT / flags["dataset"]), "train", dataset.PROMPT_FORMATS)
     return folder, tokenizer, encoding.encode_prompts(tokenizer, data, 512)[: flags["batch-size"]]
 

@@ -63,7 +63,7 @@ def main(args: Args) -> None:
     torch.backends.cuda.matmul.allow_tf32 = args.dtype == "bfloat16"
     gold = load_module("data/support/gold.py")
     device = torch.device(args.device)
-    tokenizer = utils.load_tokenizer(args.model)
+    tokenizer = encoding.load_tokenizer(args.model)
     tokenizer.padding_side = "left"
     lm = transformers.AutoModelForCausalLM
     policy, reference = (lm.from_pretrained(args.model, dtype=torch.float32) for _ in range(2))

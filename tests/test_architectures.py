@@ -327,7 +327,7 @@ def test_a_configuration_as_the_hub_has_it(base, kind, tmp_path):
     del config["rope_parameters"]
     config |= {"rope_theta": 10_000.0, "rope_scaling": rope | more.get(kind, {})}
     (folder / "config.json").write_text(json.dumps(config))
-    assert utils.load_tokenizer(str(folder)).pad_token_id < config["vocab_size"]
+    assert encoding.load_tokenizer(str(folder)).pad_token_id < config["vocab_size"]
     model = utils.load_causal_lm(str(folder), CPU)
     assert model.config.rope_parameters["rope_type"] == kind
 

@@ -33,6 +33,7 @@ from conftest import (
 )
 from safetensors.torch import load_file, save_file
 
+import encoding
 import utils
 
 NAN, INF = float("nan"), float("inf")
@@ -364,7 +365,7 @@ def test_a_reward_model_that_is_none(refused, models, tmp_path):
         refused("ppo", f"{folder}: is no reward model", reward_model=str(folder))
     auto = transformers.AutoModelForSequenceClassification
     two = auto.from_pretrained(models.sft, num_labels=2)
-    folder = save_pair(tmp_path / "two", two, utils.load_tokenizer(str(models.sft)))
+    folder = save_pair(tmp_path / "two", two, encoding.load_tokenizer(str(models.sft)))
     for name, flag in (("ppo", "reward_model"), ("ppo", "value_model"), ("reward_model", "model")):
         refused(name, folder, **{flag: folder})
 

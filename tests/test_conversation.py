@@ -17,6 +17,7 @@ from conftest import (
     save_pair,
 )
 
+import encoding
 import generate
 import utils
 from chat import Args, main
@@ -57,7 +58,7 @@ def chat(tmp_path_factory) -> str:
 
 def greedy(folder, prompt: str, length: int = 10) -> tuple[str, list[int]]:
     """The answer as transformers decodes it, on one line; the ids of both and an EOS."""
-    tokenizer, model = utils.load_tokenizer(str(folder)), plain_lm(folder)
+    tokenizer, model = encoding.load_tokenizer(str(folder)), plain_lm(folder)
     inputs, eos = tokenizer(prompt, return_tensors="pt"), tokenizer.eos_token_id
     flags = {"max_new_tokens": length, "do_sample": False, "eos_token_id": eos}
     ids = model.generate(**inputs, **flags)[0].tolist()
@@ -110,7 +111,7 @@ def test_it_samples_as_in_training(talk, chain, monkeypatch, tmp_path):
 def test_it_stops_where_the_policy_was_trained_to(talk, chain, tmp_path):
     """At an ordinary token too, which PPO leaves in the generation config."""
     folder = str(shutil.copytree(chain.ppo, tmp_path / "ppo"))
-    config, tokenizer = plain_lm(folder).generation_config, utils.load_tokenizer(folder)
+    config, tokenizer = plain_lm(folder).generation_config, encoding.load_tokenizer(folder)
     answer = greedy(folder, PROMPTS[0])[1]
     config.eos_token_id = [tokenizer.eos_token_id, answer[-4]]
     config.save_pretrained(folder)
@@ -125,7 +126,7 @@ def test_it_stops_where_the_policy_was_trained_to(talk, chain, tmp_path):
 def test_a_message_is_kept_without_the_space_before_it(talk, chat, monkeypatch):
     """B38: which belongs to the template."""
     seen, decode = [], generate.generate
-    tokenizer = utils.load_tokenizer(chat)
+    tokenizer = encoding.load_tokenizer(chat)
     [answer] = tokenizer([" figs"])["input_ids"]
 
     def recorded(model, ids, *given, **named):
@@ -161,7 +162,7 @@ def test_two_models_and_scores(talk, chain):
 def test_a_score_is_of_the_whole_answer(talk, chain, tmp_path):
     """A reward model of a small context reads a shorter answer, and no prompt that fills it."""
     judge = shutil.copytree(chain.reward_model, tmp_path / "judge")
-    tokenizer = utils.load_tokenizer(str(chain.ppo))
+    tokenizer = encoding.load_tokenizer(str(chain.ppo))
     prompt = len(tokenizer(PROMPTS[0])["input_ids"])
     for room in (3, 1):  # the last of them is for EOS
         change_config(judge, max_position_embeddings=prompt + room)
@@ -182,7 +183,7 @@ def test_a_score_is_of_the_whole_answer(talk, chain, tmp_path):
 
 def test_characters_are_printed_whole(talk, chat, monkeypatch):
     """Typed prompts' answers come by tokens, but characters of several when whole."""
-    tokenizer, text, written = utils.load_tokenizer(chat), "Zoë 中文\n🙂 \x1b[1m naïve.", []
+    tokenizer, text, written = encoding.load_tokenizer(chat), "Zoë 中文\n🙂 \x1b[1m naïve.", []
     tokens = iter([*tokenizer(text)["input_ids"], tokenizer.eos_token_id])
     monkeypatch.setattr(generate, "sample", lambda *given: torch.tensor([next(tokens)]))
     monkeypatch.setattr(sys.stdout, "write", lambda piece: written.append(piece) or len(piece))
@@ -197,13 +198,13 @@ def test_a_chat_is_remembered(talk, chat, monkeypatch):
     seen, decode = [], generate.generate
 
     def recorded(model, ids, *given, **named):
-        seen.append(utils.load_tokenizer(chat).decode(ids[0]))
+        seen.append(encoding.load_tokenizer(chat).decode(ids[0]))
         answer = iter([70, 71, model.config.eos_token_id])
         monkeypatch.setattr(generate, "sample", lambda *given: torch.tensor([next(answer)]))
         return decode(model, ids, *given, **named)
 
     monkeypatch.setattr(generate, "generate", recorded)
-    said = utils.load_tokenizer(chat).decode([70, 71])
+    said = encoding.load_tokenizer(chat).decode([70, 71])
     turns = [f"<|user|>{c}<|end|><|assistant|>" for c in "abcdefghij"]
     system = ""
     flags = {"model": chat, "max_new_tokens": 3}

@@ -219,7 +219,7 @@ def run_with_more_losses(reward_model, data, out: Path, **more) -> tuple[dict, d
     """The first step's metrics, and what plain forward passes say: three losses, gradient norm."""
     flags = {"learning_rate": 1e-12, "normalize_with": "none", "micro_batch_size": 4}
     reward_model(out, **more, **flags)
-    known = len(utils.load_tokenizer(str(out)))
+    known = len(encoding.load_tokenizer(str(out)))
     rows = rows_of(data.preferences, "train")
     _, indices = next(dataset.batches(len(rows), 16, 1, 1, 0))
     model, loss, prefix_loss, nats, tokens = plain_classifier(out), 0, 0, 0, 0
@@ -263,7 +263,7 @@ def test_d46_the_language_model_loss_on_the_chosen_texts(
     """Every token of them but the first, with the embeddings as output layer."""
     flags = {"prefix_coef": 0.0, "lm_coef": 0.5}
     if padded:
-        model, tokenizer = plain_lm(base.plain), utils.load_tokenizer(base.plain)
+        model, tokenizer = plain_lm(base.plain), encoding.load_tokenizer(base.plain)
         model.resize_token_embeddings(len(tokenizer) + 64)
         flags["model"] = save_pair(tmp_path / "padded", model, tokenizer)
     line, expected = run_with_more_losses(reward_model, data, tmp_path / "out", **flags)
@@ -330,7 +330,7 @@ def test_equal_scores_are_half_right(reward_model, models, tmp_path):
     """D14: those of a model that says 0 to everything, at a rate that is 0 in float32."""
     model = plain_classifier(models.reward_model)
     model.model.norm.weight.data.zero_()
-    folder = save_pair(tmp_path / "model", model, utils.load_tokenizer(str(models.reward_model)))
+    folder = save_pair(tmp_path / "model", model, encoding.load_tokenizer(str(models.reward_model)))
     summary = summary_of(reward_model(tmp_path / "out", model=folder, learning_rate=1e-50))
     assert (summary["accuracy"], summary["mean_margin"]) == (0.5, 0)
     assert summary["score_length_correlation"] == 0
@@ -500,7 +500,7 @@ def test_d31_ptx_adds_a_language_model_loss(ppo, models, text, tmp_path):
     rows = [{"text": row["prompt"] + row["completion"]} if text else row] * 2
     path = write_jsonl(tmp_path / "ptx" / "train.jsonl", rows)
     out = ppo(tmp_path / "out", ptx_coef=0.5, ptx_dataset=str(path.parent), num_ppo_epochs=1)
-    tokenizer = utils.load_tokenizer(str(models.sft))
+    tokenizer = encoding.load_tokenizer(str(models.sft))
     prompt, completion = (tokenizer(row[k])["input_ids"] for k in ("prompt", "completion"))
     if text:
         prompt, completion = prompt[:1], prompt[1:] + completion
@@ -645,4 +645,4 @@ def test_d42_the_best_policy_is_kept(ppo, error_of, later, best, tmp_path):
     assert plain_lm(out / "best").generation_config.max_new_tokens == 10
     record, judged = summary_of(out / "best"), {1: -5, 3: later[0], 4: later[1]}
     assert (record["update"], record["eval"]["policy"]["judge"]) == (best, judged[best])
-    assert utils.load_tokenizer(str(out / "best")).eos_token
+    assert encoding.load_tokenizer(str(out / "best")).eos_token

@@ -1,4 +1,4 @@
-"""B23 to B40: inputs that people have, each read right or refused out loud."""
+"""B23 to B39 and B45: inputs that people have, each read right or refused out loud."""
 
 import json
 import re
@@ -68,7 +68,7 @@ def only(row, *names):
 
 def test_b23_ids_that_the_tokenizer_does_not_know(models, tmp_path):
     """A vocabulary padded by 64 ids, and made to prefer them: none is sampled, none counts."""
-    tokenizer = utils.load_tokenizer(str(models.sft))
+    tokenizer = encoding.load_tokenizer(str(models.sft))
     plain = utils.load_causal_lm(str(models.sft), CPU, tokenizer)
     known = len(tokenizer)
     plain.resize_token_embeddings(known + 64, mean_resizing=False)
@@ -195,7 +195,7 @@ def test_b27_a_trained_head_is_kept(models, reward_model, tmp_path, capsys):
 
 def test_b28_the_models_own_ends(models):
     """Ids of the generation config end a response beside EOS; each once."""
-    tokenizer = utils.load_tokenizer(str(models.sft))
+    tokenizer = encoding.load_tokenizer(str(models.sft))
     config = utils.load_causal_lm(str(models.sft), CPU, tokenizer).generation_config
     eos = tokenizer.eos_token_id
     assert generate.stop_token_ids(tokenizer, "eos", config) == [eos]
@@ -246,10 +246,10 @@ def test_b29_what_ends_a_response_is_there_once(end):
 
 def test_a_pad_token_without_an_embedding(models, sft, reward_model, tmp_path):
     """Added to the tokenizer alone: EOS is used for padding."""
-    tokenizer = utils.load_tokenizer(str(models.sft))
+    tokenizer = encoding.load_tokenizer(str(models.sft))
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     folder = save_pair(tmp_path / "model", utils.load_causal_lm(str(models.sft), CPU), tokenizer)
-    assert utils.load_tokenizer(folder).pad_token == tokenizer.eos_token
+    assert encoding.load_tokenizer(folder).pad_token == tokenizer.eos_token
     sft(tmp_path / "sft", model=folder)
     reward_model(tmp_path / "reward_model", model=folder)
 
@@ -296,6 +296,32 @@ def test_b33_an_answer_in_json_is_a_text(tmp_path, error_of):
         ('[{"role": "critic", "content": "Yes."}]', "no chat message"),
     ):
         assert what in error_of(read, tmp_path, [{"prompt": "two figs?", "completion": text}])
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_b45_nulls_that_a_table_adds(tmp_path, kind):
+    """A call has its own tool's arguments, not those of other rows; what a row lacks it lacks."""
+    calls = [("weather", {"city": "Paris"}), ("write", {"content": "Hi", "to": None})]
+    rows = []
+    for name, arguments in calls:
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+        rows.append({"messages": [USER, answer], "note": None if name == "write" else "a"})
+    import datasets
+
+    table, path = datasets.Dataset.from_list(rows), tmp_path / "t.parquet"
+    if kind == "parquet":
+        table.to_parquet(path)
+    else:
+        table.save_to_disk(path := tmp_path / "saved")
+    for row, (name, arguments) in zip(load(path), calls, strict=True):
+        question, answer = row["messages"]
+        assert question == USER
+        assert answer["content"] is None
+        own = {k: x for k, x in arguments.items() if x is not None}
+        function = {"name": name, "arguments": own}
+        assert answer["tool_calls"] == [{"type": "function", "function": function}]
+        assert "note" in row
 
 
 def test_a_first_row_without_a_column(tmp_path, capsys, error_of):
@@ -420,9 +446,9 @@ def test_fields_that_are_no_text(tmp_path, error_of):
 
 def test_b31_prompts_have_room_in_every_model(models, base):
     """Also in a reward model with another tokenizer and a shorter context, from the start on."""
-    tokenizer = utils.load_tokenizer(str(models.sft))
+    tokenizer = encoding.load_tokenizer(str(models.sft))
     rows = [dataset.Row({"prompt": f"Q: two figs?{' figs' * n}\nA:"}, f"f:{n}") for n in range(20)]
-    judge = utils.load_tokenizer(base.other)
+    judge = encoding.load_tokenizer(base.other)
     [(ids, _)] = encoding.encode(judge, [encoding.render(judge, rows[18]["prompt"], "a")])
     kept = encoding.encode_prompts(tokenizer, rows, 99, (judge, len(ids)))
     assert [prompt.row.place for prompt in kept] == [f"f:{n}" for n in range(19)]
@@ -431,7 +457,7 @@ def test_b31_prompts_have_room_in_every_model(models, base):
 
 def test_b31_prompt_and_response_fit_into_the_value_model(models, refused, data, tmp_path):
     """Which may have a shorter context than the policy."""
-    tokenizer = utils.load_tokenizer(str(models.sft))
+    tokenizer = encoding.load_tokenizer(str(models.sft))
     longest = max(len(tokenizer(row["prompt"])["input_ids"]) for row in rows_of(data.prompts))
     folder = shutil.copytree(models.reward_model, tmp_path / "short")
     short = change_config(folder, max_position_embeddings=longest + 5)  # of a response's 10
@@ -457,7 +483,7 @@ def test_b31_a_long_response_is_cut_before_its_end(
     flags |= {"eval_every": 0, "missing_eos_penalty": 0.1, "temperature": 3.0}
     out = ppo(tmp_path / "out", **flags)
     assert 0 < metrics_of(out)[0]["response/cut_rate"] <= 1
-    eos = utils.load_tokenizer(str(judge)).eos_token_id
+    eos = encoding.load_tokenizer(str(judge)).eos_token_id
     assert max(n for _, n in seen) == 40
     assert all(ids[n - 1] == eos for ids, n in seen)
 
@@ -683,7 +709,7 @@ def test_a_tiny_model_of_conversations(sft, tmp_path):
     """It gets a small template, with which it can be asked again."""
     rows = [{"messages": TALK}, {"messages": TALK[:2]}] * 20
     out = sft(tmp_path / "out", model="tiny", dataset=write_data(tmp_path / "data", rows, 4))
-    asked, _ = encoding.render(utils.load_tokenizer(str(out)), TALK[:3], "No.").pieces
+    asked, _ = encoding.render(encoding.load_tokenizer(str(out)), TALK[:3], "No.").pieces
     assert asked.endswith("user: six limes?\nassistant:")
 
 

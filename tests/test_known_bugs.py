@@ -49,7 +49,7 @@ def test_b03_an_eos_in_the_prompt_is_no_end(ppo, base, data, rewards, tmp_path):
     flags = {"model": base.chat, "dataset": data.chat_prompts, "reward_fn": f"{rewards}:nothing"}
     flags |= {"save_rollouts": 1, "response_length": 2, "missing_eos_penalty": 3.0}
     out = ppo(tmp_path / "out", **flags)
-    rollout, eos = rollouts_of(out)[0], utils.load_tokenizer(str(out)).eos_token_id
+    rollout, eos = rollouts_of(out)[0], encoding.load_tokenizer(str(out)).eos_token_id
     assert all(eos in rollout.prompt(i) for i in range(8))
     expected = [0.0 if rollout.response(i)[-1] == eos else -3.0 for i in range(8)]
     assert rollout.a["scores"].tolist() == expected
@@ -88,8 +88,8 @@ def test_b05_a_reward_model_with_another_tokenizer_reads_text(
     """huggingface/trl#3595: the policy's ids went into it, to which they mean other words."""
     judge = reward_model(tmp_path / "reward_model", model=base.other)
     out = ppo(tmp_path / "out", reward_model=str(judge), eval_prompts=12)
-    tokenizer = utils.load_tokenizer(str(judge))
-    assert len(tokenizer) != len(utils.load_tokenizer(str(out)))
+    tokenizer = encoding.load_tokenizer(str(judge))
+    assert len(tokenizer) != len(encoding.load_tokenizer(str(out)))
     texts = [(row["prompt"], tokenizer.eos_token) for row in rows_of(data.prompts)]
     check_scores_of_texts(out, judge, texts, tokenizer)
 

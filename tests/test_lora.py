@@ -22,6 +22,7 @@ from conftest import (
 from test_distributed import DRIVER, launch
 from test_resume import FLAGS, assert_same_records, flags_of, in_step, killed_again_and_again
 
+import encoding
 import lora
 import saving
 import utils
@@ -157,7 +158,7 @@ def test_outputs_are_merged_and_adapters_are_folders_of_peft(chain, models, base
         assert (a - c).abs().max() > 0.05
     merged = utils.load_classifier(str(chain.reward_model), CPU)
     assert merged.config.reward_mean != 0
-    assert merged.config.pad_token_id == utils.load_tokenizer(base.plain).pad_token_id
+    assert merged.config.pad_token_id == encoding.load_tokenizer(base.plain).pad_token_id
     again = utils.load_classifier(str(chain.reward_model / "adapter"), CPU)
     assert torch.equal(merged.score.weight, again.score.weight)
     for name in ("reward_mean", "reward_std"):  # B18

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from emulated_gpu import emulate
 
-import utils
+import encoding
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import memory
@@ -41,7 +41,7 @@ def test_the_models_of_a_gpus_workload_are_drawn_on_it(mean_length, tmp_path, mo
         for model, tokenizer, folder in made:
             assert {x.device.type for x in [*model.parameters(), *model.buffers()]} == {"cuda"}
             save(model.cpu(), tokenizer, folder)
-    assert utils.load_tokenizer(str(tmp_path / "model")).eos_token_id == throughput.EOS
+    assert encoding.load_tokenizer(str(tmp_path / "model")).eos_token_id == throughput.EOS
 
 
 @pytest.mark.slow

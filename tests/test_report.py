@@ -12,6 +12,7 @@ import pytest
 from conftest import metrics_of, samples_of, summary_of, write_jsonl
 from safetensors.numpy import load_file, save_file
 
+import encoding
 import report
 import utils
 
@@ -101,7 +102,7 @@ def test_a_rollout_shows_each_token_and_its_numbers(chain, tmp_path):
     kl = last["logprobs"][0, 0] - last["ref_logprobs"][0, 0]
     assert float(numbers["kl"]) == pytest.approx(kl, rel=0.01, abs=1e-6)
     assert float(numbers["advantages"]) == pytest.approx(last["advantages"][0, 0], rel=0.01)
-    tokenizer = utils.load_tokenizer(str(chain.ppo))
+    tokenizer = encoding.load_tokenizer(str(chain.ppo))
     ids = last["response_ids"][0][last["response_mask"][0] == 1]
     text = "".join(piece for _, piece in tokens[: len(ids)])
     assert html.unescape(text) == utils.visible(tokenizer.decode(ids)).replace("\n", "⏎\n")
@@ -110,7 +111,7 @@ def test_a_rollout_shows_each_token_and_its_numbers(chain, tmp_path):
 def test_characters_of_several_tokens_are_shown(chain, tmp_path):
     """With the last of them; what is no character, at the end, as it is decoded."""
     run = shutil.copytree(chain.ppo, tmp_path / "run")
-    tokenizer = utils.load_tokenizer(str(run))
+    tokenizer = encoding.load_tokenizer(str(run))
     ids = tokenizer(" é 👍")["input_ids"]
     ids.append(ids[-2])
     path = sorted((run / "rollouts").iterdir())[-1]

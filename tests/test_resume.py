@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from test_stages import assert_board_has_metrics
 
 import distributed
+import encoding
 import generate
 import saving
 import utils
@@ -402,7 +403,7 @@ def test_what_is_read_may_not_change(sft, base, data, source, error_of, tmp_path
     flags = {"model": str(model), "dataset": str(rows), "save_every": 4}
     out = sft(tmp_path / "out", **flags)
     if source == "model":
-        tokenizer = utils.load_tokenizer(base.plain)
+        tokenizer = encoding.load_tokenizer(base.plain)
         save_pair(model, make_model(tokenizer, seed=1), tokenizer)
     else:
         file = rows / "train.jsonl"

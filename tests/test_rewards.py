@@ -100,7 +100,7 @@ def scores_by_name(rollout, tokenizer, models) -> dict[str, np.ndarray]:
 
 def check_scores(out: Path, models, ensemble: str) -> None:
     """The models' weighted scores as the ensemble has them, the functions', and all means."""
-    tokenizer, spread = utils.load_tokenizer(str(out)), []
+    tokenizer, spread = encoding.load_tokenizer(str(out)), []
     for rollout, row in zip(rollouts_of(out), metrics_of(out), strict=True):
         by_name = scores_by_name(rollout, tokenizer, models)
         assert {k for k in row if k.startswith("scores/")} == {f"scores/{name}" for name in NAMES}
@@ -136,7 +136,7 @@ def test_responses_cut_for_any_reward_model_are_counted(ppo, models, tmp_path):
     change_config(short, max_position_embeddings=24)
     flags = {"reward_model": (str(short), str(models.reward_model)), "save_rollouts": 1}
     out = ppo(tmp_path / "out", value_model=str(models.reward_model), **flags)
-    eos = utils.load_tokenizer(str(out)).eos_token_id
+    eos = encoding.load_tokenizer(str(out)).eos_token_id
     for rollout, row in zip(rollouts_of(out), metrics_of(out), strict=True):
         texts = [rollout.prompt(i) + rollout.response(i) for i in range(8)]
         cut = [len(ids) + (ids[-1] != eos) > 24 for ids in texts]

@@ -20,6 +20,7 @@ from conftest import (
 )
 from safetensors.torch import load_model
 
+import encoding
 import ppo_rlhf
 import utils
 
@@ -60,14 +61,14 @@ def runs(ppo, tmp_path_factory):
 
 def stop_ids_of(out: Path) -> set[int]:
     """EOS and, where the flags of a run name one, the stop token."""
-    tokenizer = utils.load_tokenizer(str(out))
+    tokenizer = encoding.load_tokenizer(str(out))
     stop_token = FLAGS.get(out.name, {}).get("stop_token", tokenizer.eos_token)
     return {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(stop_token)}
 
 
 def check_masks(out: Path) -> None:
     """Prompts are padded on the left, responses after their first stop token; there all is 0."""
-    pad_id, stop_ids, ends = utils.load_tokenizer(str(out)).pad_token_id, stop_ids_of(out), []
+    pad_id, stop_ids, ends = encoding.load_tokenizer(str(out)).pad_token_id, stop_ids_of(out), []
     for rollout in rollouts_of(out):
         for row, ids in enumerate(rollout.a["response_ids"].tolist()):
             length = next((i + 1 for i, token in enumerate(ids) if token in stop_ids), len(ids))
@@ -223,7 +224,7 @@ def check_values(out: Path, models) -> None:
 
 def check_scores(out: Path, models) -> None:
     """Those of prompt, response and one EOS, normalized, less the penalty, clipped."""
-    eos, stop_ids = utils.load_tokenizer(str(out)).eos_token_id, stop_ids_of(out)
+    eos, stop_ids = encoding.load_tokenizer(str(out)).eos_token_id, stop_ids_of(out)
     clip, seen = FLAGS[out.name].get("reward_clip"), []
     for rollout in rollouts_of(out):
         pairs = [(rollout.prompt(i), rollout.response(i)) for i in range(8)]

@@ -24,6 +24,7 @@ from conftest import (
 )
 
 import distributed
+import encoding
 import utils
 
 pytestmark = pytest.mark.slow
@@ -249,7 +250,7 @@ def test_shards_are_resumed_by_more_or_fewer_processes(words, alone, tmp_path):
 
 def test_a_sharded_checkpoint_is_no_model(error_of, tmp_path):
     (tmp_path / "shards").mkdir()
-    line = error_of(lambda: utils.load_tokenizer(str(tmp_path)))
+    line = error_of(lambda: encoding.load_tokenizer(str(tmp_path)))
     assert "holds no model; run the stage that makes it" in line
 
 

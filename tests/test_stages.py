@@ -53,6 +53,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import pipeline
 
 import dataset
+import encoding
 import ppo_rlhf
 import sft as sft_stage
 import utils
@@ -227,7 +228,7 @@ def test_evaluations_follow_from_the_responses(ppo, models, data, tmp_path):
     logged += [summary["policy"] | {"win_rate": summary["win_rate"]}]
     reference, middle, end = plain_lm(models.sft), plain_lm(out), plain_lm(out)
     load_model(middle, out / "checkpoint" / "000001" / "model.safetensors")
-    tokenizer, seen = utils.load_tokenizer(str(out)), read_jsonl(tmp_path / "seen.jsonl")
+    tokenizer, seen = encoding.load_tokenizer(str(out)), read_jsonl(tmp_path / "seen.jsonl")
     prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows_of(data.prompts)]
     eos, lengths = tokenizer.eos_token_id, [len(tokenizer.decode(x, True)) for x in seen]
     ends = {eos, tokenizer.convert_tokens_to_ids(".")}
@@ -512,7 +513,7 @@ def test_chats_in_all_three_stages(sft, reward_model, ppo, base, data, tmp_path)
     assert summary_of(judge)["accuracy"] > 0.9
     flags = {"model": str(out), "reward_model": str(judge), "dataset": data.chat_prompts}
     policy = ppo(tmp_path / "ppo", **flags, save_rollouts=1, response_length=6)
-    rollout, eos = rollouts_of(policy)[0], utils.load_tokenizer(str(policy)).eos_token_id
+    rollout, eos = rollouts_of(policy)[0], encoding.load_tokenizer(str(policy)).eos_token_id
     assert all(eos in rollout.prompt(i) for i in range(8))  # the end of the user's turn
     ended = [eos in rollout.response(i) for i in range(8)]
     assert 0 < sum(ended) < 8
@@ -523,7 +524,7 @@ def test_sft_on_plain_text(sft, tmp_path):
     """D8: the loss is over every token but the first, which nothing precedes, and EOS."""
     rows = [{"text": row["prompt"] + row["completion"]} for row in sft_rows()]
     out = sft(tmp_path / "out", dataset=write_data(tmp_path / "data", rows))
-    model, tokenizer, losses = plain_lm(out), utils.load_tokenizer(str(out)), []
+    model, tokenizer, losses = plain_lm(out), encoding.load_tokenizer(str(out)), []
     for row in rows_of(str(tmp_path / "data")):
         first, *rest = tokenizer(row["text"])["input_ids"]
         losses.extend(-plain_logprobs(model, [first], [*rest, tokenizer.eos_token_id]))
@@ -558,7 +559,7 @@ def test_sft_makes_a_tiny_model(sft, data, tmp_path):
     """--model tiny: a Llama of about a million parameters, a tokenizer from the data."""
     flags = {"learning_rate": 2e-3, "batch_size": 32, "micro_batch_size": 32}
     out = sft(tmp_path / "out", model="tiny", **flags)
-    model, tokenizer = plain_lm(out), utils.load_tokenizer(str(out))
+    model, tokenizer = plain_lm(out), encoding.load_tokenizer(str(out))
     assert 0.5e6 < sum(p.numel() for p in model.parameters()) < 2e6
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert tokenizer.decode(tokenizer("Q: two figs? 日本")["input_ids"]) == "Q: two figs? 日本"
@@ -649,7 +650,7 @@ def test_ppo_prompts_are_permutations_of_the_data(ppo, samples, tmp_path):
     folder = write_data(tmp_path / "data", prompt_rows()[:16], 4)
     flags = {"total_episodes": 24 * samples, "samples_per_prompt": samples, "save_rollouts": 1}
     out = ppo(tmp_path / "out", dataset=folder, **flags)
-    tokenizer = utils.load_tokenizer(str(out))
+    tokenizer = encoding.load_tokenizer(str(out))
     rows = range(0, 8, samples)
     seen = [tokenizer.decode(r.prompt(i)) for r in rollouts_of(out) for i in rows]
     train = [row["prompt"] for row in rows_of(folder, "train")]
@@ -668,12 +669,12 @@ def test_the_saved_policy_generates_as_it_was_trained(ppo, models, tmp_path):
     """At the run's temperature, to its stop tokens; the start's own settings are gone."""
     start, folder = plain_lm(models.sft), tmp_path / "start"
     start.generation_config.update(repetition_penalty=5.0, num_beams=4)
-    save_pair(folder, start, utils.load_tokenizer(str(models.sft)))
+    save_pair(folder, start, encoding.load_tokenizer(str(models.sft)))
     path = folder / "generation_config.json"  # which transformers loads, but would not save
     path.write_text(json.dumps(json.loads(path.read_text()) | {"output_scores": True}))
     flags = {"temperature": 0.6, "top_p": 0.9, "stop_token": "."}
     out = ppo(tmp_path / "out", model=str(folder), **flags)
-    model, tokenizer = plain_lm(out), utils.load_tokenizer(str(out))
+    model, tokenizer = plain_lm(out), encoding.load_tokenizer(str(out))
     config = model.generation_config
     expected = {"do_sample": True, "temperature": 0.6, "top_k": 0, "top_p": 0.9}
     assert config.to_dict().items() >= (expected | {"max_new_tokens": 10}).items()
@@ -688,7 +689,7 @@ def test_the_saved_policy_generates_as_it_was_trained(ppo, models, tmp_path):
 
 def test_an_sft_model_generates_to_the_eos_that_it_learned(sft, base, tmp_path):
     """And to the ends of its start, whose own settings stay; what is no special token is none."""
-    tokenizer, start = utils.load_tokenizer(base.plain), plain_lm(base.plain)
+    tokenizer, start = encoding.load_tokenizer(base.plain), plain_lm(base.plain)
     special, word = tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids(".")
     start.generation_config.update(eos_token_id=[special, word], temperature=0.3, do_sample=True)
     out = sft(tmp_path / "out", model=save_pair(tmp_path / "start", start, tokenizer))
@@ -700,7 +701,7 @@ def test_transformers_pipeline_gives_the_raw_reward(chain):
     """No sigmoid of it, with which close scores would be equal."""
     folder = str(chain.reward_model)
     judge = pipeline("text-classification", folder, device="cpu")
-    tokenizer = utils.load_tokenizer(folder)
+    tokenizer = encoding.load_tokenizer(folder)
     text = "Q: two ripe plums?\nA: two ripe plums" + tokenizer.eos_token
     [expected] = plain_scores(folder, [tokenizer(text)["input_ids"]])
     score = judge(text)[0]["score"] - judge.model.config.reward_mean

@@ -213,7 +213,7 @@ def test_tokenizers_are_the_same_or_not(tokenizer):
 def test_a_tokenizer_without_pad_pads_with_eos(tmp_path):
     """D3: GPT-2 and many others have no pad token."""
     tokenizer = make_tokenizer(pad=None)
-    loaded = utils.load_tokenizer(save_pair(tmp_path, make_model(tokenizer), tokenizer))
+    loaded = encoding.load_tokenizer(save_pair(tmp_path, make_model(tokenizer), tokenizer))
     assert loaded.pad_token_id == loaded.eos_token_id == tokenizer.eos_token_id
 
 

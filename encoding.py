@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
 
 import utils
@@ -46,6 +47,9 @@ def load_tokenizer(model: str) -> Any:
         as_written = utils.from_pretrained(generic, name, **tokenizer.special_tokens_map)
         if str(as_written.backend_tokenizer) != str(tokenizer.backend_tokenizer):
             tokenizer = as_written
+    config = get_tokenizer_config(tokenizer.name_or_path)
+    if "Llama" in config.get("tokenizer_class", "") and "add_bos_token" in config:
+        tokenizer.add_bos_token = config["add_bos_token"]  # transformers 5 ignores it (B46)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if getattr(backend, "fix_mistral_regex", None) is False:
         utils.say(f"{model}: may split words unlike Mistral (huggingface/transformers#42299)")
@@ -104,6 +108,14 @@ def render(tokenizer: Any, prompt: Any, answer: Any = None, all_turns: bool = Fa
             answer = [answer[0] | {"content": begun + answer[0]["content"]}]
         whole = template([*messages, *answer])
         check_all_said(template, whole, messages, answer)
+        if common_end(start, whole).strip():  # an end of both, or another answer's head (B47)
+            longer = whole
+            with contextlib.suppress(Exception):  # it may want another role next
+                longer = template([*messages, *answer, {"role": "user", "content": "a"}])
+            head = whole[len(os.path.commonprefix([whole, longer])) :]
+            if head.strip() and start.endswith(head):
+                what = "the chat template ends a chat with the head of another answer"
+                raise Unusable(f"{what}; put that in {{% if add_generation_prompt %}}")
         # a null, which no message holds, in place of each mark; in a block, as the mark was, so
         # that the same line breaks around it are dropped
         block = "{%\\1 if true %}\0{% endif \\2%}"

@@ -946,6 +946,20 @@ def test_b37_switches_that_a_template_acts_on():
         encoding.render(chatty(template), [USER | {"content": "see docs/thinking.md"}])
 
 
+def test_b47_a_template_that_always_begins_another_answer():
+    """As Llama 3's first one, whatever the flag says; what only ends a turn is none."""
+    turns, flag, head = HEADED.partition("{% if add_generation_prompt %}")
+    always = turns + head.removesuffix("{% endif %}")
+    for chat in ([USER, GOOD], [USER, GOOD, USER, BAD], [GOOD]):
+        with pytest.raises(dataset.Unusable, match="head of another answer"):
+            encoding.render(chatty(always), chat[:-1], chat[-1:])
+    assert encoding.render(chatty(always), [USER]).pieces[0].endswith("<|assistant|>")
+    assert encoding.render(chatty(turns), [USER], [GOOD]).pieces[1] == "<|assistant|>Yes.<|end|>"
+    last = "{% if messages[-1].role == 'assistant' %}<eos>{% endif %}"  # not in earlier turns
+    pieces = encoding.render(chatty(turns + last + flag + head), [USER], [GOOD]).pieces
+    assert pieces[1] == "Yes.<|end|><eos>"
+
+
 def test_b37_a_chat_that_the_assistant_opens():
     """Its header and the template's own system message are given, not learned."""
     assert taught(chatty(HEADED), [GOOD, USER, BAD]) == "Yes.<|end|>No.<|end|><eos>"

@@ -1,4 +1,4 @@
-"""B41 to B44: models and tokenizers that the libraries load otherwise than they were trained."""
+"""B41 to B44, B46: what the libraries load otherwise than it was trained."""
 
 import importlib.util
 import json
@@ -61,6 +61,29 @@ def test_b41_special_tokens_that_only_the_class_names(tmp_path):
     tokenizer = encoding.load_tokenizer(str(tmp_path))
     assert tokenizer.eos_token == "<|endoftext|>"
     assert tokenizer(TEXTS[0]).input_ids == written.encode(TEXTS[0]).ids
+
+
+@pytest.mark.parametrize(("in_file", "asked"), [(False, True), (True, False), (True, None)])
+def test_b46_whether_texts_begin_with_bos(tmp_path, in_file, asked):
+    """Llama's class asked the flag before the file; also once it was saved again."""
+    words_and_digits(tmp_path, "LlamaTokenizerFast", "llama")
+    flag = {} if asked is None else {"add_bos_token": asked}
+    change_config(tmp_path, "tokenizer_config.json", bos_token="<|end|>", **flag)
+    if in_file:
+        start = [{"SpecialToken": {"id": "<|end|>", "type_id": 0}}]
+        text = [{"Sequence": {"id": "A", "type_id": 0}}]
+        names = {"<|end|>": {"id": "<|end|>", "ids": [0], "tokens": ["<|end|>"]}}
+        processor = {"type": "TemplateProcessing", "single": start + text, "pair": start + text}
+        processor |= {"special_tokens": names}
+        change_config(tmp_path, "tokenizer.json", post_processor=processor)
+    begins = in_file if asked is None else asked
+    for folder in (tmp_path, tmp_path / "saved"):
+        tokenizer = encoding.load_tokenizer(str(folder))
+        assert [ids[0] == 0 for ids in tokenizer([*TEXTS]).input_ids] == [begins] * len(TEXTS)
+        text = encoding.Rendered(["Steps:", " 1"], False)
+        assert (encoding.encode_ids(tokenizer, [text])[0][0] == 0) == begins
+        tokenizer.save_pretrained(tmp_path / "saved")
+        (tmp_path / "saved" / "config.json").write_text((tmp_path / "config.json").read_text())
 
 
 def test_what_is_said_of_a_template_with_todays_date(tmp_path, capsys):

@@ -43,7 +43,7 @@ LAYOUTS = {  # what columns are known by, and what --columns would say of them
 }
 MATTERS = {"prompt", "instruction", "input", "question", "query", "system", "system_prompt"}
 MATTERS |= {"context", "history", "messages", "conversations", "role", "label", "labels"}
-MATTERS |= {"tools", "functions", "images"}
+MATTERS |= {"tools", "functions", "image", "images", "audios", "videos"}
 
 
 class Row(dict):
@@ -313,8 +313,7 @@ def same_chat_head(prompt: Any, chat: list[Any]) -> int:
 
 def parsed(text: str) -> Any:
     """What a text holds in JSON, or as Python or numpy writes it; None where it is neither."""
-    # numpy writes no comma
-    spaced = re.sub(r"\}\s+(?=\{'\w+': )", "}, ", text)
+    spaced = re.sub(r"\}\s+(?=\{'\w+': )", "}, ", text)  # numpy writes no comma
     for parse, source in ((json.loads, text), (ast.literal_eval, text), (ast.literal_eval, spaced)):
         with contextlib.suppress(Exception):
             return parse(source)
@@ -373,7 +372,7 @@ def read_split(dataset: str, split: str, args: Any) -> list[Row]:
 
 
 def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """A table's row; its messages without the nulls that stand for keys of other rows (B45)."""
+    """A table's row, its messages without nulls that stand for other rows' keys (B45)."""
 
     def kept(x: Any) -> Any:
         if isinstance(x, dict):  # a message that is a call may have no content

@@ -37,8 +37,8 @@ def where(report: dict, dtype: bool = False) -> str:
     machine = report["machine"]
     processor = re.sub(r"\(\w+\)| Processor", "", machine["processor"])
     if "bfloat16_instructions" in machine:
-        has = " and ".join(machine["bfloat16_instructions"])
-        processor += f" with {has}" if has else " without bfloat16 instructions"
+        has = machine["bfloat16_instructions"]  # the widest first
+        processor += f" with {has[0]}" if has else " without bfloat16 instructions"
     words = [processor]
     words += [f"{machine['threads']} thread" + "s" * (machine["threads"] != 1)]
     words += [f"torch {machine['torch']}"] if "torch" in machine else []
@@ -50,8 +50,10 @@ def where(report: dict, dtype: bool = False) -> str:
 def measured_on() -> str:
     """Which results of the page are from which machine and commit."""
     names = "embedded embedded_float32 reward_model_parts reward_model_losses throughput memory"
+    names += " soak parity_trl reviews avx2/embedded"
+    names += " amx/embedded amx/embedded_float32 amx/throughput"
     files: dict[str, list[str]] = {}
-    for name in f"{names} soak parity_trl reviews avx2/embedded".split():
+    for name in names.split():
         files.setdefault(where(result(f"{name}.json")), []).append(f"`{name}.json`")
     return "\n".join(f"- {machine}: {', '.join(some)}" for machine, some in files.items())
 
@@ -64,6 +66,8 @@ def span(numbers: list[float], form: str) -> str:
 
 # ---- the embedded task
 
+EMBEDDED = ("embedded", "embedded_float32", "amx/embedded", "amx/embedded_float32", "avx2/embedded")
+
 
 def wall_seconds(seed: dict) -> float:
     """Of the three stages, start-up included."""
@@ -72,30 +76,33 @@ def wall_seconds(seed: dict) -> float:
 
 def embedded_line() -> str:
     """The result in a sentence or two."""
-    bfloat16, float32, avx2 = (
-        result(f"{name}.json") for name in ("embedded", "embedded_float32", "avx2/embedded")
-    )
-    ppo = [seed["ppo"] for of in (bfloat16, float32, avx2) for seed in of["seeds"]]
+    reports = [result(f"{name}.json") for name in EMBEDDED]
+    ppo = [seed["ppo"] for of in reports for seed in of["seeds"]]
     wins = span([run["eval"]["win_rate"] for run in ppo], ".0%")
     before, after = (
         statistics.mean(run["labeler"][who]["score"] for run in ppo)
         for who in ("reference", "policy")
     )
-    minutes, minutes32, minutes_avx2 = (
-        span([wall_seconds(seed) / 60 for seed in of["seeds"]], ".1f")
-        for of in (bfloat16, float32, avx2)
+    times: dict[str, list[str]] = {}
+    for of in reports:
+        minutes = span([wall_seconds(seed) / 60 for seed in of["seeds"]], ".1f")
+        on = where(of).partition(",")[0]
+        times.setdefault(on, []).append(f"{of['dtype']} {minutes}")
+    minutes = "; ".join(f"{on}: {', '.join(each)}" for on, each in times.items())
+    free = [of["seeds"][0] for of in reports if "ppo_kl_coef_0" in of["seeds"][0]]
+    hacked, kept = (
+        {name: [run[key]["eval"]["policy"][name] for run in free] for name in ("score", "judge")}
+        for key in ("ppo_kl_coef_0", "ppo")
     )
-    free = bfloat16["seeds"][0]["ppo_kl_coef_0"]["eval"]["policy"]
     return (
         f"On {ppo[0]['eval']['prompts']} held-out prompts the labeler prefers the policy's reply to"
-        f" the SFT model's in **{wins}** ({len(bfloat16['seeds'])} seeds, two\nprecisions, two"
-        f" processors); its mean score rises from {before:.1f} to {after:.1f} of"
-        f" {ppo[0]['best']:.0f}. The stages take {minutes} minutes in bfloat16\nand {minutes32} in"
-        f" float32 ({where(bfloat16)}), {minutes_avx2} on an {where(avx2)}.\n\n"
+        f" the SFT model's in **{wins}** (3 seeds, 2\nprecisions, 3 processors); its mean"
+        f" score rises from {before:.1f} to {after:.1f} of {ppo[0]['best']:.0f}. Minutes on 2"
+        f" threads:\n{minutes}.\n\n"
         f"With `--kl-coef 0` the policy hacks the reward model: it names the product again and"
-        f" again. The reward\nmodel's score rises to {free['score']:.1f}, above the"
-        f" {ppo[0]['eval']['policy']['score']:.1f} with the KL penalty, and the labeler's falls"
-        f" to {free['judge']:.1f}."
+        f" again. The reward\nmodel's score rises to {span(hacked['score'], '.1f')}, from"
+        f" {span(kept['score'], '.1f')} with the KL penalty; the labeler's falls to"
+        f" {span(hacked['judge'], '.1f')}."
     )
 
 
@@ -221,17 +228,19 @@ def embedded_times() -> str:
 
 def embedded_kl() -> str:
     """The run without a KL penalty beside the default one."""
-    seed = result("embedded.json")["seeds"][0]
-    default, free, rows = seed["ppo"], seed["ppo_kl_coef_0"], []
-    for name, run, who in (
-        ("SFT model", default, "reference"),
-        ("`--kl-coef 0.1`, the default", default, "policy"),
-        ("`--kl-coef 0`", free, "policy"),
-    ):
-        mean, right = run["eval"][who], run["labeler"][who]["both_right"]
-        row = [name, f"{mean['score']:.2f}", f"{mean['judge']:.2f}", f"{right:.3f}"]
-        rows.append([*row, f"{mean['kl']:.1f}", f"{mean['length']:.1f}"])
-    header = [f"seed {seed['seed']}", "reward model's score", "labeler's score"]
+    rows = []
+    for report in map(result, ("embedded.json", "amx/embedded.json", "avx2/embedded.json")):
+        processor = where({"machine": report["machine"]}).partition(",")[0]
+        default, free = (report["seeds"][0][key] for key in ("ppo", "ppo_kl_coef_0"))
+        for who, run, of in (
+            ("SFT model", default, "reference"),
+            ("`--kl-coef 0.1`, the default", default, "policy"),
+            ("`--kl-coef 0`", free, "policy"),
+        ):
+            mean, right = run["eval"][of], run["labeler"][of]["both_right"]
+            row = [who, processor, f"{mean['score']:.2f}", f"{mean['judge']:.2f}", f"{right:.3f}"]
+            rows.append([*row, f"{mean['kl']:.1f}", f"{mean['length']:.1f}"])
+    header = ["seed 1", "processor", "reward model's score", "labeler's score"]
     header += ["right product and remedy", "KL from the reference, nats", "length, tokens"]
     return table(header, rows)
 
@@ -239,7 +248,7 @@ def embedded_kl() -> str:
 def embedded_precision() -> str:
     """The precision that `--dtype auto` picks and the others, seed by seed."""
     rows = []
-    for name in ("embedded", "embedded_float32", "avx2/embedded"):
+    for name in EMBEDDED:
         report = result(f"{name}.json")
         for seed in report["seeds"]:
             ppo = seed["ppo"]
@@ -328,9 +337,9 @@ def parity_trl() -> str:
     return table(["by", "seed", "score", "KL, nats", "labeler"], rows) + f"\n\n{text}"
 
 
-def throughput() -> str:
+def throughput(folder: str = "") -> str:
     """Seconds per update beside TRL's."""
-    report, rows = result("throughput.json"), []
+    report, rows = result(f"{folder}throughput.json"), []
     for name, entry in report.items():
         if not name.startswith("W"):
             continue
@@ -347,20 +356,30 @@ def throughput() -> str:
     return table(header, rows) + f"\n\n{where(report)}."
 
 
-def rollouts() -> str:
+def throughput_amx() -> str:
+    """The same on another processor."""
+    return throughput("amx/")
+
+
+def rollouts(folder: str = "") -> str:
     """The decoding loop beside model.generate."""
     rows = []
-    for name, entry in result("throughput.json")["rollout"].items():
+    for name, entry in result(f"{folder}throughput.json")["rollout"].items():
         rates = entry["tokens_per_second"]
         row = [*name.split(), f"{rates['generate']:,.0f}", f"{rates['model.generate']:,.0f}"]
         rows.append([*row, f"**{entry['ratio']:.2f}x**"])
     return table(["", "precision", "tokens/s", "`model.generate`, tokens/s", "faster"], rows)
 
 
-def machine_share() -> str:
+def rollouts_amx() -> str:
+    """The same on another processor."""
+    return rollouts("amx/")
+
+
+def machine_share(folder: str = "") -> str:
     """The train step beside torch's matrix product."""
     rows = []
-    for name, entry in result("throughput.json").items():
+    for name, entry in result(f"{folder}throughput.json").items():
         if name.startswith("W") and "ceiling" in entry:
             rate, (part, dtype) = entry["medians"]["ppo_rlhf.py"]["train_gflops"], name.split()
             products = [entry["ceiling"][product] for product in ("float32", dtype)]
@@ -368,6 +387,11 @@ def machine_share() -> str:
             rows.append([part, dtype, f"{rate:.0f}", *shares])
     header = ["", "precision", "train step, GFLOP/s", "of torch's float32 product"]
     return table([*header, "of torch's product in the run's precision"], rows)
+
+
+def machine_share_amx() -> str:
+    """The same on another processor."""
+    return machine_share("amx/")
 
 
 def scaling() -> str:
@@ -765,9 +789,10 @@ TABLES: dict[str, Callable[[], str]] = {
         measured_on, embedded_line, embedded_two_samples, embedded_samples, embedded_openings,
         embedded_seeds, embedded_reward_model, embedded_parts, embedded_losses, embedded_few_pairs,
         embedded_times, embedded_kl, embedded_hacked, embedded_precision, reviews_results,
-        reviews_samples, parity_trl, throughput, rollouts,
-        machine_share, scaling, startup, memory, memory_runs, soak, scaling_measured,
-        scaling_inputs, scaling_paper, scaling_limits, scaling_published, lab_baseline,
+        reviews_samples, parity_trl, throughput, throughput_amx, rollouts, rollouts_amx,
+        machine_share, machine_share_amx, scaling, startup, memory, memory_runs, soak,
+        scaling_measured, scaling_inputs, scaling_paper, scaling_limits, scaling_published,
+        lab_baseline,
         lab_ablations, lab_variants, lab_order, lab_overoptimization, lab_least_of_three, lab_fits,
         lab_best_of_n, lab_methods, lab_findings, lab_why_ppo,
     )

@@ -371,6 +371,7 @@ SFT, ALPACA = dataset.SFT_FORMATS, {"instruction": "I", "input": "x", "output": 
         ({"system": "s", "input": "q", **ANSWERS}, PAIRS, ["system="], "input"),
         (ALPACA, SFT, ["prompt=instruction", "completion=output", "instruction="], "input"),
         ({"text": "toxic", "label": True}, SFT, [], "label"),
+        ({"messages": [USER, GOOD], "videos": ["v.mp4"]}, SFT, [], "videos"),
     ],
 )
 def test_b26_more_columns_that_matter(tmp_path, error_of, row, formats, columns, lost):

@@ -25,31 +25,34 @@ from transformers.utils import cached_file
 import utils
 from dataset import CHATS, Row, Unusable, usable
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # the second is SentencePiece's
+
 
 def load_tokenizer(model: str) -> Any:
     """The tokenizer of a folder or hub id; without pad token, or embedding of it, EOS pads (D3).
 
-    It splits texts as its tokenizer.json says: transformers may build another one (B41).
+    It splits texts as its file says: transformers may build another one (B41).
     """
-    own = (Path(model).expanduser() / "tokenizer_config.json").is_file()
-    name = model if own else utils.base_of(model)
+    has_one = (Path(model).expanduser() / "tokenizer_config.json").is_file()
+    name = model if has_one else utils.base_of(model)
     tokenizer = utils.from_pretrained(transformers.AutoTokenizer, name)
     if tokenizer.eos_token_id is None:
         utils.stop(f"{model}: its tokenizer has no EOS token; set one in tokenizer_config.json")
+    written = get_tokenizer_config(tokenizer.name_or_path)
     generic, kind = transformers.PreTrainedTokenizerFast, type(tokenizer)
     where = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
     if (
         kind is not generic
         and issubclass(kind, generic)
         and kind.__module__.startswith("transformers.")  # not code that comes with a model
-        and cached_file(tokenizer.name_or_path, "tokenizer.json", **where)
-    ):  # special tokens may be the class's own
-        as_written = utils.from_pretrained(generic, name, **tokenizer.special_tokens_map)
+        and any(cached_file(tokenizer.name_or_path, file, **where) for file in TOKENIZER_FILES)
+    ):  # special tokens may be the class's own, and Llama's `legacy` is True unless it is False
+        own = tokenizer.special_tokens_map | {"legacy": written.get("legacy") is not False}
+        as_written = utils.from_pretrained(generic, name, **own)
         if str(as_written.backend_tokenizer) != str(tokenizer.backend_tokenizer):
             tokenizer = as_written
-    config = get_tokenizer_config(tokenizer.name_or_path)
-    if "Llama" in config.get("tokenizer_class", "") and "add_bos_token" in config:
-        tokenizer.add_bos_token = config["add_bos_token"]  # transformers 5 ignores it (B46)
+    if "Llama" in str(written.get("tokenizer_class")) and "add_bos_token" in written:
+        tokenizer.add_bos_token = written["add_bos_token"]  # transformers 5 ignores it (B46)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if getattr(backend, "fix_mistral_regex", None) is False:
         utils.say(f"{model}: may split words unlike Mistral (huggingface/transformers#42299)")

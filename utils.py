@@ -365,6 +365,8 @@ def from_pretrained(auto_class: Any, model: str, **kwargs: Any) -> Any:
         why, fix = first_line(error), "check its type; its files must be safetensors"
         if "trust_remote_code" in str(error):
             why, fix = "it runs code of its own", "read that, then pass --trust-remote-code"
+        if "tiktoken" in str(error):
+            fix = "pip install sentencepiece"
         stop(f"{model}: cannot be loaded ({why}); {fix}")
 
 

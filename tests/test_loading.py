@@ -52,6 +52,32 @@ def test_b41_a_tokenizer_is_that_of_its_file(tmp_path, kind, model_type):
         (tmp_path / "saved" / "config.json").write_text((tmp_path / "config.json").read_text())
 
 
+@pytest.mark.parametrize("legacy", [True, None])
+def test_b41_a_tokenizer_of_sentencepiece_alone(tmp_path, legacy):
+    """As of OpenLLaMA and Vicuna, whose folders have no tokenizer.json."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    texts = ["two  figs", " a   fig in  1984", "a\tfig\n  and  Two", "    4 figs"] * 50
+    as_llama = {"model_type": "bpe", "byte_fallback": True, "split_digits": True}
+    as_llama |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    as_llama |= {"allow_whitespace_only_pieces": True, "hard_vocab_limit": False}
+    prefix = str(tmp_path / "tokenizer")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=prefix, vocab_size=330, **as_llama
+    )
+    written = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
+    names = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "legacy": legacy}
+    names |= {"bos_token": "<s>", "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    config = {"model_type": "llama", "vocab_size": 330}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for folder in (tmp_path, tmp_path / "saved"):
+        tokenizer = encoding.load_tokenizer(str(folder))
+        for text in (*texts[:4], *TEXTS[:3]):
+            assert tokenizer(text).input_ids == [1, *written.encode(text)]
+        tokenizer.save_pretrained(tmp_path / "saved")
+        (tmp_path / "saved" / "config.json").write_text((tmp_path / "config.json").read_text())
+
+
 def test_b41_special_tokens_that_only_the_class_names(tmp_path):
     """As of GPT-2 itself, whose tokenizer_config.json has none."""
     written = words_and_digits(tmp_path, "GPT2Tokenizer", "gpt2")

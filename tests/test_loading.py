@@ -235,3 +235,15 @@ def test_b44_buffers_of_a_model_with_code_of_its_own(tmp_path, monkeypatch):
     assert loaded.model.rotary_emb.inv_freq.tolist() == made.model.rotary_emb.inv_freq.tolist()
     with torch.no_grad():
         torch.testing.assert_close(loaded(IDS).logits, made(IDS).logits)
+
+
+def test_a_tokenizer_that_needs_sentencepiece(tmp_path, error_of):
+    """Where it is not there, transformers takes the file for one of tiktoken and names that."""
+
+    class Fails:
+        @staticmethod
+        def from_pretrained(*_, **__):
+            raise ValueError("`tiktoken` is required to read a `tiktoken` file.")
+
+    (tmp_path / "config.json").write_text("{}")
+    assert "pip install sentencepiece" in error_of(utils.from_pretrained, Fails, str(tmp_path))

@@ -38,7 +38,7 @@ def load_tokenizer(model: str) -> Any:
     tokenizer = utils.from_pretrained(transformers.AutoTokenizer, name)
     if tokenizer.eos_token_id is None:
         utils.stop(f"{model}: its tokenizer has no EOS token; set one in tokenizer_config.json")
-    written = get_tokenizer_config(tokenizer.name_or_path)
+    settings = get_tokenizer_config(tokenizer.name_or_path)
     generic, kind = transformers.PreTrainedTokenizerFast, type(tokenizer)
     where = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
     if (
@@ -47,12 +47,12 @@ def load_tokenizer(model: str) -> Any:
         and kind.__module__.startswith("transformers.")  # not code that comes with a model
         and any(cached_file(tokenizer.name_or_path, file, **where) for file in TOKENIZER_FILES)
     ):  # special tokens may be the class's own, and Llama's `legacy` is True unless it is False
-        own = tokenizer.special_tokens_map | {"legacy": written.get("legacy") is not False}
+        own = tokenizer.special_tokens_map | {"legacy": settings.get("legacy") is not False}
         as_written = utils.from_pretrained(generic, name, **own)
         if str(as_written.backend_tokenizer) != str(tokenizer.backend_tokenizer):
             tokenizer = as_written
-    if "Llama" in str(written.get("tokenizer_class")) and "add_bos_token" in written:
-        tokenizer.add_bos_token = written["add_bos_token"]  # transformers 5 ignores it (B46)
+    if "Llama" in str(settings.get("tokenizer_class")) and "add_bos_token" in settings:
+        tokenizer.add_bos_token = settings["add_bos_token"]  # transformers 5 ignores it (B46)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if getattr(backend, "fix_mistral_regex", None) is False:
         utils.say(f"{model}: may split words unlike Mistral (huggingface/transformers#42299)")

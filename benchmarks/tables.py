@@ -6,6 +6,7 @@ the functions below, which gives its text.
     python benchmarks/tables.py
 """
 
+import functools
 import json
 import re
 import statistics
@@ -230,7 +231,7 @@ def embedded_kl() -> str:
     """The run without a KL penalty beside the default one."""
     rows = []
     for report in map(result, ("embedded.json", "amx/embedded.json", "avx2/embedded.json")):
-        processor = where({"machine": report["machine"]}).partition(",")[0]
+        processor = where(report).partition(",")[0]
         default, free = (report["seeds"][0][key] for key in ("ppo", "ppo_kl_coef_0"))
         for who, run, of in (
             ("SFT model", default, "reference"),
@@ -356,11 +357,6 @@ def throughput(folder: str = "") -> str:
     return table(header, rows) + f"\n\n{where(report)}."
 
 
-def throughput_amx() -> str:
-    """The same on another processor."""
-    return throughput("amx/")
-
-
 def rollouts(folder: str = "") -> str:
     """The decoding loop beside model.generate."""
     rows = []
@@ -369,11 +365,6 @@ def rollouts(folder: str = "") -> str:
         row = [*name.split(), f"{rates['generate']:,.0f}", f"{rates['model.generate']:,.0f}"]
         rows.append([*row, f"**{entry['ratio']:.2f}x**"])
     return table(["", "precision", "tokens/s", "`model.generate`, tokens/s", "faster"], rows)
-
-
-def rollouts_amx() -> str:
-    """The same on another processor."""
-    return rollouts("amx/")
 
 
 def machine_share(folder: str = "") -> str:
@@ -387,11 +378,6 @@ def machine_share(folder: str = "") -> str:
             rows.append([part, dtype, f"{rate:.0f}", *shares])
     header = ["", "precision", "train step, GFLOP/s", "of torch's float32 product"]
     return table([*header, "of torch's product in the run's precision"], rows)
-
-
-def machine_share_amx() -> str:
-    """The same on another processor."""
-    return machine_share("amx/")
 
 
 def scaling() -> str:
@@ -789,14 +775,16 @@ TABLES: dict[str, Callable[[], str]] = {
         measured_on, embedded_line, embedded_two_samples, embedded_samples, embedded_openings,
         embedded_seeds, embedded_reward_model, embedded_parts, embedded_losses, embedded_few_pairs,
         embedded_times, embedded_kl, embedded_hacked, embedded_precision, reviews_results,
-        reviews_samples, parity_trl, throughput, throughput_amx, rollouts, rollouts_amx,
-        machine_share, machine_share_amx, scaling, startup, memory, memory_runs, soak,
+        reviews_samples, parity_trl, throughput, rollouts,
+        machine_share, scaling, startup, memory, memory_runs, soak,
         scaling_measured, scaling_inputs, scaling_paper, scaling_limits, scaling_published,
         lab_baseline,
         lab_ablations, lab_variants, lab_order, lab_overoptimization, lab_least_of_three, lab_fits,
         lab_best_of_n, lab_methods, lab_findings, lab_why_ppo,
     )
 }  # fmt: skip
+for function in (throughput, rollouts, machine_share):  # the same on another processor
+    TABLES[f"{function.__name__}_amx"] = functools.partial(function, "amx/")
 
 
 def fill(page: str) -> str:
